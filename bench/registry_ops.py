@@ -1,0 +1,256 @@
+"""What the books cost at 1,000, 10,000 and 100,000 workers, without a socket or a cloud in sight.
+
+Time is an argument of the registry, so nothing here waits. At each size the same number of workers is touched,
+scattered over all of them, and the best of some rounds counts, with the collector off, as `timeit` does it: what
+grows with the size is then the algorithm, and not the misses of the processor's caches or a busy machine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import cast
+
+from bench.verdict import Verdict, at_most
+from broker.clouds import Clouds
+from broker.context import Context
+from broker.core import tags
+from broker.core.model import Instance, InstanceState, Lease, WorkerState
+from broker.core.registry import Registry
+from broker.core.settings import parse
+from broker.loops.reap import ReapLoop
+from broker.loops.reconcile import ReconcileLoop
+from broker.orders import Orders
+from broker.providers.base import Provider
+from broker.store import Store, StoredLease
+
+SIZES = (1_000, 10_000, 100_000)
+IN_USE = 1_000  # workers that are touched, at each size
+ROUNDS = 7
+TICKS = 50
+TICK_MS_MAX = 1.0
+MACHINES_AT_START = 10_000
+INTAKES = 3
+INTAKE_SECONDS_MAX = 1.0
+GROWTH_MAX = (
+    4.0  # from 1,000 to 100,000 log n grows 1.7 times and misses in the caches add theirs; n 100 times
+)
+POOL = "default"
+BROKER = "bench"
+NOW = 1_000_000.0
+IDLE_SECONDS = 900.0
+SEED = 2560
+
+
+@dataclass
+class RegistryResult:
+    """`microseconds` of one operation, by its name, in the order of SIZES."""
+
+    microseconds: dict[str, list[float]] = field(default_factory=dict)
+    tick_ms_worst: float = 0.0
+    intake_seconds: float = 0.0
+
+    def verdicts(self) -> list[Verdict]:
+        worst = max(self.microseconds, key=self.growth)
+        return [
+            at_most(f"a reap tick over {SIZES[-1]:,} idle workers, the worst of {TICKS}", TICK_MS_MAX,
+                    self.tick_ms_worst, "ms"),
+            at_most(f"growth of the registry's operations, {SIZES[0]:,} → {SIZES[-1]:,} workers ({worst})",
+                    GROWTH_MAX, self.growth(worst), "×"),
+            at_most(f"a start that finds {MACHINES_AT_START:,} machines, beyond their listing, the best of {INTAKES}",
+                    INTAKE_SECONDS_MAX, self.intake_seconds, "s"),
+        ]  # fmt: skip
+
+    def growth(self, operation: str) -> float:
+        return self.microseconds[operation][-1] / self.microseconds[operation][0]
+
+    def table(self) -> tuple[Sequence[str], Iterable[Sequence[str]]]:
+        head = ("operation", *(f"{size:,}" for size in SIZES), "growth")
+        return head, (
+            (name, *(f"{us:.2f}" for us in by_size), f"{self.growth(name):.1f} ×")
+            for name, by_size in self.microseconds.items()
+        )
+
+
+def measure(say: Callable[[str], None]) -> RegistryResult:
+    result = RegistryResult()
+    for size in SIZES:
+        registry = idle_workers(size)
+        for name, microseconds in operations(registry).items():
+            result.microseconds.setdefault(name, []).append(microseconds)
+        say(f"registry operations with {size:,} workers: done")
+    result.tick_ms_worst = asyncio.run(reap_tick_ms())
+    result.intake_seconds = min(asyncio.run(intake_seconds()) for _ in range(INTAKES))
+    return result
+
+
+def idle_workers(count: int) -> Registry:
+    """READY workers that nobody holds, each with its idle deadline still to come."""
+    registry = Registry()
+    for number in range(count):
+        _admit(registry, machine(number))
+    registry.due(NOW)  # takes the "look at it at once" of every new worker off the heap
+    for worker in registry:
+        registry.look_again(worker.id, NOW + IDLE_SECONDS)
+    return registry
+
+
+def machine(number: int) -> Instance:
+    address = f"10.{number >> 16 & 255}.{number >> 8 & 255}.{number & 255}"
+    return Instance(f"i-{number:017x}", InstanceState.RUNNING, address, "c7i.16xlarge", "us-east-1", cores=64)
+
+
+def operations(registry: Registry) -> dict[str, float]:
+    """Microseconds of each operation. Every round leaves the books as long as it found them."""
+    workers = random.Random(SEED).sample(list(registry), IN_USE)
+    leases = [_lease(worker.id, f"client-{worker.id}") for worker in workers]
+    newcomers = [machine(1_000_000 + number) for number in range(IN_USE)]
+
+    def each_lease(use: Callable[[Lease], object]) -> float:
+        return _timed(partial(use, lease) for lease in leases)
+
+    def find_all() -> float:
+        return _timed(partial(registry.by_address, worker.address or "") for worker in workers)
+
+    def one_round() -> dict[str, float]:
+        return {
+            "find by address": min(find_all(), find_all()),  # the first time brings them into the caches
+            "lend": each_lease(lambda lease: registry.grant(lease, NOW)),
+            "warm hand-out": each_lease(lambda lease: _hand_out(registry, lease)),
+            "end a lease": each_lease(lambda it: registry.end_lease(it.worker_id, it.client, "done", NOW)),
+            "find a free one": each_lease(lambda it: registry.available(POOL, it.client, exclusive=True)),
+            "first deadline, then due": _timed(partial(_come_due, registry, w.id) for w in workers),
+            "a new worker, until ready": _timed(partial(_admit, registry, new) for new in newcomers),
+            "a worker's end": _timed(partial(_dismiss, registry, new.id) for new in newcomers),
+        }
+
+    with _collector_off():
+        rounds = [one_round() for _ in range(ROUNDS)]
+    return {name: min(one[name] for one in rounds) for name in rounds[0]}
+
+
+async def reap_tick_ms() -> float:
+    """The slowest of some ticks of the real loop over idle workers that are not due yet."""
+    clock = ManualClock(NOW)
+    context = _context(clock, idle_workers(SIZES[-1]), [])
+    loop = ReapLoop(context, report=_unheard, terminated=lambda: None)
+    worst_ms = 0.0
+    with _collector_off():
+        for number in range(TICKS):
+            clock.now = NOW + number
+            began_ns = time.perf_counter_ns()
+            await loop.tick()
+            worst_ms = max(worst_ms, (time.perf_counter_ns() - began_ns) / 1e6)
+    assert len(context.registry.in_state(WorkerState.READY)) == SIZES[-1]
+    return worst_ms
+
+
+async def intake_seconds() -> float:
+    """A first scan that finds machines of ours, without the listing; half of them have clients from before."""
+    listing = [_tagged(number) for number in range(MACHINES_AT_START)]
+    context = _context(ManualClock(NOW), Registry(), listing)
+    for one in listing[::2]:
+        context.stored_leases[one.id] = [StoredLease(_lease(one.id, f"client-{one.id}"), one.id)]
+    reconcile = ReconcileLoop(
+        context, Orders(context), broker_id=BROKER, report=_unheard, changed=lambda: None, beat=lambda: None
+    )
+    began = time.perf_counter()
+    await reconcile.scan()
+    seconds = time.perf_counter() - began
+    assert len(context.registry) == MACHINES_AT_START
+    assert context.registry.lease_count(POOL) == MACHINES_AT_START // 2
+    return seconds
+
+
+@dataclass
+class ManualClock:
+    """Time that moves when told."""
+
+    now: float
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def wall(self) -> float:
+        return self.now
+
+
+class Cloud:
+    """A cloud whose listing costs nothing, so that only what the broker does with it is timed."""
+
+    name = "benchmark"
+
+    def __init__(self, listing: list[Instance]) -> None:
+        self._listing = listing
+
+    async def open(self) -> None: ...
+
+    async def listing(self) -> list[Instance]:
+        return self._listing
+
+
+def _context(clock: ManualClock, registry: Registry, listing: list[Instance]) -> Context:
+    provider = cast(Provider, Cloud(listing))  # the loops that run here ask for nothing else
+    store = Store(Path("unused"))  # never opened: nothing is written here
+    return Context(parse({}, {}), registry, Clouds({POOL: provider}), store, clock)
+
+
+def _tagged(number: int) -> Instance:
+    return replace(machine(number), tags={tags.NAME: "worker", tags.BROKER: BROKER, tags.POOL: POOL})
+
+
+def _unheard(event: str, details: dict[str, object]) -> None:
+    """Reports go nowhere here."""
+
+
+def _admit(registry: Registry, instance: Instance) -> None:
+    worker = registry.adopt(instance, POOL, 2560, NOW)
+    registry.ready(worker.id, NOW)
+
+
+def _dismiss(registry: Registry, worker_id: str) -> None:
+    registry.drain(worker_id, "idle", NOW)
+    registry.terminating(worker_id, NOW)
+    registry.gone(worker_id, "terminated", NOW)
+
+
+def _come_due(registry: Registry, worker_id: str) -> None:
+    """The dearest case for a heap: in at its top, out again, and in at its end."""
+    registry.look_again(worker_id, NOW)
+    assert len(registry.due(NOW)) == 1
+    registry.look_again(worker_id, NOW + IDLE_SECONDS)
+
+
+def _lease(worker_id: str, client: str) -> Lease:
+    return Lease(f"lease-{worker_id}", worker_id, client, IDLE_SECONDS)
+
+
+def _hand_out(registry: Registry, lease: Lease) -> None:
+    assert registry.available(POOL, lease.client, exclusive=False) is not None
+    registry.renew(lease, NOW)
+
+
+def _timed(calls: Iterable[Callable[[], object]]) -> float:
+    """Microseconds for each call; what it takes to prepare them is not counted."""
+    ready = list(calls)
+    began_ns = time.perf_counter_ns()
+    for call in ready:
+        call()
+    return (time.perf_counter_ns() - began_ns) / 1e3 / len(ready)
+
+
+@contextlib.contextmanager
+def _collector_off() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()

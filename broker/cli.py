@@ -1,0 +1,346 @@
+"""`compute-broker …`: the daemon, and a person's way to talk to it.
+
+What a script wants goes to stdout, everything else to stderr. Exit codes: 0 done, 1 the broker refused (its
+sentence is on stderr), 2 the command line or the configuration is wrong, 3 the broker cannot be reached.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from broker.client import Client
+from broker.configuration import Configuration, load, to_toml
+from broker.core.errors import BrokerError, SettingsError
+from broker.core.settings import schema as settings_schema
+from broker.core.settings import split_address
+from broker.errand import BrokerUnreachable, own_name
+
+EXIT_REFUSED, EXIT_USAGE, EXIT_UNREACHABLE = 1, 2, 3
+WATCH_SECONDS = 2.0
+PATIENCE_SECONDS = 1.0  # what takes longer shows that it is under way
+
+EPILOG = "Exit codes: 0 done, 1 the broker refused, 2 wrong usage or configuration, 3 broker not reachable."
+
+app = typer.Typer(
+    help="Ask for a worker, get a machine that is really ready, never pay for an idle one.",
+    epilog=EPILOG,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+config_app = typer.Typer(help="Look at the configuration.", no_args_is_help=True)
+app.add_typer(config_app, name="config")
+errors = Console(stderr=True, highlight=False, soft_wrap=True)
+
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        metavar="FILE",
+        help="Settings; otherwise $COMPUTE_BROKER_CONFIG, /etc/compute-broker/broker.toml, the embedded default.",
+    ),
+]
+BrokerOption = Annotated[
+    str | None,
+    typer.Option(
+        "--broker", metavar="HOST:PORT", help="Where the broker is; otherwise what the settings say."
+    ),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+ClientOption = Annotated[
+    str | None,
+    typer.Option("--client", help="The name to ask under; a lease belongs to a name. Default: you."),
+]
+AddressArgument = Annotated[
+    str, typer.Argument(metavar="ADDRESS", help="A worker's address, as `get` printed it.")
+]
+
+
+def main() -> None:
+    """The console script."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+# --- the daemon ------------------------------------------------------------------------------------------
+
+
+@app.command(epilog=EPILOG)
+def serve(config: ConfigOption = None) -> None:
+    """Run the broker until SIGTERM or Ctrl-C. Workers live on; the next broker finds them again."""
+    from broker.clock import (
+        SystemClock,
+    )  # the daemon's libraries take half a second: only `serve` pays for them
+    from broker.daemon import Daemon, state_directory
+    from broker.logs import configure, get_logger
+
+    configuration = _load(config)
+    settings = configuration.settings
+    configure(settings.broker.log_level, settings.broker.log_format)
+    log = get_logger(broker=settings.broker.id)
+    log.info("starting", version=version("compute-broker"), settings=configuration.source)
+    try:
+        state_dir = state_directory(settings, os.environ)
+        _run(lambda: Daemon(settings, state_dir=state_dir, clock=SystemClock(), log=log, environ=os.environ))
+    except SettingsError as error:
+        _fail_settings(error)
+    except BrokerError as error:
+        _fail(error.message)
+    except OSError as error:
+        listen, http = settings.broker.listen, settings.broker.http
+        _fail(f"cannot listen on {listen} (clients) and {http} (http): {error.strerror or error}")
+
+
+def _run(make: Callable[[], Any]) -> None:
+    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        try:
+            runner.run(_serve(make))
+        except BaseExceptionGroup as group:  # the task group's wrapping of what is one error
+            raise group.exceptions[0] from None
+
+
+async def _serve(make: Callable[[], Any]) -> None:
+    stop, loop = asyncio.Event(), asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    await make().run(stop)
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """uvloop where it imports, asyncio's own loop elsewhere."""
+    try:
+        import uvloop
+    except ImportError:
+        return None
+    return uvloop.new_event_loop
+
+
+# --- a person's way to the daemon ----------------------------------------------------------------------------
+
+
+@app.command(epilog=EPILOG)
+def get(
+    config: ConfigOption = None,
+    broker: BrokerOption = None,
+    pool: Annotated[str | None, typer.Option(help="The pool to take it from.")] = None,
+    cores: Annotated[int | None, typer.Option(min=1, help="At least so many cores.")] = None,
+    type_: Annotated[str | None, typer.Option("--type", help="This machine type.")] = None,
+    region: Annotated[str | None, typer.Option(help="In this region.")] = None,
+    wait: Annotated[float | None, typer.Option(min=0, help="Wait so many seconds at most.")] = None,
+    exclusive: Annotated[bool, typer.Option("--exclusive", help="A worker that nobody else uses.")] = False,
+    client: ClientOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Print the address of a ready worker; one is launched when none is there."""
+    asker = _client(config, broker, client)
+    with _answers(), _progress("waiting for a worker", asker):
+        address = asker.get_worker(
+            pool=pool, cores=cores, type=type_, region=region, wait=wait, exclusive=exclusive
+        )
+    print(json.dumps({"ip": address, "client": asker.name}) if as_json else address)
+
+
+@app.command(epilog=EPILOG)
+def ping(
+    address: AddressArgument,
+    config: ConfigOption = None,
+    broker: BrokerOption = None,
+    client: ClientOption = None,
+) -> None:
+    """Keep a worker: its idle timer starts again."""
+    with _answers():
+        _client(config, broker, client).ping(address)
+    print("OK")
+
+
+@app.command(epilog=EPILOG)
+def release(
+    address: AddressArgument,
+    config: ConfigOption = None,
+    broker: BrokerOption = None,
+    client: ClientOption = None,
+    force: Annotated[bool, typer.Option("--force", help="Terminate it even when others use it.")] = False,
+) -> None:
+    """Give a worker back; it is terminated unless somebody else uses it."""
+    with _answers():
+        _client(config, broker, client).release(address, force=force)
+    print("OK")
+
+
+@app.command(epilog=EPILOG)
+def workers(
+    config: ConfigOption = None,
+    broker: BrokerOption = None,
+    watch: Annotated[bool, typer.Option("--watch", help="Refresh until Ctrl-C.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Show the workers in the broker's books."""
+    asker, console = _client(config, broker, None), Console(width=None if sys.stdout.isatty() else 160)
+    with _answers():
+        if as_json:
+            print(json.dumps(asker.status(), indent=2))
+        elif not watch:
+            console.print(_table(asker.status()))
+        else:
+            with Live(_table(asker.status()), console=console, auto_refresh=False) as live:
+                while True:
+                    time.sleep(WATCH_SECONDS)
+                    live.update(_table(asker.status()), refresh=True)
+
+
+# --- the configuration -----------------------------------------------------------------------------------
+
+
+@config_app.command(epilog=EPILOG)
+def check(config: ConfigOption = None) -> None:
+    """Say whether the settings are sound; every problem at once."""
+    print(f"{_load(config).source}: ok")
+
+
+@config_app.command(epilog=EPILOG)
+def show(config: ConfigOption = None, as_json: JsonOption = False) -> None:
+    """Print the settings in effect: file, environment and defaults together. Durations are in seconds."""
+    configuration = _load(config)
+    if as_json:
+        print(configuration.settings.model_dump_json(indent=2))
+    else:
+        print(f"# {configuration.source}\n{to_toml(configuration.settings)}", end="")
+
+
+@config_app.command(epilog=EPILOG)
+def schema() -> None:
+    """Print the JSON schema of the settings."""
+    print(json.dumps(settings_schema(), indent=2))
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    show_version: Annotated[
+        bool, typer.Option("--version", is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    if show_version:
+        print(version("compute-broker"))
+        raise typer.Exit
+
+
+# --- inside ------------------------------------------------------------------------------------------------
+
+
+def _load(config: Path | None) -> Configuration:
+    try:
+        return load(config, os.environ)
+    except SettingsError as error:
+        _fail_settings(error)
+
+
+def _client(config: Path | None, broker: str | None, client: str | None) -> Client:
+    """A client under one stable name for all of a person's commands: `release` must find what `get` took."""
+    if broker is None and "COMPUTE_BROKER_HOST" not in os.environ:
+        host, port = split_address(_load(config).settings.broker.listen)
+        broker = f"[{host}]:{port}" if ":" in host else f"{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"  # noqa: S104
+    name = client or own_name(0).rpartition("/")[0] + "/cli"
+    with _answers():
+        return Client(broker, client=name)
+
+
+@contextmanager
+def _answers() -> Iterator[None]:
+    """Turn what the broker says into an exit code and a sentence."""
+    try:
+        yield
+    except BrokerUnreachable as error:
+        _fail(error.message, EXIT_UNREACHABLE)
+    except BrokerError as error:
+        _fail(error.wire().removeprefix("ERROR: "))
+
+
+@contextmanager
+def _progress(what: str, asker: Client) -> Iterator[None]:
+    """Show on stderr, after a moment, that something is under way, and for how long."""
+    done, started = threading.Event(), time.monotonic()
+
+    def tell() -> None:
+        if done.wait(PATIENCE_SECONDS):
+            return
+        if not errors.is_terminal:
+            errors.print(f"{what} ...")
+            return
+        with errors.status(what) as status:
+            while not done.wait(0.5):
+                status.update(f"{what}, {time.monotonic() - started:.0f} s{_booting(asker)}")
+
+    thread = threading.Thread(target=tell, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def _booting(asker: Client) -> str:
+    try:
+        booting = [worker for worker in asker.status() if worker["state"] in ("ordered", "booting")]
+    except BrokerError:
+        return ""
+    if not booting:
+        return ""
+    age_seconds = max(worker["age_seconds"] for worker in booting)
+    return f" ({len(booting)} booting, the oldest for {age_seconds} s)"
+
+
+def _table(rows: list[dict[str, Any]]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("STATE", "ADDRESS", "INSTANCE"):
+        table.add_column(column, no_wrap=True)
+    for column in ("POOL", "TYPE"):
+        table.add_column(column, overflow="fold")
+    for column in ("CORES", "LEASES", "IDLE", "ENDS IN", "AGE"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(
+            row["state"], row["ip"] or "-", row["instance_id"] or "-", row["pool"], row["instance_type"],
+            str(row["cores"] or "?"), str(row["leases"]), _duration(row["idle_seconds"]),
+            _duration(row["will_terminate_in"]), _duration(row["age_seconds"]),
+        )  # fmt: skip
+    if not rows:
+        table.caption = "no workers: nothing is running, nothing is billed"
+    return table
+
+
+def _duration(seconds: int | None) -> str:
+    if seconds is None:
+        return "-"
+    minutes, rest = divmod(seconds, 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{rest:02}s" if minutes else f"{rest}s"
+
+
+def _fail_settings(error: SettingsError) -> NoReturn:
+    for problem in error.problems:
+        errors.print(f"compute-broker: {problem}", markup=False)
+    raise typer.Exit(EXIT_USAGE)
+
+
+def _fail(message: str, code: int = EXIT_REFUSED) -> NoReturn:
+    errors.print(f"compute-broker: {message}", markup=False)
+    raise typer.Exit(code)

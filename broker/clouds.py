@@ -1,0 +1,69 @@
+"""Which provider serves which pool, and what is known of each provider's health.
+
+While a cloud does not answer nothing is inferred from its silence and nothing new is bought from it: the
+books are frozen, warm workers are still handed out, and whoever would need a launch hears why at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from broker.core.errors import BrokerError, CloudError, CredentialsRefused
+from broker.providers.base import Provider
+
+SCAN_FAILURES_MAX = 3  # so many failed scans in a row and the cloud counts as unreachable
+
+
+@dataclass(slots=True)
+class Cloud:
+    """One provider and its scans."""
+
+    provider: Provider
+    opened: bool = False
+    instance_ids: frozenset[str] = frozenset()  # what the last complete listing showed
+    scanned_at: float | None = None  # when the last complete listing was asked for
+    scanned_unix: float = 0.0
+    failures: int = 0  # scans failed in a row
+    error: BrokerError | None = None
+
+    @property
+    def recovered(self) -> bool:
+        """Whether a complete listing has come in since the start: before that, nothing may be launched."""
+        return self.scanned_at is not None
+
+    def scan_succeeded(self, started_at: float, wall_unix: float) -> None:
+        self.scanned_at, self.scanned_unix = started_at, wall_unix
+        self.failures, self.error = 0, None
+
+    def scan_failed(self, error: BrokerError) -> None:
+        self.failures += 1
+        self.error = error
+
+    def refusal(self) -> CloudError | None:
+        """Why nothing can be launched there at the moment, or None."""
+        if self.error is None:
+            return None
+        if (
+            self.recovered
+            and self.failures < SCAN_FAILURES_MAX
+            and not isinstance(self.error, CredentialsRefused)
+        ):
+            return None
+        return CloudError(f"{self.provider.name} cannot be used at the moment: {self.error.message}")
+
+
+class Clouds:
+    """The providers, by pool and one by one."""
+
+    def __init__(self, by_pool: Mapping[str, Provider]) -> None:
+        unique = {id(provider): Cloud(provider) for provider in by_pool.values()}
+        self._by_pool = {pool: unique[id(provider)] for pool, provider in by_pool.items()}
+        self.all = tuple(unique.values())
+
+    def of(self, pool: str) -> Cloud | None:
+        """The cloud of a configured pool; None for a pool that only tags remember."""
+        return self._by_pool.get(pool)
+
+    def recovered(self) -> bool:
+        return all(cloud.recovered for cloud in self.all)

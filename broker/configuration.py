@@ -1,0 +1,69 @@
+"""Finds and reads the configuration file; core.settings understands it."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from broker.core.errors import SettingsError
+from broker.core.settings import Settings, parse
+
+VARIABLE = "COMPUTE_BROKER_CONFIG"
+SYSTEM_FILE = Path("/etc/compute-broker/broker.toml")
+EMBEDDED = "the embedded default (local workers, no file)"
+
+
+@dataclass(frozen=True, slots=True)
+class Configuration:
+    """The settings, and where they came from in words."""
+
+    settings: Settings
+    source: str
+
+
+def load(path: Path | None, environ: Mapping[str, str], system_file: Path = SYSTEM_FILE) -> Configuration:
+    """`path`, else $COMPUTE_BROKER_CONFIG, else the system's file, else the embedded default.
+
+    Raises SettingsError with every problem.
+    """
+    if path is None and environ.get(VARIABLE):
+        path = Path(environ[VARIABLE])
+    if path is None and system_file.exists():
+        path = system_file
+    if path is None:
+        return Configuration(parse({}, environ), EMBEDDED)
+    return Configuration(parse(_read(path), environ), str(path))
+
+
+def _read(path: Path) -> dict[str, object]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise SettingsError([f"{path}: there is no such file"]) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError([f"{path}: cannot be read: {error}"]) from None
+    except tomllib.TOMLDecodeError as error:
+        raise SettingsError([f"{path}: is not TOML: {error}"]) from None
+
+
+def to_toml(settings: Settings) -> str:
+    """The effective settings as a file that could be read again. JSON's strings, numbers and lists are TOML's."""
+    values = settings.model_dump(mode="json", exclude_none=True)
+    tables = [
+        ("broker", values["broker"]),
+        *((f"pool.{name}", pool) for name, pool in values["pool"].items()),
+    ]
+    return "\n".join(f"[{name}]\n{_table(table)}" for name, table in tables)
+
+
+def _table(values: dict[str, object]) -> str:
+    return "".join(f"{key} = {_value(value)}\n" for key, value in values.items())
+
+
+def _value(value: object) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{json.dumps(key)} = {json.dumps(item)}" for key, item in value.items()) + "}"
+    return json.dumps(value)

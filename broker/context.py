@@ -1,0 +1,69 @@
+"""What the service and the loops share: the books, the queue, the clouds, the store, the clock.
+
+A bag of references without behaviour of its own, except for the few questions that all of them ask.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+
+from broker.clock import Clock
+from broker.clouds import Cloud, Clouds
+from broker.core.policy import LaunchGuard
+from broker.core.registry import Registry
+from broker.core.settings import PoolSettings, Settings
+from broker.store import Store, StoredLease
+from broker.waiting import Waiting
+
+FORGOTTEN_POOL = PoolSettings.model_validate(
+    {}
+)  # rules for machines whose pool the configuration has dropped
+
+
+class Signal:
+    """Something changed; whoever waits looks again."""
+
+    def __init__(self) -> None:
+        self._changed: asyncio.Future[None] | None = None
+
+    def notify(self) -> None:
+        if self._changed is not None and not self._changed.done():
+            self._changed.set_result(None)
+        self._changed = None
+
+    async def wait(self) -> None:
+        if self._changed is None:
+            self._changed = asyncio.get_running_loop().create_future()
+        await asyncio.shield(self._changed)
+
+
+@dataclass(slots=True)
+class Context:
+    """See the module."""
+
+    settings: Settings
+    registry: Registry
+    clouds: Clouds
+    store: Store
+    clock: Clock
+    waiting: Waiting = field(default_factory=Waiting)
+    scanned: Signal = field(default_factory=Signal)  # a scan of a cloud ended, well or not
+    guards: dict[str, LaunchGuard] = field(default_factory=dict)
+    obstacles: dict[str, str] = field(default_factory=dict)  # pool → why its clients wait without a launch
+    stored_leases: dict[str, list[StoredLease]] = field(
+        default_factory=dict
+    )  # by instance, until found again
+    unwanted: set[str] = field(default_factory=set)  # orders that TERMINATE_ALL met before they had a machine
+
+    def pool(self, name: str) -> PoolSettings:
+        return self.settings.pool.get(name, FORGOTTEN_POOL)
+
+    def cloud(self, pool: str) -> Cloud | None:
+        return self.clouds.of(pool)
+
+    def guard(self, pool: str) -> LaunchGuard:
+        return self.guards.setdefault(pool, LaunchGuard())
+
+    def now(self) -> float:
+        return self.clock.monotonic()

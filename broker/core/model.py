@@ -1,0 +1,169 @@
+"""The nouns: frozen values that everything else passes around.
+
+Two kinds of time, never mixed. Fields that end in `_at` are seconds on the monotonic clock, which only
+this process understands; fields that end in `_unix` are seconds of the wall clock, fit for tags, the store
+and money. Leases and hand-outs move clocks often, so those clocks live in the registry beside these
+values, not in them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from types import MappingProxyType
+
+NO_TAGS: Mapping[str, str] = MappingProxyType({})
+
+
+class WorkerState(StrEnum):
+    """Where a worker is in its life; registry.LIFE has the steps between."""
+
+    ORDERED = "ordered"
+    BOOTING = "booting"
+    READY = "ready"
+    SUSPECT = "suspect"
+    DRAINING = "draining"
+    TERMINATING = "terminating"
+    GONE = "gone"
+
+
+class InstanceState(StrEnum):
+    """A machine's state in the cloud's own words (EC2 API reference, InstanceState)."""
+
+    PENDING = "pending"
+    RUNNING = "running"
+    STOPPING = "stopping"
+    STOPPED = "stopped"
+    SHUTTING_DOWN = "shutting-down"
+    TERMINATED = "terminated"
+
+
+class Market(StrEnum):
+    """How a machine is bought."""
+
+    SPOT = "spot"
+    ON_DEMAND = "on-demand"
+
+
+@dataclass(frozen=True, slots=True)
+class Offering:
+    """What can be bought: a machine type at a place on a market.
+
+    `cores` is None while the cloud has not told; `zone` is empty when the cloud may choose.
+    """
+
+    region: str
+    instance_type: str
+    market: Market
+    zone: str = ""
+    cores: int | None = None
+    price_usd_micros_per_hour: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """One launch attempt, written to disk before the call is made.
+
+    `id` is the idempotency token (64 ASCII characters at most: EC2 API reference, ClientToken).
+    `parameters` is the provider's exact call as JSON: a resend must not differ in a byte.
+    """
+
+    id: str
+    pool: str
+    offering: Offering
+    parameters: str
+    created_unix: float
+
+
+@dataclass(frozen=True, slots=True)
+class Instance:
+    """A machine as the cloud describes it at one moment."""
+
+    id: str
+    state: InstanceState
+    address: str | None = None
+    instance_type: str = ""
+    region: str = ""
+    zone: str = ""
+    market: Market = Market.ON_DEMAND
+    cores: int | None = None
+    launched_unix: float = 0.0
+    tags: Mapping[str, str] = field(default_factory=lambda: NO_TAGS, hash=False)
+    reason: str = ""  # why it left `running`, in the cloud's words
+
+
+@dataclass(frozen=True, slots=True)
+class Worker:
+    """One machine in the broker's books. `id` is its order's id, or the instance id when it was adopted."""
+
+    id: str
+    pool: str
+    state: WorkerState
+    offering: Offering
+    port: int
+    since_at: float  # when it entered its state
+    born_at: float  # when it was ordered or adopted
+    order_id: str | None = None
+    instance_id: str | None = None
+    address: str | None = None
+    running: bool = False  # the cloud has said `running`: from here on it is billed
+    launched_unix: float = 0.0
+    reason: str = ""  # why it entered its state
+    standing_notice: str = ""  # a notice that probes cannot lift: it will not become READY again
+
+    @property
+    def cores(self) -> int | None:
+        return self.offering.cores
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """One client's hold on one worker. When it ends stands in the registry: `Registry.lease_ends_at`."""
+
+    id: str
+    worker_id: str
+    client: str
+    ttl_seconds: float
+    exclusive: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerChanged:
+    """A worker took a step of its life (`before` is None when it entered the books)."""
+
+    worker: Worker
+    before: WorkerState | None
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSeen:
+    """The cloud told something new of a worker (an address, that it runs) within the same state."""
+
+    worker: Worker
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseGranted:
+    """A client got hold of a worker; `first` when nobody else held it."""
+
+    lease: Lease
+    worker: Worker
+    first: bool
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseEnded:
+    """A client's hold ended; `last` when nobody holds the worker any more."""
+
+    lease: Lease
+    worker: Worker
+    last: bool
+    reason: str
+    at: float
+
+
+Event = WorkerChanged | WorkerSeen | LeaseGranted | LeaseEnded

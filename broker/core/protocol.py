@@ -1,0 +1,377 @@
+"""The line protocol, both roles, without a socket in sight.
+
+Server: bytes in → commands, replies → bytes out. Client: command → bytes out, reply line → value or error.
+One command a line, `\\n` or `\\r\\n`, at most LINE_BYTES_MAX bytes before it. However the bytes are cut into
+chunks, the commands are the same; a line that is too long is one clear error, after which nothing more is
+read. A line that is no command becomes a `Malformed` that carries its error, in its place in the order.
+
+An empty line asks for a worker, as it always did, unless something that is no command came before it on
+the connection: the blank line that ends an HTTP health check must not buy a machine.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields
+from functools import lru_cache
+from ipaddress import ip_address
+from typing import Any
+
+from broker.core.errors import (
+    BadRequest,
+    BrokerError,
+    CloudError,
+    Code,
+    Denied,
+    Draining,
+    LimitReached,
+    NoCapacity,
+    UnknownCommand,
+    WaitTimedOut,
+    WorkerNotFound,
+)
+
+LINE_BYTES_MAX = 1024  # of a command; the longest sensible one is a third of it
+PARSED_LINES_MAX = 1024  # clients repeat themselves: remember so many lines, at most 1 MiB of them
+WAIT_SECONDS_MAX = 86_400.0
+CORES_MAX = 100_000
+CLIENT_NAME = re.compile(r"[A-Za-z0-9._@:/+-]{1,64}")
+WORD = re.compile(r"[A-Za-z0-9._:-]{1,255}")
+ERROR_LINE = re.compile(r"ERROR(?:: (?P<message>.*?)(?: \[(?P<code>[A-Z_]+)\])?)?")
+
+
+@dataclass(frozen=True, slots=True)
+class GetWorker:
+    """`GET_WORKER [key=value …]`: a worker, launched when none is there. `wait` is in seconds."""
+
+    pool: str | None = None
+    cores: int | None = None
+    type: str | None = None
+    region: str | None = None
+    wait: float | None = None
+    exclusive: bool = False
+    client: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Ping:
+    """`PING <ip> [client=…]`: the client still uses that worker."""
+
+    address: str
+    client: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """`RELEASE <ip> [force] [client=…]`: the client is done with that worker."""
+
+    address: str
+    force: bool = False
+    client: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """`STATUS`: what the broker has in its books."""
+
+
+@dataclass(frozen=True, slots=True)
+class ListAll:
+    """`LIST_ALL`: what the cloud lists under the broker's tag."""
+
+
+@dataclass(frozen=True, slots=True)
+class TerminateAll:
+    """`TERMINATE_ALL`: end every machine of this broker."""
+
+
+@dataclass(frozen=True, slots=True)
+class Malformed:
+    """A line that is no command. After a `fatal` one the connection has nothing more to say."""
+
+    error: BrokerError
+    name: str = "unknown"
+    fatal: bool = False
+
+
+Command = GetWorker | Ping | Release | Status | ListAll | TerminateAll | Malformed
+
+NAMES: dict[type, str] = {
+    GetWorker: "GET_WORKER",
+    Ping: "PING",
+    Release: "RELEASE",
+    Status: "STATUS",
+    ListAll: "LIST_ALL",
+    TerminateAll: "TERMINATE_ALL",
+}
+
+
+def name_of(command: Command) -> str:
+    """The command's word, from a closed list: safe as a metric label."""
+    return command.name if isinstance(command, Malformed) else NAMES[type(command)]
+
+
+class CommandReader:
+    """One connection's bytes → its commands, in order. Never raises."""
+
+    def __init__(self) -> None:
+        self._buffer = b""
+        self._heard_nonsense = False
+        self._dead = False
+
+    @property
+    def partial(self) -> bool:
+        """Whether a command has begun and not ended."""
+        return bool(self._buffer)
+
+    def receive(self, data: bytes) -> list[Command]:
+        """The commands that `data` completes."""
+        if self._dead:
+            return []
+        lines = (self._buffer + data).split(b"\n") if self._buffer else data.split(b"\n")
+        self._buffer = lines.pop()
+        commands = [self._command(line) for line in self._within_limit(lines)]
+        if not self._dead and len(self._buffer.removesuffix(b"\r")) > LINE_BYTES_MAX:
+            self._dead = True
+        if self._dead:
+            self._buffer = b""
+            error = BadRequest(f"a command is at most {LINE_BYTES_MAX} bytes")
+            commands.append(Malformed(error, fatal=True))
+        return commands
+
+    def receive_eof(self) -> list[Command]:
+        """The command that the end of the stream completes: a last line without its newline."""
+        line, self._buffer = self._buffer, b""
+        return [self._command(line)] if line.strip(b" \t\r") and not self._dead else []
+
+    def _within_limit(self, lines: list[bytes]) -> Iterable[bytes]:
+        for line in lines:
+            if len(line.removesuffix(b"\r")) > LINE_BYTES_MAX:
+                self._dead = True
+                return
+            yield line
+
+    def _command(self, line: bytes) -> Command:
+        command = parse_line(line)
+        if isinstance(command, Malformed) or (self._heard_nonsense and not line.strip(b" \t\r")):
+            self._heard_nonsense = True
+            return command if isinstance(command, Malformed) else Malformed(UnknownCommand())
+        return command
+
+
+@lru_cache(maxsize=PARSED_LINES_MAX)
+def parse_line(line: bytes) -> Command:
+    """One line without its newline → a command, `Malformed` when it is none."""
+    words = line.decode("latin-1").replace("\t", " ").rstrip(" \r").split(" ")
+    words = [word for word in words if word]
+    verb = words[0] if words else "GET_WORKER"
+    parse = PARSERS.get(verb)
+    if parse is None:
+        return Malformed(UnknownCommand())
+    if not all(word.isascii() and word.isprintable() for word in words):
+        return Malformed(BadRequest("a command is printable ASCII"), verb)
+    try:
+        return parse(words[1:])
+    except BadRequest as error:
+        return Malformed(error, verb)
+
+
+def _get_worker(words: list[str]) -> Command:
+    return GetWorker(**_options("GET_WORKER", words, GET_WORKER_KEYS))
+
+
+def _ping(words: list[str]) -> Command:
+    address, rest = _address("PING", words)
+    return Ping(address, **_options("PING", rest, CLIENT_KEYS))
+
+
+def _release(words: list[str]) -> Command:
+    address, rest = _address("RELEASE", words)
+    force = "force" in rest
+    return Release(address, force, **_options("RELEASE", [w for w in rest if w != "force"], CLIENT_KEYS))
+
+
+def _bare(command: Command) -> Callable[[list[str]], Command]:
+    def parse(words: list[str]) -> Command:
+        if words:
+            raise BadRequest(f"{name_of(command)} takes no arguments")
+        return command
+
+    return parse
+
+
+def _address(verb: str, words: list[str]) -> tuple[str, list[str]]:
+    if not words or "=" in words[0]:
+        raise BadRequest(f"{verb} needs the worker's address: {verb} <ip>")
+    if not WORD.fullmatch(words[0]):
+        raise BadRequest(f"{verb}: that is no address")
+    return words[0], words[1:]
+
+
+def _options(verb: str, words: list[str], keys: dict[str, Callable[[str], Any]]) -> dict[str, Any]:
+    options: dict[str, Any] = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if key not in keys:
+            raise BadRequest(f"{verb} has no key '{_printable(key)}'; it has {', '.join(keys)}")
+        if key in options:
+            raise BadRequest(f"{key}= is given twice")
+        if not equals or not value:
+            raise BadRequest(f"{key}= needs a value")
+        options[key] = keys[key](value)
+    return options
+
+
+def _printable(text: str) -> str:
+    return text if len(text) <= 40 else text[:37] + "..."
+
+
+def _word(key: str) -> Callable[[str], str]:
+    def parse(value: str) -> str:
+        if not WORD.fullmatch(value):
+            raise BadRequest(f"{key}= is a word of letters, digits and . _ : -")
+        return value
+
+    return parse
+
+
+def _cores(value: str) -> int:
+    if not value.isdecimal() or len(value) > 6 or not 1 <= int(value) <= CORES_MAX:
+        raise BadRequest(f"cores= is a whole number from 1 to {CORES_MAX}")
+    return int(value)
+
+
+def _wait(value: str) -> float:
+    try:
+        seconds = float(value)
+    except ValueError:
+        seconds = math.nan
+    if not 0 <= seconds <= WAIT_SECONDS_MAX:  # also refuses nan
+        raise BadRequest(f"wait= is a number of seconds from 0 to {WAIT_SECONDS_MAX:.0f}")
+    return seconds
+
+
+def _exclusive(value: str) -> bool:
+    if value not in {"yes", "no"}:
+        raise BadRequest("exclusive= is yes or no")
+    return value == "yes"
+
+
+def _client(value: str) -> str:
+    if not CLIENT_NAME.fullmatch(value):
+        raise BadRequest("client= is 1 to 64 letters, digits and . _ @ : / + -")
+    return value
+
+
+CLIENT_KEYS: dict[str, Callable[[str], Any]] = {"client": _client}
+GET_WORKER_KEYS: dict[str, Callable[[str], Any]] = {
+    "pool": _word("pool"),
+    "cores": _cores,
+    "type": _word("type"),
+    "region": _word("region"),
+    "wait": _wait,
+    "exclusive": _exclusive,
+    "client": _client,
+}
+PARSERS: dict[str, Callable[[list[str]], Command]] = {
+    "GET_WORKER": _get_worker,
+    "PING": _ping,
+    "RELEASE": _release,
+    "STATUS": _bare(Status()),
+    "LIST_ALL": _bare(ListAll()),
+    "TERMINATE_ALL": _bare(TerminateAll()),
+}
+
+# --- replies, as the server writes them ----------------------------------------------------------------
+
+OK = b"OK\n"
+
+
+def line(text: str) -> bytes:
+    """A reply line: an address, for instance."""
+    return text.encode("ascii") + b"\n"
+
+
+def json_line(value: object) -> bytes:
+    """One line of JSON, ASCII only."""
+    return line(json.dumps(value, separators=(", ", ": ")))
+
+
+def error_line(error: BrokerError) -> bytes:
+    return line(error.wire())
+
+
+# --- the client's side ---------------------------------------------------------------------------------
+
+ERRORS: dict[str, type[BrokerError]] = {
+    Code.NO_CAPACITY: NoCapacity,
+    Code.LIMIT: LimitReached,
+    Code.TIMEOUT: WaitTimedOut,
+    Code.DENIED: Denied,
+    Code.DRAINING: Draining,
+    Code.CLOUD: CloudError,
+    Code.BAD_REQUEST: BadRequest,
+}
+CODELESS: dict[str, type[BrokerError]] = {
+    "Unknown command": UnknownCommand,
+    "Worker not found": WorkerNotFound,
+}
+
+
+def encode(command: GetWorker | Ping | Release | Status | ListAll | TerminateAll) -> bytes:
+    """A command as it goes over the wire; the inverse of `parse_line`. Raises BadRequest for a bad value."""
+    words = [name_of(command)]
+    for field in fields(command):
+        value = getattr(command, field.name)
+        if value is None or value is False:
+            continue
+        if field.name == "address":
+            words.append(value)
+        elif field.name == "force":
+            words.append("force")
+        else:
+            words.append(f"{field.name}={'yes' if value is True else _number(value)}")
+    encoded = " ".join(words).encode("ascii", "replace")
+    parsed = parse_line(encoded)
+    if isinstance(parsed, Malformed):
+        raise BadRequest(parsed.error.message)
+    if parsed != command:
+        raise BadRequest(f"{name_of(command)} cannot carry these values")
+    return encoded + b"\n"
+
+
+def _number(value: object) -> str:
+    return (
+        format(value, "g") if isinstance(value, float) and value == float(format(value, "g")) else str(value)
+    )
+
+
+def read_reply(reply: str) -> str:
+    """A reply line → itself. Raises the error that an `ERROR` line stands for."""
+    match = ERROR_LINE.fullmatch(reply)
+    if match is None:
+        return reply
+    message, code = match["message"] or "the broker reports an error without a reason", match["code"]
+    kind = ERRORS.get(code) if code else CODELESS.get(message)
+    raise (kind or BrokerError)(message)
+
+
+def read_address(reply: str) -> str:
+    """The address in a reply to GET_WORKER. Raises what `read_reply` raises, and BrokerError for nonsense."""
+    address = read_reply(reply).strip()
+    if not _is_address(address):
+        raise BrokerError(f"the broker answered {address[:80]!r}, which is no address")
+    return address
+
+
+def _is_address(text: str) -> bool:
+    """An IP address, or a DNS name (a pool may hand out names): it has a dot and its last part a letter."""
+    try:
+        ip_address(text)
+    except ValueError:
+        labels = text.split(".")
+        return bool(WORD.fullmatch(text)) and len(labels) > 1 and labels[-1].isalpha() and ":" not in text
+    return True

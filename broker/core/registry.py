@@ -1,0 +1,461 @@
+"""What every worker is doing right now, and who holds it.
+
+The life of a worker is the literal table LIFE: an illegal step raises IllegalStep and changes nothing.
+A worker is handed out only from READY, and DRAINING has no way back; both are decided here, in one table
+that one thread uses, so no client is ever given a worker that is being killed.
+
+The clocks that every hand-out moves (when a lease ends, when a worker was last used) live in plain
+dictionaries beside the frozen values, so that renewing is O(1). Deadlines wait in a heap of "look again
+at" times: a use only postpones a deadline, so the heap is not touched by a use. Whoever looks at a due
+worker says when to look next. Every operation is O(log n) or better; only `available` with a wish
+walks the candidates of one pool.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from enum import StrEnum
+from heapq import heappop, heappush
+
+from broker.core.errors import Denied, IllegalStep, WorkerNotFound
+from broker.core.model import (
+    Event,
+    Instance,
+    Lease,
+    LeaseEnded,
+    LeaseGranted,
+    Offering,
+    Order,
+    Worker,
+    WorkerChanged,
+    WorkerSeen,
+    WorkerState,
+)
+
+S = WorkerState
+
+
+class Step(StrEnum):
+    """What can happen to a worker."""
+
+    ORDER = "order is on disk"
+    ADOPT = "a machine with our tag has no entry"
+    LAUNCH = "instance id known"
+    REFUSE = "refused, or never launched"
+    SHOW_READY = "address known and readiness shown"
+    DOUBT = "probe failed, or a notice"
+    DRAIN = "reap, release, boot failed"
+    TERMINATE = "Terminate sent"
+    GO = "the cloud says terminated"
+
+
+# A booting worker may be drained for any reason, not only for a failed boot: an operator who says
+# TERMINATE_ALL means the machine that is still starting as well.
+LIFE: dict[tuple[WorkerState | None, Step], WorkerState] = {
+    (None, Step.ORDER): S.ORDERED,
+    (None, Step.ADOPT): S.BOOTING,
+    (S.ORDERED, Step.LAUNCH): S.BOOTING,
+    (S.ORDERED, Step.REFUSE): S.GONE,
+    (S.BOOTING, Step.SHOW_READY): S.READY,
+    (S.BOOTING, Step.DRAIN): S.DRAINING,
+    (S.BOOTING, Step.GO): S.GONE,
+    (S.READY, Step.DOUBT): S.SUSPECT,
+    (S.READY, Step.DRAIN): S.DRAINING,
+    (S.READY, Step.GO): S.GONE,
+    (S.SUSPECT, Step.SHOW_READY): S.READY,
+    (S.SUSPECT, Step.DRAIN): S.DRAINING,
+    (S.SUSPECT, Step.GO): S.GONE,
+    (S.DRAINING, Step.TERMINATE): S.TERMINATING,
+    (S.DRAINING, Step.GO): S.GONE,
+    (S.TERMINATING, Step.GO): S.GONE,
+}
+
+USABLE = frozenset({S.BOOTING, S.READY, S.SUSPECT})  # states in which a client's hold on a worker counts
+BOOKED = frozenset(S) - {S.GONE}
+
+
+class Registry:
+    """The books. `emit` hears every event at the moment it happens, so that no caller can forget to tell.
+
+    An event is the last thing a change does: whoever hears it finds the books in order and may change them.
+    """
+
+    def __init__(self, emit: Callable[[Event], None] = lambda event: None) -> None:
+        self._emit = emit
+        self.generation = 0  # moves with every step and every change of a hold: a cache may compare it
+        self._workers: dict[str, Worker] = {}
+        self._by_instance: dict[str, str] = {}
+        self._by_address: dict[str, str] = {}
+        self._by_state: dict[tuple[str, WorkerState], dict[str, None]] = {}
+        self._leases: dict[str, dict[str, Lease]] = {}  # worker id → client → lease
+        self._held: dict[tuple[str, str], dict[str, None]] = {}  # (pool, client) → worker ids
+        self._lease_ends_at: dict[str, float] = {}
+        self._used_at: dict[str, float] = {}
+        self._proved_at: dict[str, float] = {}
+        self._free: dict[str, dict[str, None]] = {}  # pool → READY workers that nobody holds, last freed last
+        self._open: dict[str, dict[str, None]] = {}  # pool → READY workers without an exclusive lease
+        self._look_at: dict[str, float] = {}
+        self._looks: list[tuple[float, str]] = []
+
+    # --- looking things up -------------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        return len(self._workers)
+
+    def __iter__(self) -> Iterator[Worker]:
+        return iter(tuple(self._workers.values()))
+
+    def get(self, worker_id: str) -> Worker | None:
+        return self._workers.get(worker_id)
+
+    def by_instance(self, instance_id: str) -> Worker | None:
+        return self._workers.get(self._by_instance.get(instance_id, ""))
+
+    def by_address(self, address: str) -> Worker | None:
+        """The worker that clients reach at `address`: never one on its way out."""
+        worker = self._workers.get(self._by_address.get(address, ""))
+        return worker if worker and worker.state in USABLE else None
+
+    def in_state(self, *states: WorkerState, pool: str | None = None) -> list[Worker]:
+        return [
+            self._workers[worker_id]
+            for (name, state), ids in self._by_state.items()
+            if state in states and pool in (None, name)
+            for worker_id in ids
+        ]
+
+    def count(self, pool: str, *states: WorkerState) -> int:
+        return sum(len(self._by_state.get((pool, state), ())) for state in states)
+
+    def leases(self, worker_id: str) -> list[Lease]:
+        return list(self._leases.get(worker_id, {}).values())
+
+    def lease_of(self, worker_id: str, client: str) -> Lease | None:
+        return self._leases.get(worker_id, {}).get(client)
+
+    def held_leases(self, pool: str, client: str) -> frozenset[str]:
+        """The ids of the leases that the client has in the pool."""
+        return frozenset(self._leases[id_][client].id for id_ in self._held.get((pool, client), ()))
+
+    def lease_ends_at(self, lease_id: str) -> float | None:
+        return self._lease_ends_at.get(lease_id)
+
+    def lease_count(self, pool: str) -> int:
+        return sum(len(self._leases.get(w.id, ())) for w in self.in_state(*BOOKED, pool=pool))
+
+    def busy(self, worker_id: str) -> bool:
+        return bool(self._leases.get(worker_id))
+
+    def used_at(self, worker_id: str) -> float:
+        return self._used_at[worker_id]
+
+    def proved_at(self, worker_id: str) -> float:
+        """When the worker last showed that it is ready: long ago when it never did."""
+        return self._proved_at.get(worker_id, float("-inf"))
+
+    # --- the life of a worker ----------------------------------------------------------------------
+
+    def order(self, order: Order, port: int, now: float) -> Worker:
+        """ORDERED: the order is on disk, the launch call may follow."""
+        worker = Worker(
+            order.id,
+            order.pool,
+            S.ORDERED,
+            order.offering,
+            port,
+            since_at=now,
+            born_at=now,
+            order_id=order.id,
+        )
+        return self._enter(worker, Step.ORDER, now)
+
+    def adopt(
+        self,
+        instance: Instance,
+        pool: str,
+        port: int,
+        now: float,
+        *,
+        order_id: str | None = None,
+        born_at: float | None = None,
+    ) -> Worker:
+        """BOOTING: a machine of ours that the books do not know, found in a listing. It counts as just used."""
+        offering = Offering(
+            instance.region, instance.instance_type, instance.market, instance.zone, instance.cores
+        )
+        worker = Worker(
+            instance.id,
+            pool,
+            S.BOOTING,
+            offering,
+            port,
+            since_at=now,
+            born_at=now if born_at is None else born_at,
+            order_id=order_id,
+        )
+        worker = self._enter(_with_instance(worker, instance), Step.ADOPT, now)
+        self._index(worker)
+        return worker
+
+    def launched(self, worker_id: str, instance: Instance, now: float) -> Worker:
+        """BOOTING: the order has its machine."""
+        return self._step(worker_id, Step.LAUNCH, now, instance=instance)
+
+    def refused(self, worker_id: str, reason: str, now: float) -> Worker:
+        return self._step(worker_id, Step.REFUSE, now, reason)
+
+    def observed(self, worker_id: str, instance: Instance, now: float) -> Worker:
+        """Take in what the cloud says of a worker; its state is not moved by it."""
+        return self._seen(self._workers[worker_id], instance, now)
+
+    def ready(self, worker_id: str, now: float) -> Worker:
+        """READY: readiness was just shown. Also renews the proof of a worker that is READY already."""
+        worker = self._workers[worker_id]
+        if worker.standing_notice or worker.address is None:
+            raise IllegalStep(
+                f"{worker_id} cannot become ready: {worker.standing_notice or 'it has no address'}"
+            )
+        if worker.state is not S.READY:
+            self._require(worker, Step.SHOW_READY)
+        self._proved_at[worker_id] = now
+        if worker.state is not S.READY:
+            worker = self._step(worker_id, Step.SHOW_READY, now)
+        return worker
+
+    def suspect(self, worker_id: str, reason: str, now: float, *, standing: bool = False) -> Worker:
+        """SUSPECT: keeps its leases, is not handed out. A standing notice cannot be lifted by a probe."""
+        worker = self._workers[worker_id]
+        self._proved_at.pop(worker_id, None)
+        if worker.state is S.READY:
+            worker = self._step(worker_id, Step.DOUBT, now, reason)
+        if standing:
+            worker = self._workers[worker_id] = replace(worker, standing_notice=reason)
+        return worker
+
+    def drain(self, worker_id: str, reason: str, now: float) -> Worker:
+        """DRAINING: never handed out again. Ends every lease on it, after the fence is up."""
+        worker = self._step(worker_id, Step.DRAIN, now, reason)
+        self._end_leases(worker_id, reason, now)
+        return worker
+
+    def terminating(self, worker_id: str, now: float) -> Worker:
+        return self._step(worker_id, Step.TERMINATE, now, self._workers[worker_id].reason)
+
+    def gone(self, worker_id: str, reason: str, now: float) -> Worker:
+        """GONE: the cloud says so. The worker leaves the books."""
+        return self._step(worker_id, Step.GO, now, reason)
+
+    # --- leases ------------------------------------------------------------------------------------
+
+    def available(
+        self, pool: str, client: str, *, exclusive: bool, wish: Callable[[Worker], bool] | None = None
+    ) -> Worker | None:
+        """The worker that `client` would get: the one it holds, else an unheld or shareable READY one.
+
+        Shared pools fill the oldest worker first, so that the others can become idle and go; an exclusive
+        wish takes the one freed last, for the same reason.
+        """
+        for worker_id in self._held.get((pool, client), ()):
+            worker = self._workers[worker_id]
+            fits = wish is None or wish(worker)
+            if worker.state is S.READY and fits and (not exclusive or self._only_holder(worker_id, client)):
+                return worker
+        candidates: Iterable[str] = (
+            reversed(self._free.get(pool, {})) if exclusive else self._open.get(pool, {})
+        )
+        for worker_id in candidates:
+            if wish is None or wish(self._workers[worker_id]):
+                return self._workers[worker_id]
+        return None
+
+    def grant(self, lease: Lease, now: float) -> Lease:
+        """Give `lease.client` its hold, or renew the hold it has. Raises Denied, WorkerNotFound."""
+        worker = self._workers.get(lease.worker_id)
+        if worker is None or worker.state not in USABLE:
+            raise WorkerNotFound
+        holders = self._leases.setdefault(worker.id, {})
+        held = holders.get(lease.client)
+        if held is None or held.exclusive < lease.exclusive:
+            self._require_no_conflict(holders, lease)
+        if held is not None:
+            if held.exclusive < lease.exclusive:
+                held = holders[lease.client] = replace(held, exclusive=True)
+                self._reindex_holds(worker)
+            self.renew(held, now)
+            return held
+        holders[lease.client] = lease
+        self._held.setdefault((worker.pool, lease.client), {})[worker.id] = None
+        self.renew(lease, now)
+        self._reindex_holds(worker)
+        self._tell(LeaseGranted(lease, worker, len(holders) == 1, now))
+        return lease
+
+    def renew(self, lease: Lease, now: float) -> None:
+        """The client used its worker: O(1), the busiest line of the broker."""
+        self._lease_ends_at[lease.id] = now + lease.ttl_seconds
+        self._used_at[lease.worker_id] = now
+
+    def end_lease(self, worker_id: str, client: str, reason: str, now: float) -> Lease | None:
+        """End the client's hold, if it has one. Returns the lease that ended."""
+        holders = self._leases.get(worker_id, {})
+        lease = holders.pop(client, None)
+        if lease is None:
+            return None
+        worker = self._workers[worker_id]
+        del self._lease_ends_at[lease.id]
+        held = self._held[(worker.pool, client)]
+        held.pop(worker_id)
+        if not held:
+            del self._held[(worker.pool, client)]
+        if not holders:
+            del self._leases[worker_id]
+        self._reindex_holds(worker)
+        self._tell(LeaseEnded(lease, worker, not holders, reason, now))
+        return lease
+
+    def expire_leases(self, worker_id: str, now: float) -> None:
+        """End the leases whose time is over, as of the moment it was over."""
+        for lease in self.leases(worker_id):
+            ends_at = self._lease_ends_at[lease.id]
+            if ends_at <= now:
+                self.end_lease(worker_id, lease.client, "expired", ends_at)
+
+    # --- deadlines ---------------------------------------------------------------------------------
+
+    def look_again(self, worker_id: str, at: float) -> None:
+        """Have `due` name this worker at `at`; replaces what was asked before."""
+        if self._look_at.get(worker_id) != at:
+            self._look_at[worker_id] = at
+            heappush(self._looks, (at, worker_id))
+
+    def due(self, now: float) -> list[Worker]:
+        """The workers whose deadline has come. Each must be asked for again with `look_again`."""
+        found = []
+        while self._looks and self._looks[0][0] <= now:
+            at, worker_id = heappop(self._looks)
+            if self._look_at.get(worker_id) == at:
+                del self._look_at[worker_id]
+                found.append(self._workers[worker_id])
+        return found
+
+    def next_look_at(self) -> float | None:
+        """When `due` will have something, or None."""
+        while self._looks and self._look_at.get(self._looks[0][1]) != self._looks[0][0]:
+            heappop(self._looks)  # an entry that a later look_again replaced
+        return self._looks[0][0] if self._looks else None
+
+    # --- inside ------------------------------------------------------------------------------------
+
+    def _tell(self, event: Event) -> None:
+        self.generation += 1
+        self._emit(event)
+
+    def _require(self, worker: Worker, step: Step) -> WorkerState:
+        after = LIFE.get((worker.state, step))
+        if after is None:
+            raise IllegalStep(f"{worker.id} is {worker.state}: no step for {step!r}")
+        return after
+
+    def _enter(self, worker: Worker, step: Step, now: float) -> Worker:
+        if worker.id in self._workers:
+            raise IllegalStep(f"{worker.id} is in the books already")
+        if LIFE[(None, step)] is not worker.state:
+            raise IllegalStep(f"{worker.id} cannot enter as {worker.state}")
+        self._workers[worker.id] = worker
+        self._used_at[worker.id] = now
+        self._by_state.setdefault((worker.pool, worker.state), {})[worker.id] = None
+        self.look_again(worker.id, now)
+        self._tell(WorkerChanged(worker, None, now))
+        return worker
+
+    def _step(
+        self, worker_id: str, step: Step, now: float, reason: str = "", instance: Instance | None = None
+    ) -> Worker:
+        before = self._workers[worker_id]
+        after = replace(before, state=self._require(before, step), since_at=now, reason=reason)
+        if instance is not None:
+            after = _with_instance(after, instance)
+            self._index(after)
+        self._workers[worker_id] = after
+        del self._by_state[(before.pool, before.state)][worker_id]
+        self._reindex_holds(after)  # before anyone hears of it: a listener may hand out workers at once
+        if after.state is S.GONE:
+            self._end_leases(worker_id, reason, now)
+            self._forget(after)
+        else:
+            self._by_state.setdefault((after.pool, after.state), {})[worker_id] = None
+            self.look_again(worker_id, now)
+        self._tell(WorkerChanged(after, before.state, now))
+        return after
+
+    def _seen(self, worker: Worker, instance: Instance, now: float) -> Worker:
+        after = _with_instance(worker, instance)
+        if after != worker:
+            if worker.address and self._by_address.get(worker.address) == worker.id:
+                del self._by_address[worker.address]
+            self._workers[worker.id] = after
+            self._index(after)
+            self._tell(WorkerSeen(after, now))
+        return after
+
+    def _index(self, worker: Worker) -> None:
+        if worker.instance_id:
+            self._by_instance[worker.instance_id] = worker.id
+        if worker.address and worker.state in USABLE:  # a dying worker must not claim a reused address back
+            self._by_address[worker.address] = worker.id
+
+    def _forget(self, worker: Worker) -> None:
+        del self._workers[worker.id]
+        del self._used_at[worker.id]
+        self._proved_at.pop(worker.id, None)
+        self._look_at.pop(worker.id, None)
+        if worker.instance_id:
+            self._by_instance.pop(worker.instance_id, None)
+        if worker.address and self._by_address.get(worker.address) == worker.id:
+            del self._by_address[worker.address]
+
+    def _end_leases(self, worker_id: str, reason: str, now: float) -> None:
+        for lease in self.leases(worker_id):
+            self.end_lease(worker_id, lease.client, reason, now)
+
+    def _only_holder(self, worker_id: str, client: str) -> bool:
+        return self._leases.get(worker_id, {}).keys() <= {client}
+
+    def _require_no_conflict(self, holders: dict[str, Lease], lease: Lease) -> None:
+        others = [held for held in holders.values() if held.client != lease.client]
+        if others and (lease.exclusive or any(held.exclusive for held in others)):
+            raise Denied
+
+    def _reindex_holds(self, worker: Worker) -> None:
+        """Keep `_free` and `_open` true after a step or a change of holds."""
+        free, shareable = self._free.setdefault(worker.pool, {}), self._open.setdefault(worker.pool, {})
+        holders = self._leases.get(worker.id, {})
+        _put(free, worker.id, worker.state is S.READY and not holders)
+        exclusive = len(holders) == 1 and next(iter(holders.values())).exclusive
+        _put(shareable, worker.id, worker.state is S.READY and not exclusive)
+
+
+def _put(index: dict[str, None], key: str, wanted: bool) -> None:
+    if not wanted:
+        index.pop(key, None)
+    elif key not in index:
+        index[key] = None
+
+
+def _with_instance(worker: Worker, instance: Instance) -> Worker:
+    """What the cloud says of a machine, written over what the books say; silence erases nothing."""
+    return replace(
+        worker,
+        instance_id=instance.id,
+        address=instance.address or worker.address,
+        running=instance.state == "running",
+        launched_unix=instance.launched_unix or worker.launched_unix,
+        offering=replace(
+            worker.offering,
+            zone=instance.zone or worker.offering.zone,
+            instance_type=instance.instance_type or worker.offering.instance_type,
+            cores=instance.cores or worker.offering.cores,
+            market=instance.market,
+        ),
+    )

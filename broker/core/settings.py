@@ -1,0 +1,279 @@
+"""The settings: one frozen object, parsed once, every problem reported at once with its key.
+
+Pure: whoever calls `parse` has read the TOML file and hands over the environment. An environment variable
+`COMPUTE_BROKER__POOL__DEFAULT__MAX_WORKERS=3` overrides `pool.default.max_workers`; in a variable's name a
+pool's dashes are written as underscores.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from difflib import get_close_matches
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from broker.core.errors import SettingsError
+
+ENV_PREFIX = "COMPUTE_BROKER__"
+DURATION = re.compile(r"(?P<amount>\d+(\.\d+)?)(?P<unit>ms|s|m|h|d)?")
+UNIT_SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, None: 1.0}
+LOOPBACK = re.compile(r"127(\.\d{1,3}){3}|localhost|::1")
+TAG_KEY_RESERVED = re.compile(r"compute-broker:.*|aws:.*|Name", re.IGNORECASE)
+
+
+def duration_seconds(value: object) -> float:
+    """`"15m"`, `"8h"`, `"500ms"`, `"90"` or a number of seconds → seconds. Raises ValueError."""
+    match = DURATION.fullmatch(str(value).strip()) if isinstance(value, str | int | float) else None
+    if match is None or isinstance(value, bool):
+        raise ValueError('is no duration: write "30s", "15m", "8h" or a number of seconds')
+    return float(match["amount"]) * UNIT_SECONDS[match["unit"]]
+
+
+def _socket_address(value: object) -> str:
+    """`"127.0.0.1:9000"`, `"[::1]:9000"`, `":9000"` is refused: say which address is meant."""
+    host, separator, port = str(value).rpartition(":")
+    if not separator or not host or not port.isdigit() or int(port) > 65535:
+        raise ValueError('is no address: write "127.0.0.1:9000"')
+    return str(value)
+
+
+def _names(value: object) -> object:
+    """One name, or a comma-separated list from an environment variable, stands for a list."""
+    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+def _words(value: object) -> object:
+    return value.split() if isinstance(value, str) else value
+
+
+Seconds = Annotated[
+    float, BeforeValidator(duration_seconds), Field(ge=0, json_schema_extra={"type": "string"})
+]
+PositiveSeconds = Annotated[Seconds, Field(gt=0)]
+SocketAddress = Annotated[str, BeforeValidator(_socket_address)]
+Names = Annotated[tuple[str, ...], BeforeValidator(_names)]
+Words = Annotated[tuple[str, ...], BeforeValidator(_words)]
+PoolName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{0,31}$")]
+
+
+class Section(BaseModel):
+    """A table of the file: frozen, and a key it does not know is a problem, not a wish ignored."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """`"[::1]:9000"` → `("::1", 9000)`."""
+    host, _, port = address.rpartition(":")
+    return host.strip("[]"), int(port)
+
+
+class BrokerSettings(Section):
+    """The daemon itself."""
+
+    id: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9-]{0,31}$")] = Field(
+        "local", description="Names this broker in its machines' tags: one running broker per id."
+    )
+    state_dir: str = Field(
+        "~/.local/state/compute-broker", description="Open orders, leases and local workers are kept here."
+    )
+    listen: SocketAddress = Field("127.0.0.1:9000", description="Where clients connect.")
+    http: SocketAddress = Field(
+        "127.0.0.1:9100", description="Where /metrics, /healthz and /readyz are served."
+    )
+    insecure_listen: bool = Field(
+        False, description="Allow listening beyond loopback although the protocol has no authentication."
+    )
+    connections_max: int = Field(12_000, ge=1, description="More clients than this are told so and closed.")
+    line_timeout: PositiveSeconds = Field(
+        30.0, description="A command that was begun must be finished within this time."
+    )
+    silence_timeout: PositiveSeconds = Field(
+        3600.0, description="A connection on which nothing happens is closed after this time."
+    )
+    reconcile_interval: PositiveSeconds = Field(30.0, description="How often the cloud is scanned.")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="What is logged.")
+    log_format: Literal["auto", "json", "console"] = Field(
+        "auto", description="auto: JSON unless stderr is a terminal."
+    )
+
+    @model_validator(mode="after")
+    def _no_accidental_exposure(self) -> Self:
+        for key in ("listen", "http"):
+            host, _ = split_address(getattr(self, key))
+            if not LOOPBACK.fullmatch(host) and not self.insecure_listen:
+                raise ValueError(
+                    f'{key} = "{getattr(self, key)}" is reachable from other machines, and whoever reaches it can '
+                    "spend your money: listen on 127.0.0.1 and use an SSH tunnel or a VPN, or say "
+                    "insecure_listen = true when a firewall decides who may connect"
+                )
+        return self
+
+
+class PoolSettings(Section):
+    """A named recipe for workers."""
+
+    provider: Literal["local", "ec2"] = Field("local", description="Who makes the workers.")
+    worker_port: int = Field(2560, ge=1, le=65535, description="The port clients use on a worker.")
+    readiness: Literal["tcp", "running"] = Field(
+        "tcp",
+        description="tcp: the worker port must accept a connection. running: the cloud's word and an address are "
+        "enough (for brokers that cannot reach the workers themselves).",
+    )
+    readiness_max_age: Seconds = Field(
+        1.0,
+        description="A hand-out trusts a shown readiness for this long, then the worker port is tried again.",
+    )
+    sharing: Literal["shared", "exclusive"] = Field(
+        "shared", description="shared: everyone gets the same worker. exclusive: one client a worker."
+    )
+    idle_timeout: PositiveSeconds = Field(
+        900.0, description="A worker that nobody used this long is terminated."
+    )
+    max_lifetime: PositiveSeconds = Field(
+        28800.0, description="A worker this old gets no new clients and is terminated once nobody holds it."
+    )
+    boot_deadline: PositiveSeconds = Field(
+        600.0, description="A worker that is not ready this long after its order is terminated."
+    )
+    wait: Seconds = Field(900.0, description="How long GET_WORKER waits when the client does not say.")
+    max_workers: int = Field(4, ge=0, description="At most this many machines, the ones on order included.")
+    launches_per_hour: int = Field(
+        20, ge=0, description="At most this many launch attempts an hour, failed ones too."
+    )
+    boot_failures_max: int = Field(
+        3,
+        ge=1,
+        description="After so many failed boots in a row launches pause (the image is probably broken).",
+    )
+    price_usd_per_hour: float = Field(
+        0.0, ge=0, description="What a running worker of this pool is taken to cost, for the cost metrics."
+    )
+
+    command: Words = Field(
+        (),
+        description="local: the program that is a worker. Empty: a Tcl evaluator that speaks dserv's framing.",
+    )
+
+    region: str | None = Field(None, description="ec2: the region; otherwise the AWS configuration decides.")
+    profile: str | None = Field(None, description="ec2: the profile in the AWS configuration files.")
+    image: str | None = Field(
+        None, description="ec2: an AMI id, or the name of an SSM parameter that holds one."
+    )
+    instance_types: Names = Field((), description="ec2: in order of preference.")
+    market: Literal["spot", "on-demand"] = Field("spot", description="ec2: how machines are bought.")
+    address: Literal["public", "private", "dns"] = Field(
+        "public", description="ec2: which address clients get."
+    )
+    security_group_ids: Names = Field((), description="ec2: security groups by id.")
+    security_groups: Names = Field((), description="ec2: security groups by name, within the subnet's VPC.")
+    key_name: str | None = Field(None, description="ec2: the SSH key pair.")
+    subnet: str | None = Field(None, description="ec2: the subnet; without it the default VPC is used.")
+    instance_profile: str | None = Field(None, description="ec2: name or ARN of the instance profile.")
+    user_data: str | None = Field(
+        None, description="ec2: the script a machine runs at boot. No secrets in it."
+    )
+    user_data_file: str | None = Field(None, description="ec2: a file with that script.")
+    name_tag: str = Field("dserv-worker", min_length=1, max_length=255, description="ec2: the Name tag.")
+    tags: dict[str, str] = Field({}, description="ec2: further tags.")
+    adopt_name_tag: bool = Field(
+        False, description="ec2: take over machines with this Name tag that no broker has tagged as its own."
+    )
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if self.provider == "ec2":
+            missing = [key for key in ("image", "instance_types") if not getattr(self, key)]
+            if missing:
+                raise ValueError(f'provider = "ec2" needs {" and ".join(missing)}')
+        if self.user_data is not None and self.user_data_file is not None:
+            raise ValueError("user_data and user_data_file exclude each other")
+        reserved = [key for key in self.tags if TAG_KEY_RESERVED.fullmatch(key)]
+        if reserved:
+            raise ValueError(f"tags may not contain {', '.join(reserved)}: the broker or AWS keeps these")
+        if (
+            len(self.tags) > 40
+        ):  # EC2 allows 50 tags on a resource (EC2 user guide, Tag restrictions); ours are six
+            raise ValueError("tags holds more than 40 entries")
+        return self
+
+    @property
+    def exclusive(self) -> bool:
+        return self.sharing == "exclusive"
+
+    @property
+    def price_usd_micros_per_hour(self) -> int:
+        return round(self.price_usd_per_hour * 1_000_000)
+
+
+class Settings(Section):
+    """The whole file."""
+
+    broker: BrokerSettings = BrokerSettings()  # type: ignore[call-arg]  # pydantic fills the defaults
+    pool: dict[PoolName, PoolSettings] = {"default": PoolSettings()}  # type: ignore[call-arg]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_pool_exists(cls, data: Any) -> Any:
+        if isinstance(data, dict) and isinstance(data.get("pool", {}), dict):
+            return {**data, "pool": {"default": {}, **data.get("pool", {})}}
+        return data
+
+
+def parse(document: Mapping[str, Any], environ: Mapping[str, str]) -> Settings:
+    """TOML tables and the environment → Settings. Raises SettingsError with every problem and its key."""
+    problems: list[str] = []
+    merged = _overlay(document, environ, problems)
+    try:
+        settings = Settings.model_validate(merged)
+    except ValidationError as error:
+        problems += [
+            _problem(detail["loc"], detail["type"], detail["msg"], Settings) for detail in error.errors()
+        ]
+    if problems:
+        raise SettingsError(problems)
+    return settings
+
+
+def schema() -> dict[str, Any]:
+    """The JSON schema of the file."""
+    return Settings.model_json_schema()
+
+
+def _overlay(document: Mapping[str, Any], environ: Mapping[str, str], problems: list[str]) -> dict[str, Any]:
+    merged: dict[str, Any] = json.loads(json.dumps(document, default=str))
+    for variable in sorted(environ):
+        if not variable.startswith(ENV_PREFIX):
+            continue
+        path = [part.lower() for part in variable.removeprefix(ENV_PREFIX).split("__")]
+        if (path[0], len(path)) not in {("broker", 2), ("pool", 3)}:
+            problems.append(
+                f"{variable}: names no setting; write {ENV_PREFIX}POOL__DEFAULT__MAX_WORKERS for instance"
+            )
+            continue
+        table = merged.setdefault(path[0], {})
+        if path[0] == "pool" and isinstance(table, dict):
+            dashed = path[1].replace("_", "-")
+            table = table.setdefault(path[1] if path[1] in table else dashed, {})
+        if isinstance(table, dict):
+            table[path[-1]] = environ[variable]
+    return merged
+
+
+def _problem(loc: tuple[int | str, ...], kind: str, message: str, model: type[BaseModel]) -> str:
+    path = [str(part) for part in loc if part != "[key]"]
+    key = ".".join(path)
+    if kind == "extra_forbidden":
+        close = get_close_matches(path[-1], _siblings(path, model), n=1)
+        return f"{key}: there is no such setting" + (f"; did you mean {close[0]}?" if close else "")
+    message = message.removeprefix("Value error, ")
+    return f"{key}: {message[0].lower() + message[1:] if message[:1].isupper() else message}"
+
+
+def _siblings(path: list[str], model: type[BaseModel]) -> list[str]:
+    sections: dict[str, type[BaseModel]] = {"broker": BrokerSettings, "pool": PoolSettings}
+    section = sections.get(path[0]) if len(path) > 1 else model
+    return list(section.model_fields) if section else []

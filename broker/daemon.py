@@ -1,0 +1,330 @@
+"""The composition root: wires everything, starts it, stops it. Nothing else knows everything.
+
+Start: settings, the store and its lock, the providers, the sockets, the loops. Clients may connect at once;
+what they ask for waits for the first complete scan of the cloud, and READY=1 goes out after it.
+Stop: no new connections, answers for whom there is one, the answers of launches under way; workers live on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import resource
+import secrets
+import socket
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from aiohttp import web
+
+from broker import systemd
+from broker.clock import Clock
+from broker.clouds import Clouds
+from broker.context import Context
+from broker.core.errors import BrokerError, SettingsError
+from broker.core.model import Event, WorkerChanged, WorkerSeen, WorkerState
+from broker.core.registry import BOOKED, Registry
+from broker.core.settings import Settings, split_address
+from broker.logs import EventLog, Log
+from broker.loops.launch import LaunchLoop
+from broker.loops.probe import Connect, ProbeLoop, connects
+from broker.loops.reap import ReapLoop
+from broker.loops.reconcile import ReconcileLoop
+from broker.loops.runner import LoopRunner
+from broker.loops.tagging import TaggingLoop
+from broker.metering import Meter
+from broker.orders import Orders
+from broker.providers.base import Provider
+from broker.providers.ec2 import Ec2Provider
+from broker.providers.local import LocalProvider
+from broker.server import Server
+from broker.service import Service
+from broker.store import Store
+from broker.web.app import Health, make_app
+from broker.web.metrics import CommandStats, Metrics
+
+ANSWER_SECONDS_MAX = 5.0  # at shutdown, for commands that have their answer already
+SETTLE_SECONDS_MAX = (
+    20.0  # at shutdown, for launch calls under way: an answer that is read is an order resolved
+)
+FILES_SPARE = 256  # file descriptors that are not client connections: the store, the cloud, probes, logs
+
+MakeProviders = Callable[[Settings, Path, Clock, Callable[[str, str], None]], Mapping[str, Provider]]
+
+
+def make_providers(
+    settings: Settings, state_dir: Path, clock: Clock, on_call: Callable[[str, str], None]
+) -> Mapping[str, Provider]:
+    """Pool name → provider; pools that buy at one place share one."""
+    places: dict[tuple[str, str | None, str | None], dict[str, object]] = {}
+    for name, pool in settings.pool.items():
+        places.setdefault((pool.provider, pool.region, pool.profile), {})[name] = pool
+    providers: dict[str, Provider] = {}
+    for (kind, region, profile), names in places.items():
+        pools = {name: settings.pool[name] for name in names}
+        provider: Provider
+        if kind == "ec2":
+            provider = Ec2Provider(
+                settings.broker.id,
+                pools,
+                region=region,
+                profile=profile,
+                clock_wall=clock.wall,
+                on_call=on_call,
+            )
+        else:
+            provider = LocalProvider(settings.broker.id, pools, state_dir, clock.wall, on_call)
+        providers.update(dict.fromkeys(pools, provider))
+    return providers
+
+
+class Daemon:
+    """One broker. `run` is its whole life."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        state_dir: Path,
+        clock: Clock,
+        log: Log,
+        environ: Mapping[str, str],
+        providers: MakeProviders = make_providers,
+        connect: Connect = connects,
+        store_threaded: bool = True,
+        new_id: Callable[[], str] = lambda: secrets.token_hex(12),
+    ) -> None:
+        self.settings = settings
+        self.clock = clock
+        self._log = log
+        self._notifier = systemd.Notifier(environ, lambda problem: log.warning(problem))
+        self._sockets = _activated(environ)
+        self._observers: list[Callable[[Event], None]] = []
+        registry = Registry(self._publish)
+        store = Store(state_dir, threaded=store_threaded, report=lambda text: log.error("store", error=text))
+        clouds = Clouds(providers(settings, state_dir, clock, self._cloud_called))
+        self.context = Context(settings, registry, clouds, store, clock)
+        self.orders = Orders(self.context)
+        self._wire(connect, new_id)
+
+    def _wire(self, connect: Connect, new_id: Callable[[], str]) -> None:
+        context, report = self.context, self._report
+        self.launch = LaunchLoop(
+            context, self.orders, new_order_id=lambda: f"cb-{new_id()}", wake=lambda: self._wake("launch")
+        )
+        self.probe = ProbeLoop(context, connect)
+        self.reap = ReapLoop(context, report, terminated=lambda: self._look_closely())
+        self.reconcile = ReconcileLoop(
+            context,
+            self.orders,
+            broker_id=self.settings.broker.id,
+            report=report,
+            changed=lambda: self._wake("launch"),
+            beat=self._beat,
+        )
+        loops = (self.reconcile, self.probe, self.reap, self.launch, TaggingLoop(context, report))
+        self.runners = {loop.name: LoopRunner(loop, self.clock, self._loop_failed) for loop in loops}
+        self.service = Service(
+            context,
+            prove=self.probe.prove,
+            scan=self.reconcile.scan,
+            demand=lambda: self._wake("launch"),
+            reap=lambda: self._wake("reap"),
+            new_id=lambda: f"lease-{new_id()}",
+        )
+        self.meter = Meter()
+        commands = CommandStats()
+        self.server: Server = Server(
+            self.service, self.settings.broker, self.clock, commands.record, self._command_failed
+        )
+        self.metrics: Metrics = Metrics(context, self.meter, commands, lambda: len(self.server.connections))
+        self.health = Health(context, list(self.runners.values()))
+        self._observers += [
+            EventLog(self._log).heard,
+            self.meter.heard,
+            self.metrics.heard,
+            self._guard_heard,
+            self._wake_heard,
+            self.service.heard,  # last: it may change the books, and the others shall hear that afterwards
+        ]
+
+    # --- life ----------------------------------------------------------------------------------------
+
+    async def run(self, stop: asyncio.Event, *, listening: Callable[[], None] = lambda: None) -> None:
+        """Live until `stop` is set. `listening` is called once the ports are open.
+
+        Raises SettingsError (a pool cannot work as configured), StoreError, OSError (a port is taken).
+        """
+        self.context.store.open()
+        try:
+            self._remember()
+            await self._open_providers()
+            async with asyncio.TaskGroup() as tasks:
+                web_runner = await self._listen()
+                listening()
+                background = [tasks.create_task(runner.run()) for runner in self.runners.values()]
+                background.append(tasks.create_task(self.server.sweep()))
+                background.append(tasks.create_task(self._announce()))
+                await stop.wait()
+                await self._shut_down(web_runner)
+                for task in background:
+                    task.cancel()
+        finally:
+            for cloud in self.context.clouds.all:
+                await cloud.provider.close()
+            await self.context.store.settle()
+            self.context.store.close()
+
+    def _remember(self) -> None:
+        """Open orders and leases of an earlier run."""
+        for order in self.context.store.open_orders():
+            self.orders.reopen(order)
+        for stored in self.context.store.leases():
+            self.context.stored_leases.setdefault(stored.instance_id, []).append(stored)
+
+    async def _open_providers(self) -> None:
+        """Find out now what a person has to mend; what only the cloud can mend is tried again later."""
+        for cloud in self.context.clouds.all:
+            try:
+                await cloud.provider.open()
+            except SettingsError:
+                raise
+            except BrokerError as error:
+                self._report("cloud not reached yet", {"cloud": cloud.provider.name, "error": error.message})
+            else:
+                cloud.opened = True
+
+    async def _listen(self) -> web.AppRunner:
+        settings = self.settings.broker
+        if settings.insecure_listen:
+            self._log.warning(
+                "INSECURE: whoever reaches these ports can spend your money; a firewall must decide who does",
+                listen=settings.listen,
+                http=settings.http,
+            )
+        self.server.connections_max = _allow_connections(settings.connections_max, self._log)
+        await self.server.listen(self._sockets)
+        web_runner = web.AppRunner(make_app(self.metrics, self.health), access_log=None)
+        await web_runner.setup()
+        host, port = split_address(settings.http)
+        try:
+            await web.TCPSite(web_runner, host, port).start()
+        except OSError:
+            self.server.stop_listening()
+            raise
+        self._log.info("listening", clients=", ".join(self.server.addresses), http=settings.http)
+        return web_runner
+
+    async def _announce(self) -> None:
+        """READY=1, once workers can be handed out."""
+        while not self.context.clouds.recovered():
+            await self.context.scanned.wait()
+        self._notifier.ready(f"serving clients on {', '.join(self.server.addresses)}")
+        workers = len(self.context.registry)
+        self._log.info("ready", workers=workers, open_orders=len(self.orders.unresolved()))
+
+    async def _shut_down(self, web_runner: web.AppRunner) -> None:
+        self._notifier.stopping()
+        self.server.stop_listening()
+        self.service.close()
+        await self.server.close(ANSWER_SECONDS_MAX)
+        await self.launch.settle(SETTLE_SECONDS_MAX)
+        await web_runner.cleanup()
+        alive = [
+            w.instance_id
+            for w in self.context.registry.in_state(*BOOKED)
+            if w.state is not WorkerState.ORDERED
+        ]
+        self._log.info(
+            "stopped",
+            workers_left_running=alive,
+            open_orders=[entry.order.id for entry in self.orders.unresolved()],
+        )
+
+    # --- what happens meanwhile ------------------------------------------------------------------------
+
+    def _publish(self, event: Event) -> None:
+        for observer in self._observers:
+            observer(event)
+
+    def _wake(self, loop: str) -> None:
+        self.runners[loop].wake()
+
+    def _look_closely(self) -> None:
+        self.reconcile.watch_closely()
+        self._wake("reconcile")
+
+    def _beat(self) -> None:
+        self._notifier.watchdog()
+
+    def _guard_heard(self, event: Event) -> None:
+        """Failed boots in a row open the breaker."""
+        if not isinstance(event, WorkerChanged) or event.before is not WorkerState.BOOTING:
+            return
+        worker, guard = event.worker, self.context.guard(event.worker.pool)
+        if worker.state is WorkerState.READY:
+            guard.booted()
+        elif worker.state is WorkerState.GONE or worker.reason == "boot-timeout":
+            guard.boot_failed(self.context.pool(worker.pool), event.at)
+
+    def _wake_heard(self, event: Event) -> None:
+        """A loop that has something to do shall not wait for its next look."""
+        if isinstance(event, WorkerSeen):
+            self._wake("probe")
+        elif isinstance(event, WorkerChanged):
+            match event.worker.state:
+                case WorkerState.ORDERED:
+                    pass
+                case WorkerState.GONE:
+                    self._wake("launch")  # there may be room under the cap again
+                case state:
+                    self._wake("reap")  # every state has a deadline of its own
+                    self._wake("probe")
+                    if state is WorkerState.BOOTING:
+                        self._look_closely()
+
+    def _report(self, event: str, details: Mapping[str, object]) -> None:
+        if "error" in details:
+            self._log.warning(event, **details)
+        else:
+            self._log.info(event, **details)
+
+    def _loop_failed(self, name: str, error: Exception, pause_seconds: float) -> None:
+        self.metrics.loop_failed(name)
+        self._log.error("loop failed", loop=name, again_in=pause_seconds, exc_info=error)
+
+    def _cloud_called(self, api: str, outcome: str) -> None:
+        self.metrics.cloud_call(api, outcome)
+
+    def _command_failed(self, command: str, error: Exception) -> None:
+        self._log.error("command failed", command=command, exc_info=error)
+
+
+def _activated(environ: Mapping[str, str]) -> list[socket.socket]:
+    """The sockets systemd listens on for us, if it does."""
+    try:
+        named = systemd.listen_sockets(environ)
+    except ValueError as error:
+        raise SettingsError([str(error)]) from None
+    return [*named.get("broker", []), *named.get(systemd.UNNAMED, [])]
+
+
+def _allow_connections(connections: int, log: Log) -> int:
+    """Raise the soft limit of open files as far as it goes. Returns how many connections that allows."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = connections + FILES_SPARE
+    allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft < allowed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+    if max(soft, allowed) >= wanted:
+        return connections
+    log.warning("fewer connections than connections_max are possible", limit_nofile=allowed, wanted=wanted)
+    return max(1, allowed - FILES_SPARE)
+
+
+def state_directory(settings: Settings, environ: Mapping[str, str]) -> Path:
+    """Where the state lives: what the settings say, `~` resolved."""
+    text = settings.broker.state_dir
+    if text.startswith("~") and "HOME" not in environ:
+        raise SettingsError([f"broker.state_dir: {text} cannot be resolved without HOME; name a directory"])
+    return Path(os.path.expanduser(text)).absolute()

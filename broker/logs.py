@@ -1,0 +1,93 @@
+"""Logging: one event a line, JSON unless somebody is looking; ids and reasons on every action.
+
+`EventLog` is an observer: the code that does things does not speak of logging. PING and warm hand-outs are
+counted, not logged: there may be thousands of them a second.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+from typing import Any
+
+import structlog
+
+from broker.core.model import Event, LeaseEnded, LeaseGranted, Worker, WorkerChanged, WorkerSeen, WorkerState
+
+LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
+Log = structlog.typing.FilteringBoundLogger
+
+
+def configure(level: str, log_format: str) -> None:
+    """Send everything, libraries included, to stderr. `log_format`: auto, json or console."""
+    terminal = sys.stderr.isatty()
+    console = log_format == "console" or (log_format == "auto" and terminal)
+    shared: list[structlog.typing.Processor] = [
+        structlog.stdlib.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        structlog.processors.StackInfoRenderer(),
+    ]
+    last: list[structlog.typing.Processor] = (
+        [structlog.dev.ConsoleRenderer(colors=terminal)]
+        if console
+        else [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
+    )
+    structlog.configure(
+        processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
+        wrapper_class=structlog.make_filtering_bound_logger(LEVELS[level]),
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        cache_logger_on_first_use=True,
+    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=shared,
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *last],
+        )
+    )
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(LEVELS[level])
+    for chatty in ("aiohttp.access", "botocore", "aiobotocore", "urllib3", "asyncio"):
+        logging.getLogger(chatty).setLevel(max(LEVELS[level], logging.WARNING))
+
+
+class EventLog:
+    """Writes what happens to workers and leases."""
+
+    def __init__(self, log: Log) -> None:
+        self._log = log
+
+    def heard(self, event: Event) -> None:
+        match event:
+            case WorkerChanged(worker=worker, before=before):
+                known = {"before": str(before)} if before else {}
+                self._level(worker)(f"worker {worker.state}", **_who(worker), **known)
+            case WorkerSeen(worker=worker):
+                self._log.debug("worker seen", **_who(worker), running=worker.running)
+            case LeaseGranted(lease=lease, worker=worker):
+                self._log.info("lease granted", lease=lease.id, client=lease.client, **_who(worker))
+            case LeaseEnded(lease=lease, worker=worker, reason=reason):
+                self._log.info("lease ended", lease=lease.id, client=lease.client, why=reason, **_who(worker))
+
+    def _level(self, worker: Worker) -> Any:
+        return self._log.warning if worker.state is WorkerState.SUSPECT else self._log.info
+
+
+def _who(worker: Worker) -> dict[str, str]:
+    values = {
+        "worker": worker.id,
+        "pool": worker.pool,
+        "instance": worker.instance_id,
+        "ip": worker.address,
+        "type": worker.offering.instance_type,
+        "reason": worker.reason,
+    }
+    return {key: value for key, value in values.items() if value}
+
+
+def get_logger(**bound: str) -> Log:
+    """A logger that adds `bound` to every line."""
+    log: Log = structlog.get_logger().bind(**bound)
+    return log

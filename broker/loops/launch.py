@@ -1,0 +1,210 @@
+"""Waiting clients → orders → machines.
+
+Every order is on disk, with the exact parameters of its call, before the call is made. A launch call is made
+by a task of its own that nobody cancels while the answer is under way: a lost answer is a lost machine. When
+an answer is lost all the same, the same order is sent again, which yields the same machine; while nobody
+waits for it, reconcile watches for it instead.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from broker.context import Context
+from broker.core.errors import (
+    BrokerError,
+    CloudError,
+    NoCapacity,
+    OfferingRefused,
+    OrderMismatch,
+    OrderSpent,
+    PermanentRefusal,
+    StoreError,
+    Throttled,
+)
+from broker.core.model import Offering, Order, WorkerState
+from broker.core.policy import plan_launches
+from broker.orders import OUTCOMES, OpenOrder, Orders
+from broker.waiting import Wish
+
+CALLS_MAX = 5  # for one order in a row; then the waiting clients hear why
+PAUSE_SECONDS_MIN = 1.0  # between them, doubling: 1 + 2 + 4 + 8 s
+COOL_DOWN_SECONDS = 180.0  # a refused offering is not asked for again (Karpenter uses the same three minutes)
+MENDING_SECONDS = 60.0  # a permanent refusal needs a person: until then clients hear it without a new call
+RESEND_SECONDS = (
+    10.0  # an order without an answer is sent again no sooner, however many clients come and wait
+)
+NEVER_SECONDS = float("inf")
+RETRY_SECONDS = 5.0  # how soon to look again while clients wait behind an obstacle
+
+
+class LaunchLoop:
+    """See the module. `wake` has this loop tick again."""
+
+    name = "launch"
+
+    def __init__(
+        self, context: Context, orders: Orders, *, new_order_id: Callable[[], str], wake: Callable[[], None]
+    ) -> None:
+        self._context = context
+        self._orders = orders
+        self._new_order_id = new_order_id
+        self._wake = wake
+        self._in_flight: dict[str, asyncio.Task[None]] = {}  # order id → the task that makes its calls
+        self._cooling: dict[tuple[str, Offering], tuple[float, BrokerError]] = {}
+
+    @property
+    def in_flight(self) -> int:
+        return len(self._in_flight)
+
+    async def settle(self, timeout_seconds: float) -> None:
+        """At shutdown: collect the answers that are under way. Orders without one stay open on disk."""
+        if self._in_flight:
+            await asyncio.wait(self._in_flight.values(), timeout=timeout_seconds)
+
+    async def tick(self) -> float | None:
+        for name in self._context.settings.pool:
+            self._plan(name)
+        return self._context.now() + RETRY_SECONDS if len(self._context.waiting) else None
+
+    # --- deciding ----------------------------------------------------------------------------------
+
+    def _plan(self, name: str) -> None:
+        context = self._context
+        cloud = context.cloud(name)
+        context.obstacles.pop(name, None)
+        if cloud is None or not cloud.recovered or not context.waiting.of(name):
+            return
+        refusal = cloud.refusal()
+        if refusal is not None:
+            self._tell(name, refusal)
+            return
+        self._send_again(name)
+        demand, guard = context.waiting.demand(name), context.guard(name)
+        plan = plan_launches(context.registry, name, context.pool(name), demand, guard, context.now())
+        if plan.refusal is not None:
+            self._tell(name, plan.refusal)
+        if plan.obstacle:
+            context.obstacles[name] = plan.obstacle
+        for wish in self._wishes(name)[: plan.orders]:
+            self._order(name, wish)
+
+    def _wishes(self, name: str) -> list[Wish]:
+        """What the waiting clients want: one entry for each machine they would need, the last first.
+
+        Machines that are on order already are for those who came first.
+        """
+        waiters = self._context.waiting.of(name)
+        shared = dict.fromkeys(waiter.wish for waiter in waiters if not waiter.exclusive)
+        return [*(waiter.wish for waiter in reversed(waiters) if waiter.exclusive), *shared]
+
+    def _order(self, name: str, wish: Wish) -> None:
+        context, cloud = self._context, self._context.cloud(name)
+        offering = self._choose(name, wish)
+        if cloud is None or isinstance(offering, BrokerError):
+            self._tell(name, offering if isinstance(offering, BrokerError) else CloudError(), wish)
+            return
+        context.guard(name).attempted(context.now())
+        order = cloud.provider.prepare(name, self._new_order_id(), offering, context.clock.wall())
+        self._start(order, self._place(self._orders.enter(order)))
+
+    def _choose(self, name: str, wish: Wish) -> Offering | BrokerError:
+        """The first offering that suits and does not cool down; otherwise what the client shall hear."""
+        cloud, now = self._context.cloud(name), self._context.now()
+        refusals: list[BrokerError] = []
+        for offering in cloud.provider.offerings(name) if cloud else ():
+            if not wish.fits(offering):
+                continue
+            until, refusal = self._cooling.get((name, offering), (now, None))
+            if refusal is None or now >= until:
+                return offering
+            refusals.append(refusal)
+        if len(refusals) == 1 or (refusals and isinstance(refusals[0], PermanentRefusal)):
+            return refusals[0]
+        reasons = "; ".join(dict.fromkeys(refusal.message for refusal in refusals))
+        return NoCapacity(reasons or f"pool '{name}' has nothing with {wish}")
+
+    def _tell(self, name: str, error: BrokerError, wish: Wish | None = None, doubtful: int = 0) -> None:
+        """Tell those clients for whom no machine is on its way that none will come."""
+        supply = self._context.registry.count(name, WorkerState.ORDERED, WorkerState.BOOTING) - doubtful
+        self._context.waiting.fail(name, error, wish=wish, supply=max(0, supply))
+
+    def _send_again(self, name: str) -> None:
+        """Somebody waits, and there is an order whose answer was lost: ask with the same order, not a new one."""
+        for entry in self._orders.unresolved():
+            due = entry.resend_at <= self._context.now() and entry.order.id not in self._in_flight
+            if due and entry.order.pool == name:
+                self._start(entry.order, self._call(entry))
+
+    # --- doing -------------------------------------------------------------------------------------
+
+    def _start(self, order: Order, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work, name=f"launch {order.id}")
+        self._in_flight[order.id] = task
+        task.add_done_callback(lambda done: self._finished(order, done))
+
+    def _finished(self, order: Order, task: asyncio.Task[None]) -> None:
+        self._in_flight.pop(order.id, None)
+        error = None if task.cancelled() else task.exception()
+        if error is not None:
+            self._tell(order.pool, CloudError(f"the broker met a fault of its own: {error!r}"))
+        self._wake()
+
+    async def _place(self, entry: OpenOrder) -> None:
+        try:
+            await self._orders.place(entry)
+        except StoreError as error:
+            self._tell(entry.order.pool, error)
+        else:
+            await self._call(entry)
+
+    async def _call(self, entry: OpenOrder) -> None:
+        """Make the launch call until it has an answer, CALLS_MAX times at most."""
+        for call in range(1, CALLS_MAX + 1):
+            entry.sent_at = self._context.now()
+            try:
+                await self._launch(entry.order)
+            except BrokerError as error:
+                entry.perhaps_launched |= _perhaps_launched(error)
+                again = call < CALLS_MAX and (isinstance(error, Throttled) or _perhaps_launched(error))
+                if not again or isinstance(error, OrderMismatch):
+                    self._failed(entry, error)
+                    return
+                await asyncio.sleep(PAUSE_SECONDS_MIN * 2 ** (call - 1))
+                if self._orders.get(entry.order.id) is None:
+                    return  # a listing has shown its machine meanwhile
+            else:
+                return
+
+    async def _launch(self, order: Order) -> None:
+        cloud = self._context.cloud(order.pool)
+        if cloud is None:
+            raise PermanentRefusal(f"pool '{order.pool}' is not configured any more")
+        await self._orders.launched(order, await cloud.provider.launch(order))
+
+    def _failed(self, entry: OpenOrder, error: BrokerError) -> None:
+        """The calls are over and brought no machine. Only a certain refusal closes the order.
+
+        The cloud looks at the token before it looks for capacity, so a refused offering is certain even when
+        an earlier answer was lost; a throttle or a permission is looked at before the token and proves nothing.
+        """
+        order, now = entry.order, self._context.now()
+        if entry.perhaps_launched and not isinstance(error, OfferingRefused | OrderSpent):
+            entry.resend_at = now + (NEVER_SECONDS if isinstance(error, OrderMismatch) else RESEND_SECONDS)
+            self._tell(order.pool, error, doubtful=1)
+            return
+        self._orders.close(order, OUTCOMES.get(type(error), "failed"))
+        if isinstance(error, OfferingRefused):
+            self._cooling[order.pool, order.offering] = (now + COOL_DOWN_SECONDS, error)
+        elif isinstance(error, PermanentRefusal):
+            self._cooling[order.pool, order.offering] = (now + MENDING_SECONDS, error)
+        elif isinstance(error, OrderSpent):
+            self._context.guard(order.pool).boot_failed(self._context.pool(order.pool), now)
+        else:
+            self._tell(order.pool, error)
+
+
+def _perhaps_launched(error: BrokerError) -> bool:
+    return isinstance(error, CloudError) and error.sent

@@ -1,0 +1,114 @@
+"""BOOTING → READY, READY → SUSPECT and back: who really answers on the worker port.
+
+Also the proof at hand-out: `prove` tries a worker now, once for everybody who asks in the same moment.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+
+from broker.context import Context
+from broker.core.model import Worker, WorkerState
+
+CONNECT_SECONDS_MAX = 3.0  # a SYN lost twice still gets through (1 s + 2 s retransmission)
+PROBES_AT_ONCE_MAX = 50  # sockets, not machines, are what runs out first
+BOOTING_EAGER_SECONDS = (
+    10.0  # young machines are tried often, so that nobody waits longer than the boot takes
+)
+BOOTING_EAGER_INTERVAL = 0.1
+BOOTING_INTERVAL = 1.0
+SUSPECT_INTERVAL = 2.0
+READY_INTERVAL = 30.0
+HAND_OUT_TRIES = 2  # one lost packet must not cost a second machine
+
+Connect = Callable[[str, int], Awaitable[bool]]
+
+
+async def connects(address: str, port: int) -> bool:
+    """Whether something accepts a TCP connection there within CONNECT_SECONDS_MAX."""
+    try:
+        async with asyncio.timeout(CONNECT_SECONDS_MAX):
+            _, writer = await asyncio.open_connection(address, port)
+    except (OSError, TimeoutError):
+        return False
+    writer.close()
+    with suppress(OSError):
+        await writer.wait_closed()
+    return True
+
+
+class ProbeLoop:
+    """See the module. `connect` is the network: address, port → whether somebody accepts."""
+
+    name = "probe"
+
+    def __init__(self, context: Context, connect: Connect = connects) -> None:
+        self._context = context
+        self._registry = context.registry
+        self._connect = connect
+        self._due_at: dict[str, float] = {}
+        self._places = asyncio.Semaphore(PROBES_AT_ONCE_MAX)
+        self._proving: dict[str, asyncio.Task[bool]] = {}
+
+    async def tick(self) -> float | None:
+        now = self._context.now()
+        watched = self._registry.in_state(WorkerState.BOOTING, WorkerState.READY, WorkerState.SUSPECT)
+        workers = [worker for worker in watched if _can_be_ready(worker)]
+        due = [worker for worker in workers if self._due_at.get(worker.id, now) <= now]
+        async with asyncio.TaskGroup() as tasks:
+            for worker in due:
+                tasks.create_task(self._look(worker))
+        ids = {worker.id for worker in workers}
+        self._due_at = {worker_id: at for worker_id, at in self._due_at.items() if worker_id in ids}
+        return min(self._due_at.values(), default=None)
+
+    async def prove(self, worker: Worker) -> bool:
+        """Try the worker now. A worker that fails becomes SUSPECT. Shared by everybody who asks meanwhile."""
+        task = self._proving.get(worker.id)
+        if task is None:
+            task = self._proving[worker.id] = asyncio.create_task(self._try(worker, HAND_OUT_TRIES))
+            task.add_done_callback(lambda done: self._proving.pop(worker.id, None))
+        return await asyncio.shield(task)
+
+    async def _look(self, worker: Worker) -> None:
+        async with self._places:
+            await self._try(worker, 1)
+        after = self._registry.get(worker.id)
+        if after is not None:
+            self._due_at[worker.id] = self._context.now() + self._interval(after)
+
+    def _interval(self, worker: Worker) -> float:
+        match worker.state:
+            case WorkerState.BOOTING:
+                young = self._context.now() - worker.born_at < BOOTING_EAGER_SECONDS
+                return BOOTING_EAGER_INTERVAL if young else BOOTING_INTERVAL
+            case WorkerState.SUSPECT:
+                return SUSPECT_INTERVAL
+            case _:
+                return READY_INTERVAL
+
+    async def _try(self, worker: Worker, tries: int) -> bool:
+        answers = await self._answers(worker, tries)
+        after = self._registry.get(worker.id)  # much can happen while a connection is tried
+        if after is None or after.address != worker.address or not _can_be_ready(after):
+            return False
+        now = self._context.now()
+        if answers and after.state in (WorkerState.BOOTING, WorkerState.READY, WorkerState.SUSPECT):
+            self._registry.ready(after.id, now)
+        elif not answers and after.state is WorkerState.READY:
+            self._registry.suspect(after.id, "the worker port does not answer", now)
+        return answers and after.state is not WorkerState.DRAINING
+
+    async def _answers(self, worker: Worker, tries: int) -> bool:
+        if self._context.pool(worker.pool).readiness == "running":
+            return True  # `_can_be_ready` has looked: the cloud says that it runs, and where
+        for _ in range(tries):
+            if worker.address is not None and await self._connect(worker.address, worker.port):
+                return True
+        return False
+
+
+def _can_be_ready(worker: Worker) -> bool:
+    return bool(worker.address and worker.running and not worker.standing_notice)

@@ -1,0 +1,121 @@
+"""Carries out what policy decides about workers whose time has come, and sees every Terminate through.
+
+A worker is DRAINING, and so out of every client's reach, before Terminate is sent; it leaves the books only
+when the cloud says that it is gone. A Terminate that fails is sent again, and so is one that has been
+answered but not obeyed.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+
+from broker.clouds import Cloud
+from broker.context import Context
+from broker.core.errors import BrokerError
+from broker.core.model import Worker, WorkerState
+from broker.core.policy import judge
+
+PAUSE_SECONDS_MIN = 2.0  # after a failed Terminate, doubling
+PAUSE_SECONDS_MAX = 60.0
+AGAIN_SECONDS = 120.0  # a machine may take so long to shut down before Terminate is sent once more
+STUCK_SECONDS = 900.0  # after that somebody should look
+
+Report = Callable[[str, dict[str, object]], None]
+
+
+class ReapLoop:
+    """See the module. `terminated` is told after a Terminate was answered: somebody should watch for the end."""
+
+    name = "reap"
+
+    def __init__(self, context: Context, report: Report, terminated: Callable[[], None]) -> None:
+        self._context = context
+        self._registry = context.registry
+        self._report = report
+        self._terminated = terminated
+        self._failures: dict[int, int] = defaultdict(int)  # by cloud
+        self._not_before: dict[int, float] = {}
+        self._sent_at: dict[str, float] = {}
+
+    async def tick(self) -> float | None:
+        now = self._context.now()
+        for worker in self._registry.due(now):
+            self._judge(worker, now)
+        by_cloud: dict[int, list[Worker]] = defaultdict(list)
+        clouds: dict[int, Cloud] = {}
+        for worker in self._to_terminate(now):
+            cloud = self.cloud_of(worker)
+            if cloud is not None:
+                clouds[id(cloud)] = cloud
+                by_cloud[id(cloud)].append(worker)
+        for key, workers in by_cloud.items():
+            if self._not_before.get(key, now) <= now:
+                await self._terminate(clouds[key], workers)
+        return self._next_at()
+
+    def cloud_of(self, worker: Worker) -> Cloud | None:
+        """The cloud that has this worker; for a forgotten pool, the one whose listing showed it."""
+        cloud = self._context.cloud(worker.pool)
+        if cloud is not None:
+            return cloud
+        return next((c for c in self._context.clouds.all if worker.instance_id in c.instance_ids), None)
+
+    def _judge(self, worker: Worker, now: float) -> None:
+        self._registry.expire_leases(worker.id, now)
+        current = self._registry.get(worker.id)
+        if current is None:
+            return
+        verdict = judge(self._registry, current, self._context.pool(current.pool), now)
+        if verdict.retire and not current.standing_notice:
+            self._registry.suspect(worker.id, "max lifetime reached", now, standing=True)
+        if verdict.next_look_at is not None:
+            self._registry.look_again(worker.id, verdict.next_look_at)
+        if verdict.drain is not None:
+            self._registry.drain(worker.id, verdict.drain, now)
+
+    def _to_terminate(self, now: float) -> list[Worker]:
+        draining = self._registry.in_state(WorkerState.DRAINING)
+        terminating = self._registry.in_state(WorkerState.TERMINATING)
+        ids = {worker.id for worker in terminating}
+        self._sent_at = {id_: at for id_, at in self._sent_at.items() if id_ in ids}
+        return draining + [
+            w for w in terminating if self._sent_at.get(w.id, w.since_at) + AGAIN_SECONDS <= now
+        ]
+
+    async def _terminate(self, cloud: Cloud, workers: list[Worker]) -> None:
+        ids = [worker.instance_id for worker in workers if worker.instance_id]
+        key = id(cloud)
+        try:
+            await cloud.provider.terminate(ids)
+        except BrokerError as error:
+            self._failures[key] += 1
+            pause_seconds = min(PAUSE_SECONDS_MIN * 2 ** (self._failures[key] - 1), PAUSE_SECONDS_MAX)
+            self._not_before[key] = self._context.now() + pause_seconds
+            self._report(
+                "terminate failed", {"instances": ids, "error": error.message, "again_in": pause_seconds}
+            )
+            return
+        self._failures[key] = 0
+        now = self._context.now()
+        for worker in workers:
+            self._sent(worker, now)
+        self._terminated()
+
+    def _sent(self, worker: Worker, now: float) -> None:
+        self._sent_at[worker.id] = now
+        after = self._registry.get(worker.id)
+        if after is not None and after.state is WorkerState.DRAINING:
+            self._registry.terminating(worker.id, now)
+        elif after is not None and now - after.since_at > STUCK_SECONDS:
+            minutes = (now - after.since_at) / 60
+            self._report("still shutting down", {"instance": after.instance_id, "minutes": round(minutes)})
+
+    def _next_at(self) -> float | None:
+        moments = [at for at in [self._registry.next_look_at()] if at is not None]
+        draining = self._registry.in_state(WorkerState.DRAINING)
+        if draining:
+            moments.append(max(self._not_before.values(), default=self._context.now() + PAUSE_SECONDS_MIN))
+        terminating = self._registry.in_state(WorkerState.TERMINATING)
+        moments += [self._sent_at.get(w.id, w.since_at) + AGAIN_SECONDS for w in terminating]
+        return min(moments, default=None)

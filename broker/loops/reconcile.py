@@ -1,0 +1,274 @@
+"""The cloud against the books; the first pass is start-up recovery.
+
+Only a complete listing counts, and what it does not show is not gone: a machine may be missing from a
+listing for minutes after its launch, and now and then for no reason. A worker leaves the books when the
+cloud says `terminated`, or when it has been missing from many listings over a long time and does not answer
+either. A machine with our tag that the books do not know is taken in, whatever else is true of it.
+
+Between full scans, workers that are about to change (no address yet, being terminated) are asked for by id.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from broker.clouds import Cloud
+from broker.context import Context
+from broker.core import tags
+from broker.core.errors import BrokerError, CloudUnreachable
+from broker.core.model import Instance, InstanceState, Worker, WorkerState
+from broker.core.policy import Reason, born_at
+from broker.core.registry import BOOKED, USABLE
+from broker.orders import NEVER_LAUNCHED, Orders
+
+SCAN_SECONDS_MAX = 60.0  # a listing that takes longer counts as failed
+RETRY_SECONDS = 5.0  # after a failed scan
+WATCH_SECONDS = 1.0  # between looks at single workers that are about to change
+WATCH_SECONDS_MAX = 15.0  # the looks grow this rare while nothing changes
+BEAT_SECONDS_MAX = 30.0  # between two beats, however rare the scans: a watchdog may count on it
+ORDER_GRACE_SECONDS = (
+    300.0  # an order that no listing has shown this long after its last call was never launched
+)
+LISTING_GRACE_SECONDS = 120.0  # a machine this young need not be in a listing
+MISSING_SECONDS_MAX = 180.0  # missing for so long, and
+MISSING_SCANS_MAX = 3  # from so many listings in a row, and silent: gone
+
+DEAD = frozenset({InstanceState.SHUTTING_DOWN, InstanceState.TERMINATED})
+HALTED = frozenset({InstanceState.STOPPING, InstanceState.STOPPED})
+Report = Callable[[str, dict[str, object]], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Missing:
+    """A worker that listings do not show."""
+
+    since_at: float
+    scans: int
+
+
+class ReconcileLoop:
+    """See the module. `beat` is called after every tick: the loop is alive, whatever the cloud says."""
+
+    name = "reconcile"
+
+    def __init__(
+        self,
+        context: Context,
+        orders: Orders,
+        *,
+        broker_id: str,
+        report: Report,
+        changed: Callable[[], None],
+        beat: Callable[[], None],
+    ) -> None:
+        self._context = context
+        self._registry = context.registry
+        self._orders = orders
+        self._broker_id = broker_id
+        self._report = report
+        self._changed = changed
+        self._beat = beat
+        self._scan_at = context.now()
+        self._missing: dict[str, Missing] = {}
+        self._watch_seconds = WATCH_SECONDS
+        self._scanning = asyncio.Lock()
+
+    async def tick(self) -> float | None:
+        try:
+            if self._context.now() >= self._scan_at:
+                await self._scan_quietly()
+            else:
+                await self._watch()
+        finally:
+            self._beat()
+        return self._next_at()
+
+    def watch_closely(self) -> None:
+        """Something is about to change: look often again."""
+        self._watch_seconds = WATCH_SECONDS
+
+    async def scan(self) -> None:
+        """List every cloud now and take it in. Raises the first cloud's error, after trying all."""
+        async with self._scanning:
+            errors = [error for cloud in self._context.clouds.all if (error := await self._scan_cloud(cloud))]
+        self._context.scanned.notify()
+        self._changed()
+        if errors:
+            raise errors[0]
+
+    # --- one scan ----------------------------------------------------------------------------------
+
+    async def _scan_quietly(self) -> None:
+        try:
+            await self.scan()
+        except BrokerError:
+            self._scan_at = self._context.now() + RETRY_SECONDS
+        else:
+            self._scan_at = self._context.now() + self._context.settings.broker.reconcile_interval
+
+    async def _scan_cloud(self, cloud: Cloud) -> BrokerError | None:
+        started_at = self._context.now()
+        try:
+            async with asyncio.timeout(SCAN_SECONDS_MAX):
+                if not cloud.opened:
+                    await cloud.provider.open()
+                    cloud.opened = True
+                listing = await cloud.provider.listing()
+        except TimeoutError:
+            return self._scan_failed(cloud, CloudUnreachable(f"a scan took over {SCAN_SECONDS_MAX:.0f} s"))
+        except BrokerError as error:
+            return self._scan_failed(cloud, error)
+        first = not cloud.recovered
+        await self._take_in(cloud, listing, started_at)
+        cloud.scan_succeeded(started_at, self._context.clock.wall())
+        if first:
+            self._report("first scan complete", {"cloud": cloud.provider.name, "machines": len(listing)})
+        return None
+
+    def _scan_failed(self, cloud: Cloud, error: BrokerError) -> BrokerError:
+        cloud.scan_failed(error)
+        self._report(
+            "scan failed", {"cloud": cloud.provider.name, "error": error.message, "in_a_row": cloud.failures}
+        )
+        return error
+
+    async def _take_in(self, cloud: Cloud, listing: list[Instance], started_at: float) -> None:
+        cloud.instance_ids = frozenset(instance.id for instance in listing)
+        for instance in listing:
+            if tags.read(instance.tags).broker == self._broker_id:
+                await self.take_in(instance)
+            else:
+                await self._claim(cloud, instance)
+        self._note_missing(cloud, started_at)
+        self._give_up_orders(cloud, started_at)
+        self._drop_stored_leases(cloud)
+
+    async def take_in(self, instance: Instance) -> None:
+        """One machine of ours, as the cloud describes it."""
+        worker = self._registry.by_instance(instance.id) or await self._matched(instance)
+        if worker is None:
+            return
+        self._missing.pop(worker.id, None)
+        if instance.state is InstanceState.TERMINATED:
+            self._registry.gone(worker.id, instance.reason or "terminated", self._context.now())
+            return
+        worker = self._registry.observed(worker.id, instance, self._context.now())
+        if worker.state in USABLE and instance.state in DEAD | HALTED:
+            reason = Reason.STOPPED if instance.state in HALTED else Reason.RECLAIMED
+            self._registry.drain(worker.id, reason, self._context.now())
+
+    async def _matched(self, instance: Instance) -> Worker | None:
+        """The entry for a machine that the books do not know by its id: its order's, or a new one."""
+        identity = tags.read(instance.tags)
+        entry = self._orders.get(identity.order)
+        if entry is not None:
+            if instance.state is InstanceState.TERMINATED:
+                self._orders.close(entry.order, "spent")
+                return None
+            return await self._orders.launched(entry.order, instance)
+        if instance.state is InstanceState.TERMINATED:
+            return None
+        now, name = self._context.now(), identity.pool or "default"
+        pool = self._context.pool(name)
+        age_seconds = self._context.clock.wall() - instance.launched_unix if instance.launched_unix else 0.0
+        worker = self._registry.adopt(
+            instance,
+            name,
+            pool.worker_port,
+            now,
+            order_id=identity.order or None,
+            born_at=born_at(pool, age_seconds, now),
+        )
+        self._restore_leases(worker)
+        twin = self._registry.get(identity.order)
+        if twin is not None and twin.id != worker.id and not self._registry.busy(worker.id):
+            worker = self._registry.drain(worker.id, Reason.SURPLUS, now)  # one order, two machines
+        return worker
+
+    def _restore_leases(self, worker: Worker) -> None:
+        """A restart forgets nobody, and the time the broker was away is not held against its clients."""
+        for stored in self._context.stored_leases.pop(worker.instance_id or "", ()):
+            lease = replace(stored.lease, worker_id=worker.id)
+            self._registry.grant(lease, self._context.now())
+
+    async def _claim(self, cloud: Cloud, instance: Instance) -> None:
+        """A machine that `adopt_name_tag` asks for: tag it, and the next listing shows it as ours."""
+        name = instance.tags.get(tags.NAME)
+        pools = self._context.settings.pool.items()
+        pool = next((key for key, p in pools if p.adopt_name_tag and p.name_tag == name), None)
+        if pool is None or tags.BROKER in instance.tags or instance.state in DEAD:
+            return
+        try:
+            await cloud.provider.tag(instance.id, {tags.BROKER: self._broker_id, tags.POOL: pool})
+        except BrokerError as error:
+            self._report("claim failed", {"instance": instance.id, "error": error.message})
+        else:
+            self._report("claimed by its Name tag", {"instance": instance.id, "pool": pool})
+
+    # --- what a listing does not show --------------------------------------------------------------
+
+    def _note_missing(self, cloud: Cloud, started_at: float) -> None:
+        for worker in self._registry.in_state(*BOOKED - {WorkerState.ORDERED}):
+            if self._context.cloud(worker.pool) is not cloud or worker.instance_id in cloud.instance_ids:
+                continue
+            if worker.born_at + LISTING_GRACE_SECONDS > started_at:
+                continue
+            missing = self._missing.get(worker.id, Missing(started_at, 0))
+            missing = self._missing[worker.id] = Missing(missing.since_at, missing.scans + 1)
+            long = started_at - missing.since_at >= MISSING_SECONDS_MAX and missing.scans >= MISSING_SCANS_MAX
+            if long and not self._answers(worker):
+                del self._missing[worker.id]
+                self._registry.gone(worker.id, "vanished", self._context.now())
+
+    def _answers(self, worker: Worker) -> bool:
+        """Whether its port has answered of late: then it lives, whatever the listing says."""
+        by_port = self._context.pool(worker.pool).readiness == "tcp"
+        return by_port and worker.state is WorkerState.READY
+
+    def _give_up_orders(self, cloud: Cloud, started_at: float) -> None:
+        for entry in self._orders.unresolved():
+            known = self._context.cloud(entry.order.pool)
+            here = known is cloud or known is None
+            if here and entry.perhaps_launched and entry.sent_at + ORDER_GRACE_SECONDS <= started_at:
+                self._orders.close(entry.order, NEVER_LAUNCHED)
+
+    def _drop_stored_leases(self, cloud: Cloud) -> None:
+        """After the first complete scan of every cloud, a lease whose machine nobody lists has ended."""
+        if not all(other.recovered or other is cloud for other in self._context.clouds.all):
+            return
+        for stored in [lease for leases in self._context.stored_leases.values() for lease in leases]:
+            self._context.store.soon(self._context.store.lease_ended(stored.lease.id))
+        self._context.stored_leases.clear()
+
+    # --- between scans -----------------------------------------------------------------------------
+
+    def _changing(self) -> list[Worker]:
+        booting = [w for w in self._registry.in_state(WorkerState.BOOTING) if not (w.address and w.running)]
+        return booting + self._registry.in_state(WorkerState.TERMINATING)
+
+    async def _watch(self) -> None:
+        workers = self._changing()
+        for cloud in self._context.clouds.all:
+            ids = [w.instance_id for w in workers if w.instance_id and self._context.cloud(w.pool) is cloud]
+            if not ids or not cloud.recovered:
+                continue
+            try:
+                async with asyncio.timeout(SCAN_SECONDS_MAX):
+                    instances = await cloud.provider.describe(ids)
+            except (TimeoutError, BrokerError) as error:
+                self._report("look failed", {"cloud": cloud.provider.name, "error": str(error)})
+                continue
+            for instance in instances:
+                await self.take_in(instance)
+        if {w.id for w in self._changing()} != {w.id for w in workers}:
+            self.watch_closely()
+
+    def _next_at(self) -> float:
+        beat_at = self._context.now() + BEAT_SECONDS_MAX
+        if not self._changing():
+            return min(self._scan_at, beat_at)
+        watch_at = self._context.now() + self._watch_seconds
+        self._watch_seconds = min(self._watch_seconds * 1.5, WATCH_SECONDS_MAX)
+        return min(self._scan_at, watch_at, beat_at)

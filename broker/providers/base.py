@@ -1,0 +1,64 @@
+"""The port to a cloud: seven calls, and what each may raise.
+
+Providers hide their cloud completely: they take and return the values of core.model and raise only the
+CloudError family (a few raise SettingsError from `open`, when the pool cannot work as configured). They do
+not retry launches: whether a failed launch may have happened is the caller's most important question, and
+`CloudError.sent` answers it.
+
+| call      | idempotent                     | raises beyond CloudUnreachable, Throttled, CredentialsRefused      |
+| --------- | ------------------------------ | ------------------------------------------------------------------ |
+| open      | yes                            | SettingsError                                                      |
+| offerings | yes, no cloud involved         | –                                                                  |
+| prepare   | yes, no cloud involved         | –                                                                  |
+| launch    | yes, by `order.id`, if resent  | OfferingRefused, QuotaReached, PermanentRefusal, OrderMismatch,    |
+|           | with the same parameters       | OrderSpent                                                         |
+| listing   | yes                            | PermanentRefusal. It returns a *complete* listing or raises        |
+| describe  | yes                            | PermanentRefusal. Unknown ids are left out: that proves nothing    |
+| terminate | yes, unknown ids are fine      | PermanentRefusal                                                   |
+| tag       | yes                            | PermanentRefusal, InstanceNotFound                                 |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Protocol
+
+from broker.core.model import Instance, Offering, Order
+
+
+class Provider(Protocol):
+    """The way to one place in a cloud (a region under one account), for every pool that buys there.
+
+    One place, one provider: a listing then holds every machine of ours there, also those of pools that the
+    configuration has forgotten.
+    """
+
+    name: str  # where, for logs: "ec2 us-east-1"
+
+    async def open(self) -> None:
+        """Check what can be checked without spending anything; called once, before every other call."""
+
+    async def close(self) -> None:
+        """Let go of connections. Machines live on."""
+
+    def offerings(self, pool: str) -> Sequence[Offering]:
+        """What the pool can buy, in order of preference; `cores` as far as the cloud has told."""
+
+    def prepare(self, pool: str, order_id: str, offering: Offering, created_unix: float) -> Order:
+        """The order with the exact parameters of its launch call, ready to be written to disk."""
+
+    async def launch(self, order: Order) -> Instance:
+        """One machine for this order. Sent again with the same order it returns the same machine."""
+
+    async def listing(self) -> list[Instance]:
+        """Every machine here that carries this broker's tag, terminated ones as long as the cloud shows them,
+        and the untagged ones that a pool's `adopt_name_tag` asks for."""
+
+    async def describe(self, instance_ids: Iterable[str]) -> list[Instance]:
+        """The named machines, as far as the cloud knows them at the moment."""
+
+    async def terminate(self, instance_ids: Iterable[str]) -> None:
+        """Ask the cloud to end these machines. Returning means asked, not done."""
+
+    async def tag(self, instance_id: str, tags: Mapping[str, str]) -> None:
+        """Write tags onto one machine."""

@@ -1,0 +1,222 @@
+"""EC2 in one region under one account: the Provider of every pool that buys there.
+
+A launch sends what the order holds, to the byte, with the order's id as its token: sent again it returns the
+same machine. A listing is complete or an error. Nothing is touched that does not carry this broker's tag,
+and a Terminate that EC2 refuses as a whole, because of one id, still ends all the others.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from broker.core import tags
+from broker.core.errors import CloudUnreachable, InstanceNotFound, OrderSpent, PermanentRefusal, SettingsError
+from broker.core.model import Instance, InstanceState, Market, Offering, Order
+from broker.core.settings import PoolSettings
+from broker.providers import ec2_check
+from broker.providers.ec2_api import Account, ClientFactory, Ec2Api, OnCall
+from broker.providers.ec2_wire import (
+    Recipe,
+    Shape,
+    batches,
+    filter_of,
+    filters,
+    instance_from,
+    launch_parameters,
+    named_in,
+    tag_list,
+    tags_from,
+)
+
+PAGE_SIZE = 1000  # the largest that DescribeInstances allows
+DESCRIBED_MAX = 100  # ids in one filter; 200 are allowed (AWS: EC2 user guide, "Filtering considerations")
+TERMINATED_MAX = 100  # ids in one call; 1,000 are allowed, smaller batches recommended
+TERMINATE_ROUNDS_MAX = 3  # calls that leave out the ids EC2 named; after that it is asked for one at a time
+TOKEN_CHARS_MAX = 64  # (AWS: EC2 developer guide, "Ensuring idempotency in Amazon EC2 API requests")
+
+UNKNOWN_REGION = "(default region)"  # until the AWS configuration has been asked
+
+ENDED = (InstanceState.SHUTTING_DOWN, InstanceState.TERMINATED)
+LIVING = sorted(set(InstanceState) - set(ENDED))
+
+
+class Ec2Provider:
+    """See the module and base.Provider. The pools share `region` and `profile`; None: the AWS configuration's."""
+
+    name: str
+
+    def __init__(
+        self,
+        broker_id: str,
+        pools: Mapping[str, PoolSettings],
+        *,
+        region: str | None,
+        profile: str | None,
+        clock_wall: Callable[[], float],
+        client_factory: ClientFactory | None = None,
+        on_call: OnCall = lambda api, outcome: None,
+        page_size: int = PAGE_SIZE,
+    ) -> None:
+        account = Account(region, profile)
+        self._check_account = None if client_factory else account.check
+        self._client_factory = client_factory or account.client
+        self._broker_id, self._pools, self._page_size = broker_id, dict(pools), page_size
+        self._clock_wall = clock_wall
+        self._api = Ec2Api(on_call, clock_wall)
+        self._region = region or ""
+        self._recipes: dict[str, Recipe] = {}
+        self._cores: dict[str, int] = {}
+        self.name = " ".join(filter(None, ("ec2", region or UNKNOWN_REGION, profile and f"({profile})")))
+
+    async def open(self) -> None:
+        try:
+            await self._open()
+        except SettingsError:
+            await self._api.close()
+            raise
+
+    async def _open(self) -> None:
+        problems: list[str] = []
+        scripts = await ec2_check.user_data(self._pools, problems)
+        if self._check_account:
+            key = f"pool.{next(iter(self._pools))}"  # the pools share the place: one of them stands for all
+            self._region = await self._check_account(key, self._clock_wall(), problems)
+        _raise_any(problems)
+        self.name = self.name.replace(UNKNOWN_REGION, self._region)
+        await self._api.connect(self._client_factory)
+        groups = await ec2_check.group_ids(self._api, self._region, self._pools, problems)
+        self._cores = await ec2_check.cores_of_types(self._api, self._region, self._pools, problems)
+        _raise_any(problems)
+        self._recipes = {name: Recipe(groups[name], scripts[name]) for name in self._pools}
+
+    async def close(self) -> None:
+        await self._api.close()
+
+    def offerings(self, pool: str) -> Sequence[Offering]:
+        settings = self._pools[pool]
+        return tuple(
+            Offering(
+                region=self._region,
+                instance_type=kind,
+                market=Market(settings.market),
+                cores=self._cores.get(kind),
+                price_usd_micros_per_hour=settings.price_usd_micros_per_hour,
+            )
+            for kind in dict.fromkeys(settings.instance_types)
+        )
+
+    def prepare(self, pool: str, order_id: str, offering: Offering, created_unix: float) -> Order:
+        assert order_id.isascii() and len(order_id) <= TOKEN_CHARS_MAX, "an order's id is its client token"
+        settings = self._pools[pool]
+        launch_tags = tags.launch_tags(
+            tags.Identity(self._broker_id, pool, order_id),
+            settings.name_tag,
+            settings.tags,
+            expires_unix=created_unix + settings.max_lifetime,
+        )
+        parameters = launch_parameters(settings, self._recipes[pool], offering, launch_tags)
+        exact = json.dumps(parameters, sort_keys=True, separators=(",", ":"))
+        return Order(order_id, pool, offering, exact, created_unix)
+
+    async def launch(self, order: Order) -> Instance:
+        answer = await self._api.call("RunInstances", **json.loads(order.parameters), ClientToken=order.id)
+        with _understood("RunInstances"):
+            instance = self._instance(answer["Instances"][0])
+        if instance.state in ENDED:  # the token of a dead machine may return the dead machine
+            why = f" ({instance.reason})" if instance.reason else ""
+            raise OrderSpent(f"the machine of this order, {instance.id}, is {instance.state} already{why}")
+        return instance
+
+    async def listing(self) -> list[Instance]:
+        tagged = await self._instances([filter_of(f"tag:{tags.BROKER}", [self._broker_id])])
+        found = {one.id: one for one in tagged if one.tags.get(tags.BROKER) == self._broker_id}
+        for one in await self._adoptable():
+            found.setdefault(one.id, one)
+        return list(found.values())
+
+    async def describe(self, instance_ids: Iterable[str]) -> list[Instance]:
+        found: list[Instance] = []
+        for batch in batches(instance_ids, DESCRIBED_MAX):
+            # By filter, because one unknown id among InstanceIds makes the whole call fail.
+            found += await self._instances(filters(instance_id=batch))
+        return found
+
+    async def terminate(self, instance_ids: Iterable[str]) -> None:
+        refusals: list[PermanentRefusal] = []
+        for batch in batches(instance_ids, TERMINATED_MAX):
+            await self._terminate(batch, refusals)
+        if refusals:
+            raise refusals[0]
+
+    async def tag(self, instance_id: str, tags: Mapping[str, str]) -> None:
+        await self._api.call("CreateTags", Resources=[instance_id], Tags=tag_list(tags))
+
+    async def _adoptable(self) -> list[Instance]:
+        """Living machines with an adopting pool's name that belong to no broker."""
+        names = {pool.name_tag for pool in self._pools.values() if pool.adopt_name_tag}
+        if not names:
+            return []
+        named = await self._instances(
+            [filter_of(f"tag:{tags.NAME}", sorted(names)), *filters(instance_state_name=LIVING)]
+        )
+        return [one for one in named if one.tags.get(tags.NAME) in names and tags.BROKER not in one.tags]
+
+    async def _instances(self, chosen: list[dict[str, Any]]) -> list[Instance]:
+        reservations = await self._api.every(
+            "DescribeInstances", "Reservations", Filters=chosen, MaxResults=self._page_size
+        )
+        with _understood("DescribeInstances"):
+            return [self._instance(shape) for some in reservations for shape in some.get("Instances") or ()]
+
+    def _instance(self, shape: Shape) -> Instance:
+        its_tags = tags_from(shape)
+        return instance_from(shape, self._region, self._address_setting(its_tags), its_tags)
+
+    def _address_setting(self, its_tags: Mapping[str, str]) -> str:
+        """Which address the machine's pool hands out; an adopted one's pool is known by its name tag."""
+        pool = self._pools.get(tags.read(its_tags).pool)
+        if pool is None:
+            adopters = (one for one in self._pools.values() if one.adopt_name_tag)
+            pool = next((one for one in adopters if one.name_tag == its_tags.get(tags.NAME)), None)
+        return pool.address if pool else "public"
+
+    async def _terminate(self, ids: Sequence[str], refusals: list[PermanentRefusal]) -> None:
+        """All or none is EC2's rule: leave out what it names, and when that does not help ask for each alone."""
+        for _ in range(TERMINATE_ROUNDS_MAX):
+            if not ids:
+                return
+            try:
+                await self._api.call("TerminateInstances", InstanceIds=list(ids))
+            except InstanceNotFound as error:
+                unknown = named_in(error.message, ids)
+                if not unknown:
+                    break
+                ids = [one for one in ids if one not in unknown]
+            except PermanentRefusal:
+                break
+            else:
+                return
+        for one in ids:
+            try:
+                await self._api.call("TerminateInstances", InstanceIds=[one])
+            except InstanceNotFound:
+                continue
+            except PermanentRefusal as error:
+                refusals.append(error)
+
+
+def _raise_any(problems: list[str]) -> None:
+    if problems:
+        raise SettingsError(problems)
+
+
+@contextmanager
+def _understood(api: str) -> Iterator[None]:
+    """An answer of another shape than EC2's leaves open what was done."""
+    try:
+        yield
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        raise CloudUnreachable(f"EC2's answer to {api} cannot be understood ({error!r})") from error

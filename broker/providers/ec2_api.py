@@ -1,0 +1,199 @@
+"""The way to EC2: the SDK's session and its clients, and one door for every call.
+
+Two clients. Launches get one attempt, because only the broker knows what a lost answer means; everything
+else is repeatable and gets a few. Each has its own bound on calls in flight, so that launches that hang
+never keep a Terminate waiting. The SDK stays behind this door: what comes out is EC2's answer or one of our
+errors.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from typing import Any, Protocol
+
+from aiobotocore.config import AioConfig  # type: ignore[import-untyped]
+from aiobotocore.session import AioSession  # type: ignore[import-untyped]
+from botocore import exceptions as sdk
+
+from broker.core.errors import CloudUnreachable, CredentialsRefused, SettingsError
+from broker.providers.ec2_errors import CANCELLED, OK, outcome_of, translate
+
+CONNECT_SECONDS_MAX = 5.0
+LAUNCH_ANSWER_SECONDS_MAX = 60.0  # a late answer beats a lost one: it names the machine
+READ_ANSWER_SECONDS_MAX = 30.0  # a page of 1,000 instances takes EC2 a few seconds
+LAUNCH_ATTEMPTS_MAX = 1
+READ_ATTEMPTS_MAX = 3
+LAUNCHES_IN_FLIGHT_MAX = 5  # as many as RunInstances' token bucket lets through in a burst
+CALLS_IN_FLIGHT_MAX = 16
+PAGES_MAX = 1_000  # a listing that does not end is no listing
+
+METHODS = {
+    "CreateTags": "create_tags",
+    "DescribeInstanceTypes": "describe_instance_types",
+    "DescribeInstances": "describe_instances",
+    "DescribeSecurityGroups": "describe_security_groups",
+    "DescribeSubnets": "describe_subnets",
+    "DescribeVpcs": "describe_vpcs",
+    "RunInstances": "run_instances",
+    "TerminateInstances": "terminate_instances",
+}  # every API the broker calls: the labels of the metric, and what the IAM policy must allow
+
+NO_REGION = (
+    '{key}.region: no AWS region is set; write region = "us-east-1" there, or set AWS_DEFAULT_REGION '
+    "or a region in the AWS profile"
+)
+NO_CREDENTIALS = (
+    "{key}.profile: no AWS credentials were found; run `aws configure`, or set AWS_ACCESS_KEY_ID and "
+    "AWS_SECRET_ACCESS_KEY, or give this machine an instance role"
+)
+
+Answer = dict[str, Any]
+OnCall = Callable[[str, str], None]  # (api, outcome): one of METHODS, one of ec2_errors' outcomes
+
+
+class Ec2Client(Protocol):
+    """What is used of the SDK's client: exactly METHODS. Raises the SDK's errors (`ec2_errors.client_error`)."""
+
+    async def create_tags(self, **parameters: Any) -> Answer: ...
+    async def describe_instance_types(self, **parameters: Any) -> Answer: ...
+    async def describe_instances(self, **parameters: Any) -> Answer: ...
+    async def describe_security_groups(self, **parameters: Any) -> Answer: ...
+    async def describe_subnets(self, **parameters: Any) -> Answer: ...
+    async def describe_vpcs(self, **parameters: Any) -> Answer: ...
+    async def run_instances(self, **parameters: Any) -> Answer: ...
+    async def terminate_instances(self, **parameters: Any) -> Answer: ...
+
+
+ClientFactory = Callable[[int], AbstractAsyncContextManager[Ec2Client]]  # attempts at most → a client
+
+
+class Account:
+    """The SDK's session: who we are and where, by the ordinary chain of files, environment and roles."""
+
+    def __init__(self, region: str | None, profile: str | None) -> None:
+        self._region, self._profile = region, profile
+        self._session = AioSession(profile=profile)
+
+    async def check(self, key: str, now_unix: float, problems: list[str]) -> str:
+        """The region. What is missing is added to the problems, each naming its setting (`key` is the pool's).
+
+        Raises CredentialsRefused, CloudUnreachable when a source of credentials does not answer.
+        """
+        try:
+            region = self._find_region()
+            problems += [*self._region_problems(key, region), *await self._credential_problems(key, now_unix)]
+            return region
+        except sdk.ProfileNotFound as error:
+            setting = f"{key}.profile" if self._profile else "AWS_PROFILE"
+            there = ", ".join(self._session.available_profiles) or "none"
+            name = error.kwargs.get("profile")
+            problems.append(f'{setting}: there is no AWS profile "{name}" (profiles there are: {there})')
+        except (sdk.ConfigParseError, sdk.ConfigNotFound) as error:
+            problems.append(
+                f"{key}.profile: the AWS configuration file {error.kwargs.get('path')} cannot be read"
+            )
+        return ""
+
+    def client(self, attempts_max: int) -> AbstractAsyncContextManager[Ec2Client]:
+        """A client of the SDK. Raises the SDK's errors and ValueError for a configuration that cannot be used."""
+        launches = attempts_max == LAUNCH_ATTEMPTS_MAX
+        config = AioConfig(
+            connect_timeout=CONNECT_SECONDS_MAX,
+            read_timeout=LAUNCH_ANSWER_SECONDS_MAX if launches else READ_ANSWER_SECONDS_MAX,
+            max_pool_connections=LAUNCHES_IN_FLIGHT_MAX if launches else CALLS_IN_FLIGHT_MAX,
+            retries={"mode": "standard", "total_max_attempts": attempts_max},
+            user_agent_extra="compute-broker",
+        )
+        client: AbstractAsyncContextManager[Ec2Client] = self._session.create_client(
+            "ec2", region_name=self._find_region(), config=config
+        )
+        return client
+
+    def _find_region(self) -> str:
+        # Other SDKs read AWS_REGION, this one does not: whoever has set it means it.
+        found = self._region or self._session.get_config_variable("region")
+        return str(found or os.environ.get("AWS_REGION") or "")
+
+    def _region_problems(self, key: str, region: str) -> list[str]:
+        if not region:
+            return [NO_REGION.format(key=key)]
+        try:
+            self._session.get_partition_for_region(region)
+        except sdk.UnknownRegionError:
+            return [f'{key}.region: "{region}" is no AWS region; write one such as "us-east-1"']
+        return []
+
+    async def _credential_problems(self, key: str, now_unix: float) -> list[str]:
+        try:
+            if await self._session.get_credentials() is not None:
+                return []
+        except (sdk.ProfileNotFound, sdk.ConfigParseError, sdk.ConfigNotFound):
+            raise
+        except sdk.PartialCredentialsError as error:
+            return [f"{key}.profile: the AWS credentials lack {error.kwargs.get('cred_var')}"]
+        except (sdk.InvalidConfigError, sdk.UnknownCredentialError) as error:
+            return [f"{key}.profile: the AWS configuration cannot be used: {error}"]
+        except Exception as error:  # noqa: BLE001  # a source of credentials may fail in any way
+            raise translate(error, "GetCredentials", now_unix) from None
+        return [NO_CREDENTIALS.format(key=key)]
+
+
+class Ec2Api:
+    """The door. `connect` before the first call; `close` lets go of every connection."""
+
+    def __init__(self, on_call: OnCall, clock_wall: Callable[[], float]) -> None:
+        self._on_call, self._clock_wall = on_call, clock_wall
+        self._exits = AsyncExitStack()
+        self._launcher: Ec2Client | None = None
+        self._reader: Ec2Client | None = None
+        self._launch_turns = asyncio.Semaphore(LAUNCHES_IN_FLIGHT_MAX)
+        self._other_turns = asyncio.Semaphore(CALLS_IN_FLIGHT_MAX)
+
+    async def connect(self, factory: ClientFactory) -> None:
+        """Makes the clients, once: the SDK takes a while to read its description of EC2. Raises SettingsError."""
+        if self._reader is not None:
+            return
+        try:
+            self._launcher = await self._exits.enter_async_context(factory(LAUNCH_ATTEMPTS_MAX))
+            self._reader = await self._exits.enter_async_context(factory(READ_ATTEMPTS_MAX))
+        except (sdk.BotoCoreError, ValueError) as error:  # an endpoint that is no URL, for instance
+            raise SettingsError([f"the AWS configuration cannot be used: {error}"]) from error
+
+    async def close(self) -> None:
+        self._launcher = self._reader = None
+        await self._exits.aclose()
+
+    async def call(self, api: str, **parameters: Any) -> Answer:
+        """EC2's answer. Raises the CloudError that base.Provider names for the call."""
+        launches = api == "RunInstances"
+        client = self._launcher if launches else self._reader
+        assert client is not None, "open() comes before every other call"
+        method = getattr(client, METHODS[api])
+        async with self._launch_turns if launches else self._other_turns:
+            try:
+                answer: Answer = await method(**parameters)
+            except asyncio.CancelledError:
+                self._on_call(api, CANCELLED)
+                raise
+            except Exception as error:  # noqa: BLE001  # translate says what is known of the call's fate
+                ours = translate(error, api, self._clock_wall())
+                self._on_call(api, outcome_of(ours))
+                # The SDK's text on refused credentials may quote the signed request: it ends here.
+                raise ours from (None if isinstance(ours, CredentialsRefused) else error)
+        self._on_call(api, OK)
+        return answer
+
+    async def every(self, api: str, key: str, **parameters: Any) -> list[dict[str, Any]]:
+        """The items of all pages, or an error: never some of them."""
+        items: list[dict[str, Any]] = []
+        for _ in range(PAGES_MAX):
+            answer = await self.call(api, **parameters)
+            items += answer.get(key) or ()
+            token = answer.get("NextToken")
+            if not token:
+                return items
+            parameters["NextToken"] = token
+        raise CloudUnreachable(f"EC2's answer to {api} does not end: {PAGES_MAX} pages and no last one")

@@ -1,0 +1,147 @@
+"""EC2's shapes ↔ ours: the parameters of a launch, the filters of a listing, an instance. Pure.
+
+A launch carries everything that makes its machine safe to forget: it ends when it shuts itself down, it is
+never bought again after a reclaim, and its tags say whose it is and when it must be gone.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from broker.core.model import Instance, InstanceState, Market, Offering
+from broker.core.settings import PoolSettings
+
+Shape = Mapping[str, Any]
+
+USER_DATA_BYTES_MAX = 16 * 1024  # raw, before base64 (AWS: EC2 user guide, "Run commands at launch")
+ONE_TIME_SPOT = {
+    "MarketType": "spot",
+    "SpotOptions": {"SpotInstanceType": "one-time", "InstanceInterruptionBehavior": "terminate"},
+}
+ADDRESS_FIELD = {"public": "PublicIpAddress", "private": "PrivateIpAddress", "dns": "PublicDnsName"}
+FILTER_SPECIAL = re.compile(
+    r"([\\*?])"
+)  # wildcards, and what makes them plain (AWS: EC2 user guide, "Filtering")
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """What a pool's launch needs beside its settings, as `open` found it."""
+
+    security_group_ids: tuple[str, ...] = ()
+    user_data: str = ""
+
+
+def launch_parameters(
+    pool: PoolSettings, recipe: Recipe, offering: Offering, tags: Mapping[str, str]
+) -> dict[str, Any]:
+    """RunInstances for one machine, without its ClientToken. The SDK encodes UserData, once."""
+    spot = offering.market is Market.SPOT
+    tagged = ("instance", "volume", "spot-instances-request") if spot else ("instance", "volume")
+    parameters: dict[str, Any] = {
+        "MinCount": 1,
+        "MaxCount": 1,
+        "ImageId": image_id(pool.image or ""),
+        "InstanceType": offering.instance_type,
+        "InstanceInitiatedShutdownBehavior": "terminate",
+        "MetadataOptions": {"HttpEndpoint": "enabled", "HttpTokens": "required"},
+        "TagSpecifications": [{"ResourceType": kind, "Tags": tag_list(tags)} for kind in tagged],
+    }
+    if spot:
+        parameters["InstanceMarketOptions"] = ONE_TIME_SPOT
+    if pool.key_name:
+        parameters["KeyName"] = pool.key_name
+    if pool.instance_profile:
+        kind = "Arn" if pool.instance_profile.startswith("arn:") else "Name"
+        parameters["IamInstanceProfile"] = {kind: pool.instance_profile}
+    if recipe.user_data:
+        parameters["UserData"] = recipe.user_data
+    return parameters | _network(pool, recipe.security_group_ids, offering.zone)
+
+
+def _network(pool: PoolSettings, group_ids: Sequence[str], zone: str) -> dict[str, Any]:
+    """Where the machine is plugged in.
+
+    A subnet that one names oneself gives no public address unless it was told to (AWS: EC2 user guide, "Assign
+    a public IPv4 address at launch"), and a machine without the address its pool hands out never becomes
+    ready. So a pool that hands out public addresses asks for one; that can only be asked of an interface.
+    With private addresses, or in the default VPC, the subnet's own setting decides.
+    """
+    groups: dict[str, Any] = {"SecurityGroupIds": list(group_ids)} if group_ids else {}
+    if not pool.subnet:
+        return groups | ({"Placement": {"AvailabilityZone": zone}} if zone else {})
+    if pool.address == "private":
+        return groups | {"SubnetId": pool.subnet}
+    interface: dict[str, Any] = {
+        "DeviceIndex": 0,
+        "SubnetId": pool.subnet,
+        "AssociatePublicIpAddress": True,
+        "DeleteOnTermination": True,
+    }
+    return {"NetworkInterfaces": [interface | ({"Groups": list(group_ids)} if group_ids else {})]}
+
+
+def image_id(image: str) -> str:
+    """An AMI id as it is; anything else names an SSM parameter, which EC2 looks up at the launch.
+
+    (AWS: Systems Manager user guide, "Native parameter support for Amazon Machine Image IDs".)
+    """
+    return image if image.startswith(("ami-", "resolve:ssm:")) else f"resolve:ssm:{image}"
+
+
+def instance_from(shape: Shape, region: str, address: str, tags: Mapping[str, str]) -> Instance:
+    """EC2's instance as ours; `address` is the pool setting. Raises KeyError, ValueError for what is none."""
+    cpu, placement = shape.get("CpuOptions") or {}, shape.get("Placement") or {}
+    launched = shape.get("LaunchTime")
+    return Instance(
+        id=shape["InstanceId"],
+        state=InstanceState(shape["State"]["Name"]),
+        address=shape.get(ADDRESS_FIELD[address]) or None,
+        instance_type=shape.get("InstanceType", ""),
+        region=region,
+        zone=placement.get("AvailabilityZone", ""),
+        market=Market.SPOT if shape.get("InstanceLifecycle") == "spot" else Market.ON_DEMAND,
+        cores=cpu.get("CoreCount", 0) * cpu.get("ThreadsPerCore", 0) or None,
+        launched_unix=launched.timestamp() if launched else 0.0,
+        tags=tags,
+        reason=_reason(shape.get("StateReason") or {}),
+    )
+
+
+def _reason(state_reason: Shape) -> str:
+    """`Client.UserInitiatedShutdown: User initiated shutdown`; AWS mostly puts the code into the message itself."""
+    code, message = state_reason.get("Code", ""), state_reason.get("Message", "")
+    return message if message.startswith(code) else f"{code}: {message}".removesuffix(": ")
+
+
+def tag_list(tags: Mapping[str, str]) -> list[dict[str, str]]:
+    return [{"Key": key, "Value": value} for key, value in sorted(tags.items())]
+
+
+def tags_from(shape: Shape) -> dict[str, str]:
+    return {tag["Key"]: tag.get("Value", "") for tag in shape.get("Tags") or ()}
+
+
+def filters(**values: Iterable[str]) -> list[dict[str, Any]]:
+    """`filters(instance_id=[…])`: any of the values, taken literally; an underscore stands for a dash."""
+    return [filter_of(name.replace("_", "-"), some) for name, some in values.items()]
+
+
+def filter_of(name: str, values: Iterable[str]) -> dict[str, Any]:
+    return {"Name": name, "Values": [FILTER_SPECIAL.sub(r"\\\1", value) for value in values]}
+
+
+def batches(values: Iterable[str], size: int) -> Iterator[tuple[str, ...]]:
+    """Each value once, in order, so many at a time."""
+    rest = iter(dict.fromkeys(values))
+    while batch := tuple(islice(rest, size)):
+        yield batch
+
+
+def named_in(words: str, instance_ids: Iterable[str]) -> set[str]:
+    """Those of the ids that a message names."""
+    return {one for one in instance_ids if re.search(rf"(?<![\w-]){re.escape(one)}(?![\w-])", words)}

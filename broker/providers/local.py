@@ -1,0 +1,169 @@
+"""The local provider, the embedded default: each worker is a process on a loopback address of its own.
+
+Workers are sessions of their own and outlive the broker, however it ends; the next one finds them again. What
+keeps them from outliving every broker is the leash: each listing touches the record of each running worker,
+and a worker whose record has not been touched for its pool's idle timeout and LEASH_SECONDS_SPARE more ends
+itself. A `pool.X.command` of one's own does well to do the same, with COMPUTE_BROKER_LEASH_FILE and
+_LEASH_SECONDS, and it stays in the foreground: when it ends, so does everything it has started.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import ParamSpec, TypeVar
+
+import psutil
+
+from broker.core.errors import (
+    CloudError,
+    CloudUnreachable,
+    InstanceNotFound,
+    OfferingRefused,
+    OrderMismatch,
+    OrderSpent,
+    PermanentRefusal,
+    SettingsError,
+)
+from broker.core.model import Instance, InstanceState, Market, Offering, Order
+from broker.core.settings import PoolSettings
+from broker.core.tags import Identity, launch_tags
+from broker.providers.local_machines import INSTANCE_TYPE, REGION, LocalMachines
+from broker.providers.local_records import RECIPE, Recipe
+
+LEASH_SECONDS_SPARE = 300.0  # beyond the idle timeout: a broker may be away for so long and find its workers
+LEASH_SECONDS_MAX = 7 * 86_400  # what the stock worker accepts
+TERMINATE_GRACE_SECONDS = 3.0  # from SIGTERM to SIGKILL: nothing on a worker is worth more than its end
+KILL_SECONDS_MAX = 2.0  # who survives SIGKILL for longer sits in the kernel; the next listing tries again
+FINISH_LOOK_SECONDS = 0.05
+
+# With "ok" and "cancelled" the closed list of outcomes that `on_call` hears: the words that EC2's calls use.
+OUTCOMES: Mapping[type[CloudError], str] = {
+    OfferingRefused: "refused",
+    PermanentRefusal: "denied",
+    CloudUnreachable: "unreachable",
+    OrderMismatch: "conflict",
+    OrderSpent: "conflict",
+    InstanceNotFound: "not-found",
+}
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class LocalProvider:
+    """The provider port on this host.
+
+    `on_call` hears each call's name and its outcome (see OUTCOMES). `environ` is the broker's own environment,
+    of which workers inherit what any program needs and nothing more.
+    """
+
+    name = "local"
+
+    def __init__(
+        self,
+        broker_id: str,
+        pools: Mapping[str, PoolSettings],
+        state_dir: Path,
+        clock_wall: Callable[[], float],
+        on_call: Callable[[str, str], None] = lambda _api, _outcome: None,
+        environ: Mapping[str, str] = os.environ,
+        terminate_grace_seconds: float = TERMINATE_GRACE_SECONDS,
+    ) -> None:
+        self._broker_id = broker_id
+        self._pools = pools
+        self._machines = LocalMachines(broker_id, state_dir / "local", clock_wall, environ)
+        self._on_call = on_call
+        self._terminate_grace_seconds = terminate_grace_seconds
+        self._finishing: dict[str, asyncio.Task[None]] = {}  # instance id → its way from SIGTERM to its end
+
+    async def open(self) -> None:
+        try:
+            await asyncio.to_thread(self._machines.open)
+        except OSError as error:
+            raise SettingsError([f"broker.state_dir: {error}"]) from error
+
+    async def close(self) -> None:
+        """Sees those that were told to end to their end, for a few seconds at most; the others live on."""
+        if self._finishing:
+            await asyncio.wait(self._finishing.values())
+
+    def offerings(self, pool: str) -> Sequence[Offering]:
+        return [
+            Offering(
+                REGION,
+                INSTANCE_TYPE,
+                Market.ON_DEMAND,
+                cores=os.cpu_count(),
+                price_usd_micros_per_hour=self._pools[pool].price_usd_micros_per_hour,
+            )
+        ]
+
+    def prepare(self, pool: str, order_id: str, offering: Offering, created_unix: float) -> Order:
+        settings = self._pools[pool]
+        identity = Identity(self._broker_id, pool, order_id)
+        expires_unix = created_unix + settings.max_lifetime
+        recipe = Recipe(
+            settings.command,
+            settings.worker_port,
+            min(math.ceil(settings.idle_timeout + LEASH_SECONDS_SPARE), LEASH_SECONDS_MAX),
+            launch_tags(identity, settings.name_tag, settings.tags, expires_unix=expires_unix),
+        )
+        return Order(order_id, pool, offering, RECIPE.dump_json(recipe).decode(), created_unix)
+
+    async def launch(self, order: Order) -> Instance:
+        return await self._call("launch", self._machines.launch, order)
+
+    async def listing(self) -> list[Instance]:
+        instances = await self._call("listing", self._machines.listing)
+        self._finish(i.id for i in instances if i.state is InstanceState.SHUTTING_DOWN)
+        return instances
+
+    async def describe(self, instance_ids: Iterable[str]) -> list[Instance]:
+        return await self._call("describe", self._machines.describe, tuple(instance_ids))
+
+    async def terminate(self, instance_ids: Iterable[str]) -> None:
+        self._finish(await self._call("terminate", self._machines.terminate, tuple(instance_ids)))
+
+    async def tag(self, instance_id: str, tags: Mapping[str, str]) -> None:
+        await self._call("tag", self._machines.tag, instance_id, tags)
+
+    async def _call(self, api: str, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Carry out blocking work in a thread and count it. Whoever is cancelled here does not stop the work."""
+        try:
+            result = await asyncio.to_thread(_understood, work, *args, **kwargs)
+        except CloudError as error:
+            self._on_call(api, OUTCOMES[type(error)])
+            raise
+        except asyncio.CancelledError:
+            self._on_call(api, "cancelled")
+            raise
+        self._on_call(api, "ok")
+        return result
+
+    def _finish(self, instance_ids: Iterable[str]) -> None:
+        for instance_id in instance_ids:
+            if instance_id not in self._finishing:
+                self._finishing[instance_id] = asyncio.create_task(self._see_to_the_end(instance_id))
+
+    async def _see_to_the_end(self, instance_id: str) -> None:
+        now = asyncio.get_running_loop().time
+        kill_at = now() + self._terminate_grace_seconds
+        try:
+            while now() < kill_at + KILL_SECONDS_MAX:
+                if await asyncio.to_thread(self._machines.finish, instance_id, kill=now() >= kill_at):
+                    return
+                await asyncio.sleep(FINISH_LOOK_SECONDS)
+        finally:
+            del self._finishing[instance_id]
+
+
+def _understood(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Turn what the system says into our error: whether the call was carried out is unknown then."""
+    try:
+        return work(*args, **kwargs)
+    except (OSError, psutil.Error) as error:
+        raise CloudUnreachable(f"local workers cannot be looked after: {error}") from error

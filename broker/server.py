@@ -1,0 +1,268 @@
+"""TCP: an asyncio.Protocol around core.protocol, with limits and deadlines.
+
+Replies leave in the order of their commands. What the books can answer at once is answered in the very call
+that received the bytes, and all replies to one chunk leave in one write. The first command that has to wait
+starts a task for the connection; later commands queue behind it.
+
+A connection is bounded in every direction: commands begun must be finished (`line_timeout`), silence ends
+(`silence_timeout`), queued commands are at most QUEUED_MAX, and a client that does not read its replies is not
+read from either.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import cast
+
+from broker.clock import Clock
+from broker.core import protocol
+from broker.core.errors import LimitReached, WaitTimedOut
+from broker.core.protocol import Command, CommandReader, Malformed, name_of
+from broker.core.settings import BrokerSettings, split_address
+from broker.service import Service
+
+BACKLOG = 1024  # connections the kernel holds while we are busy: a lab's whole cluster may start at once
+QUEUED_MAX = 1000  # commands of one connection that wait behind a slow one; beyond them its bytes wait too
+SWEEP_SECONDS = 1.0  # how often deadlines are looked at: one look at all is cheaper than a timer for each
+PLAIN_GET = b"GET_WORKER\n"
+
+Observe = Callable[[str, bool, float], None]  # command, whether it failed, seconds
+
+
+class Connection(asyncio.Protocol):
+    """One client."""
+
+    __slots__ = (
+        "_client_closed", "_paused", "_peer", "_queue", "_reader", "_reading", "_server", "_task", "_transport",
+        "active_at", "partial_at", "unread_at",
+    )  # fmt: skip
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+        self._reader = CommandReader()
+        self._peer = ""
+        self._queue: deque[Command] | None = None  # made when first needed: most connections never wait
+        self._task: asyncio.Task[None] | None = None
+        self._client_closed = False
+        self._paused = False
+        self._reading = True
+        self.partial_at: float | None = None  # since when a command is unfinished
+        self.unread_at = 0.0  # since when the client does not read its replies, while `_paused`
+        self.active_at = server.now()
+
+    # --- what the transport calls --------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+        if not self._server.admit(self):
+            error = LimitReached("too many connections; close some, or try again in a moment")
+            self._transport.write(protocol.error_line(error))
+            self._transport.close()
+
+    def data_received(self, data: bytes) -> None:
+        server = self._server
+        started = self.active_at = server.now()
+        if data == PLAIN_GET and self._task is None and not self._reader.partial:
+            reply = server.service.warm(self.peer)
+            if reply is not None:
+                self._transport.write(reply)
+                server.observe("GET_WORKER", False, server.now() - started)
+                return
+        commands = self._reader.receive(data)
+        self._take(commands, started)
+        if not self._reader.partial:
+            self.partial_at = None
+        elif commands or self.partial_at is None:  # a new command has begun; more of an old one is no excuse
+            self.partial_at = started
+
+    def eof_received(self) -> bool:
+        """The client has said all it will say: answer what is left, then close."""
+        self._client_closed = True
+        self._take(self._reader.receive_eof(), self._server.now())
+        self.partial_at = None
+        return self._task is not None  # False lets the transport close itself
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._server.dismiss(self)
+        if self._task is not None:
+            self._task.cancel()  # a client that gave up frees its place in the queue
+
+    def pause_writing(self) -> None:
+        self._paused = True
+        self.unread_at = self._server.now()
+        self._read_or_pause()
+
+    def resume_writing(self) -> None:
+        self._paused = False
+        self._read_or_pause()
+
+    # --- the work ------------------------------------------------------------------------------------
+
+    @property
+    def peer(self) -> str:
+        """The client's source address: asked for once, because most connections never need it."""
+        if not self._peer:
+            name = self._transport.get_extra_info("peername")
+            self._peer = str(name[0]) if name else "local"
+        return self._peer
+
+    def _take(self, commands: Sequence[Command], started: float) -> None:
+        replies: list[bytes] = []
+        answered: list[Command] = []
+        service, peer = self._server.service, self.peer if commands else ""
+        for command in commands:
+            reply = service.answer_now(command, peer) if self._task is None else None
+            if reply is None:
+                self._enqueue(command)
+            else:
+                replies.append(reply)
+                answered.append(command)
+                if isinstance(command, Malformed) and command.fatal:
+                    self._client_closed = True
+        if replies:
+            self._transport.write(b"".join(replies))
+            self._observe_all(answered, replies, started)
+        if self._client_closed and self._task is None:
+            self._transport.close()
+
+    def _observe_all(self, commands: list[Command], replies: list[bytes], started: float) -> None:
+        each = (self._server.now() - started) / len(commands)
+        for command, reply in zip(commands, replies, strict=True):
+            self._server.observe(name_of(command), reply.startswith(b"ERROR"), each)
+
+    def _enqueue(self, command: Command) -> None:
+        if self._queue is None:
+            self._queue = deque()
+        self._queue.append(command)
+        if self._task is None:
+            self._task = asyncio.get_running_loop().create_task(self._work())
+        self._read_or_pause()
+
+    async def _work(self) -> None:
+        """Answer the queue, in order, then hand back to `data_received`."""
+        server, queue = self._server, self._queue
+        while queue:
+            command = queue[0]
+            started = server.now()
+            reply = await server.answer(command, self.peer)
+            queue.popleft()
+            self._transport.write(reply)
+            self.active_at = server.now()
+            server.observe(name_of(command), reply.startswith(b"ERROR"), self.active_at - started)
+            if isinstance(command, Malformed) and command.fatal:
+                self._client_closed = True
+            self._read_or_pause()
+        self._task = None
+        if self._client_closed:
+            self._transport.close()
+
+    def _read_or_pause(self) -> None:
+        """Read on only while the client reads its replies and its commands find a place in the queue."""
+        crowded = self._queue is not None and len(self._queue) >= QUEUED_MAX
+        wanted = not self._paused and not crowded
+        if wanted is self._reading or self._transport.is_closing():
+            return
+        self._reading = wanted
+        if wanted:
+            self._transport.resume_reading()
+        else:
+            self._transport.pause_reading()
+
+    def check(self, now: float, settings: BrokerSettings) -> None:
+        """Close the connection when one of its deadlines has passed."""
+        if self._paused and now - self.unread_at > settings.line_timeout:
+            self._transport.abort()  # it does not read: there is no telling it anything
+        elif (
+            self.partial_at is not None
+            and self._task is None
+            and now - self.partial_at > settings.line_timeout
+        ):
+            seconds = settings.line_timeout
+            error = WaitTimedOut(f"the command was not finished within {seconds:g} s; end it with a newline")
+            self._transport.write(protocol.error_line(error))
+            self._transport.close()
+        elif self._task is None and now - self.active_at > settings.silence_timeout:
+            self._transport.close()
+
+    def close(self) -> None:
+        self._transport.close()
+
+
+class Server:
+    """All connections, and the socket they come from."""
+
+    def __init__(
+        self,
+        service: Service,
+        settings: BrokerSettings,
+        clock: Clock,
+        observe: Observe,
+        failed: Callable[[str, Exception], None],
+    ) -> None:
+        self.service = service
+        self.settings = settings
+        self.observe = observe
+        self.now = clock.monotonic
+        self.connections: set[Connection] = set()
+        self.connections_max = settings.connections_max  # lowered when the system allows fewer open files
+        self._failed = failed
+        self._servers: list[asyncio.Server] = []
+
+    async def listen(self, sockets: Sequence[socket.socket] = ()) -> None:
+        """Listen on the configured address, or on sockets that somebody else has opened. Raises OSError."""
+        loop = asyncio.get_running_loop()
+        if sockets:
+            for sock in sockets:
+                self._servers.append(await loop.create_server(self.connect, sock=sock, backlog=BACKLOG))
+        else:
+            host, port = split_address(self.settings.listen)
+            self._servers.append(await loop.create_server(self.connect, host, port, backlog=BACKLOG))
+
+    def connect(self) -> Connection:
+        """A new connection, not yet with a transport."""
+        return Connection(self)
+
+    @property
+    def addresses(self) -> list[str]:
+        names = [sock.getsockname() for server in self._servers for sock in server.sockets]
+        return [f"{name[0]}:{name[1]}" for name in names]
+
+    def admit(self, connection: Connection) -> bool:
+        if len(self.connections) >= self.connections_max:
+            return False
+        self.connections.add(connection)
+        return True
+
+    def dismiss(self, connection: Connection) -> None:
+        self.connections.discard(connection)
+
+    async def answer(self, command: Command, peer: str) -> bytes:
+        """The reply, whatever happens: a fault of ours costs one command, not the connection."""
+        try:
+            return await self.service.answer(command, peer)
+        except Exception as error:
+            self._failed(name_of(command), error)
+            return b"ERROR: the broker met a fault of its own; its log has the details [CLOUD]\n"
+
+    async def sweep(self) -> None:
+        """Look at every connection's deadlines, for ever."""
+        while True:
+            await asyncio.sleep(SWEEP_SECONDS)
+            now = self.now()
+            for connection in tuple(self.connections):
+                connection.check(now, self.settings)
+
+    def stop_listening(self) -> None:
+        for server in self._servers:
+            server.close()
+
+    async def close(self, timeout_seconds: float) -> None:
+        """Let commands under way be answered for a while, then close every connection."""
+        tasks = [connection._task for connection in self.connections if connection._task is not None]
+        if tasks:
+            await asyncio.wait(tasks, timeout=timeout_seconds)
+        for connection in tuple(self.connections):
+            connection.close()

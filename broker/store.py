@@ -1,0 +1,264 @@
+"""What the cloud cannot tell back, in SQLite under the state directory: open orders and leases.
+
+Losing this file loses history, never a machine. Two connections with two promises: an order is on the disk
+itself before its launch call (`synchronous=FULL`), because a forgotten order is a forgotten machine; a lease
+survives the death of the process but perhaps not of the power (`synchronous=NORMAL`), because a machine
+found without its lease counts as busy anyway.
+
+All writing happens on one thread, and writes that wait together are committed together: two hundred clients
+that are served at once cost one commit.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import json
+import os
+import sqlite3
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from broker.core.errors import StoreError
+from broker.core.model import Lease, Market, Offering, Order
+
+CLOSED_ORDERS_MAX = 1000  # history for a person who asks what happened; older ones are dropped
+BUSY_TIMEOUT_SECONDS = 5.0  # another process looking into the file must not fail a write
+
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS orders (
+    id TEXT PRIMARY KEY, pool TEXT NOT NULL, offering TEXT NOT NULL, parameters TEXT NOT NULL,
+    created_unix REAL NOT NULL, state TEXT NOT NULL DEFAULT 'open', instance_id TEXT, outcome TEXT
+) STRICT;
+CREATE INDEX IF NOT EXISTS orders_state ON orders (state);
+CREATE TABLE IF NOT EXISTS leases (
+    id TEXT PRIMARY KEY, instance_id TEXT NOT NULL, client TEXT NOT NULL,
+    ttl_seconds REAL NOT NULL, exclusive INTEGER NOT NULL
+) STRICT;
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredLease:
+    """A lease as it outlives the process: tied to the machine, not to an entry of the books."""
+
+    lease: Lease
+    instance_id: str
+
+
+@dataclass(slots=True)
+class _Write:
+    sql: str
+    values: tuple[Any, ...]
+    done: asyncio.Future[None]
+
+
+class Store:
+    """Open with `open`, end with `close`. Every failed write raises StoreError."""
+
+    def __init__(
+        self, directory: Path, *, threaded: bool = True, report: Callable[[str], None] = print
+    ) -> None:
+        self._directory = directory
+        self._report = report  # hears of trouble that no caller waits for
+        self._thread = ThreadPoolExecutor(1, "store") if threaded else None
+        self._waiting: dict[bool, list[_Write]] = {True: [], False: []}
+        self._writers: dict[bool, asyncio.Task[None] | None] = {True: None, False: None}
+        self._connections: dict[bool, sqlite3.Connection] = {}
+        self._lock: int | None = None
+
+    @property
+    def path(self) -> Path:
+        return self._directory / "broker.db"
+
+    def open(self) -> None:
+        """Create or open the file, one broker at a time. Raises StoreError. A torn file is set aside."""
+        try:
+            self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._take_lock()
+            try:
+                self._connect()
+            except sqlite3.DatabaseError as error:
+                if isinstance(error, sqlite3.OperationalError):
+                    raise
+                self._set_aside(error)
+                self._connect()
+        except (OSError, sqlite3.Error) as error:
+            self.release_lock()
+            raise StoreError(f"cannot use the state directory {self._directory}: {error}") from error
+
+    async def settle(self) -> None:
+        """Returns when nothing waits to be written any more."""
+        writers = [writer for writer in self._writers.values() if writer is not None and not writer.done()]
+        if writers:
+            await asyncio.wait(writers)
+
+    def close(self) -> None:
+        """Write what waits, close the file, give back the lock."""
+        if self._thread is not None:
+            self._thread.shutdown(wait=True)
+        for connection in self._connections.values():
+            connection.close()
+        self._connections.clear()
+        self.release_lock()
+
+    def release_lock(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    # --- orders ------------------------------------------------------------------------------------
+
+    async def order_placed(self, order: Order) -> None:
+        """Returns when the order is on disk."""
+        offering = json.dumps(asdict(order.offering))
+        await self._write(
+            True,
+            "INSERT INTO orders (id, pool, offering, parameters, created_unix) VALUES (?, ?, ?, ?, ?)",
+            (order.id, order.pool, offering, order.parameters, order.created_unix),
+        )
+
+    async def order_launched(self, order_id: str, instance_id: str) -> None:
+        await self._write(
+            True,
+            "UPDATE orders SET state = 'launched', instance_id = ? WHERE id = ?",
+            (instance_id, order_id),
+        )
+
+    async def order_closed(self, order_id: str, outcome: str) -> None:
+        await self._write(
+            True, "UPDATE orders SET state = 'closed', outcome = ? WHERE id = ?", (outcome, order_id)
+        )
+
+    def open_orders(self) -> list[Order]:
+        """Orders whose outcome nobody knows."""
+        rows = self._connections[True].execute(
+            "SELECT id, pool, offering, parameters, created_unix FROM orders WHERE state = 'open' ORDER BY rowid"
+        )
+        return [
+            Order(order_id, pool, _offering(offering), parameters, created)
+            for order_id, pool, offering, parameters, created in rows
+        ]
+
+    # --- leases ------------------------------------------------------------------------------------
+
+    async def lease_granted(self, lease: Lease, instance_id: str) -> None:
+        """Returns when a broker that is killed now would find the lease again."""
+        await self._write(
+            False,
+            "INSERT OR REPLACE INTO leases VALUES (?, ?, ?, ?, ?)",
+            (lease.id, instance_id, lease.client, lease.ttl_seconds, int(lease.exclusive)),
+        )
+
+    async def lease_ended(self, lease_id: str) -> None:
+        await self._write(False, "DELETE FROM leases WHERE id = ?", (lease_id,))
+
+    def leases(self) -> list[StoredLease]:
+        """Every lease that had not ended when the last broker stopped. `worker_id` is the instance's."""
+        rows = self._connections[False].execute(
+            "SELECT id, instance_id, client, ttl_seconds, exclusive FROM leases ORDER BY rowid"
+        )
+        return [
+            StoredLease(Lease(lease_id, instance_id, client, ttl, bool(exclusive)), instance_id)
+            for lease_id, instance_id, client, ttl, exclusive in rows
+        ]
+
+    # --- inside ------------------------------------------------------------------------------------
+
+    def soon(self, write: Any) -> None:
+        """Have a write done without waiting for it; a failure is reported, not raised."""
+        task = asyncio.ensure_future(write)
+        task.add_done_callback(self._reported)
+
+    def _reported(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and task.exception() is not None:
+            self._report(str(task.exception()))
+
+    async def _write(self, durable: bool, sql: str, values: tuple[Any, ...]) -> None:
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[None] = loop.create_future()
+        self._waiting[durable].append(_Write(sql, values, done))
+        writer = self._writers[durable]
+        if writer is None or writer.done():
+            self._writers[durable] = loop.create_task(self._write_all(durable))
+        await asyncio.shield(done)
+
+    async def _write_all(self, durable: bool) -> None:
+        while self._waiting[durable]:
+            batch, self._waiting[durable] = self._waiting[durable], []
+            try:
+                if self._thread is None:
+                    self._commit(durable, batch)
+                else:
+                    await asyncio.get_running_loop().run_in_executor(
+                        self._thread, self._commit, durable, batch
+                    )
+            except (sqlite3.Error, RuntimeError) as error:  # RuntimeError: the thread has been shut down
+                problem = StoreError(f"cannot write {self.path}: {error}; is the disk full?")
+                for write in batch:
+                    write.done.set_exception(problem)
+                    write.done.exception()  # retrieved: the one who waits may have been cancelled
+            else:
+                for write in batch:
+                    write.done.set_result(None)
+
+    def _commit(self, durable: bool, batch: list[_Write]) -> None:
+        connection = self._connections[durable]
+        with connection:  # commits, or rolls back on an error
+            connection.execute("BEGIN IMMEDIATE")
+            for write in batch:
+                connection.execute(write.sql, write.values)
+
+    def _connect(self) -> None:
+        for durable in (True, False):
+            connection = sqlite3.connect(
+                self.path, timeout=BUSY_TIMEOUT_SECONDS, isolation_level=None, check_same_thread=False
+            )
+            self._connections[durable] = connection
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
+            connection.executescript(SCHEMA)
+        connection = self._connections[True]
+        connection.execute(
+            "DELETE FROM orders WHERE state != 'open' AND rowid <= (SELECT max(rowid) FROM orders) - ?",
+            (CLOSED_ORDERS_MAX,),
+        )
+        connection.execute("PRAGMA quick_check").fetchall()
+        os.chmod(self.path, 0o600)
+
+    def _set_aside(self, error: sqlite3.DatabaseError) -> None:
+        for connection in self._connections.values():
+            connection.close()
+        self._connections.clear()
+        broken = self.path.with_name(f"broker.db.broken-{os.getpid()}")
+        for suffix in ("", "-wal", "-shm"):
+            part = Path(f"{self.path}{suffix}")
+            if part.exists():
+                part.rename(f"{broken}{suffix}")
+        self._report(
+            f"{self.path} is damaged ({error}): it was set aside as {broken.name}; machines are found by tag"
+        )
+
+    def _take_lock(self) -> None:
+        """The broker-id lock: the second broker on one state directory refuses to start."""
+        lock = os.open(self._directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.read(lock, 32).decode("ascii", "replace").strip() or "unknown"
+            os.close(lock)
+            raise StoreError(
+                f"another broker (process {holder}) runs on the state directory {self._directory}: "
+                "stop it first, or give this one its own state_dir and id"
+            ) from None
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
+        self._lock = lock
+
+
+def _offering(text: str) -> Offering:
+    values = json.loads(text)
+    return Offering(**{**values, "market": Market(values["market"])})

@@ -1,0 +1,96 @@
+"""A scripted EC2 client and the pools of these tests."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime
+from functools import partial
+from typing import Any
+
+from broker.core.settings import PoolSettings
+from broker.providers.ec2 import Ec2Provider
+from broker.providers.ec2_api import METHODS
+
+NOW_UNIX = 1_767_225_600.0  # 2026-01-01T00:00:00Z
+AWS_ENVIRONMENT = ("AWS_", "BOTO_", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
+
+Step = dict[str, Any] | Exception | Callable[..., dict[str, Any]]
+
+
+def pool(**settings: Any) -> PoolSettings:
+    recipe = {"provider": "ec2", "image": "ami-12c6146b", "instance_types": ["c7i.large"], **settings}
+    return PoolSettings.model_validate(recipe)
+
+
+def shape(instance_id: str = "i-00000001", state: str = "pending", **more: Any) -> dict[str, Any]:
+    """An instance as the SDK returns it; `tags=` is a plain dict."""
+    tags = [{"Key": key, "Value": value} for key, value in more.pop("tags", {}).items()]
+    launched = datetime.fromtimestamp(NOW_UNIX, UTC)
+    return {"InstanceId": instance_id, "State": {"Name": state}, "LaunchTime": launched, "Tags": tags, **more}
+
+
+def page(*shapes: dict[str, Any], token: str = "") -> dict[str, Any]:
+    return {"Reservations": [{"Instances": [one]} for one in shapes], **({"NextToken": token} if token else {})}
+
+
+class ScriptedClient:
+    """Answers each API from its script, in order (the last step repeats), and remembers every call."""
+
+    def __init__(self, **scripts: Step | list[Step]) -> None:
+        described = {"InstanceTypes": [{"InstanceType": "c7i.large", "VCpuInfo": {"DefaultVCpus": 2}}]}
+        self._scripts = {"DescribeInstanceTypes": described, **scripts}
+        self.calls: list[tuple[str, dict[str, Any]]] = []
+        self.in_flight = self.in_flight_max = 0
+        self.hold: asyncio.Event | None = None  # while set and not fired, every call stays in flight
+
+    def __getattr__(self, method: str) -> Any:
+        apis = {name: api for api, name in METHODS.items()}
+        if method not in apis:
+            raise AttributeError(method)
+        return partial(self._call, apis[method])
+
+    async def _call(self, api: str, **parameters: Any) -> dict[str, Any]:
+        self.calls.append((api, parameters))
+        self.in_flight += 1
+        self.in_flight_max = max(self.in_flight_max, self.in_flight)
+        try:
+            if self.hold is not None:
+                await self.hold.wait()
+            return self._answer(api, parameters)
+        finally:
+            self.in_flight -= 1
+
+    def _answer(self, api: str, parameters: dict[str, Any]) -> dict[str, Any]:
+        script = self._scripts.get(api, {})
+        step = script if not isinstance(script, list) else script.pop(0) if len(script) > 1 else script[0]
+        if isinstance(step, Exception):
+            raise step
+        return step(**parameters) if callable(step) else step
+
+    def sent(self, api: str) -> list[dict[str, Any]]:
+        return [parameters for name, parameters in self.calls if name == api]
+
+    @asynccontextmanager
+    async def factory(self, attempts_max: int) -> AsyncIterator[Any]:
+        yield self
+
+
+@asynccontextmanager
+async def opened(client: ScriptedClient, pools: dict[str, PoolSettings] | None = None, **more: Any) -> AsyncIterator[Ec2Provider]:
+    """A provider on a scripted client."""
+    provider = Ec2Provider(
+        "lab",
+        pools if pools is not None else {"default": pool()},
+        region="us-east-1",
+        profile=None,
+        clock_wall=lambda: NOW_UNIX,
+        client_factory=client.factory,
+        **more,
+    )
+    await provider.open()
+    try:
+        yield provider
+    finally:
+        await provider.close()
