@@ -1,7 +1,8 @@
 """10,000 connections that say nothing: what each costs in memory, and what they cost everyone else.
 
-Measured on a server of its own, fresh: after a throughput run, freed memory would take in the connections and
-hide their price. Latency is measured under a modest fixed load, without and with the idle connections, in turns.
+Measured on a server of its own, fresh: after a throughput run, freed memory would take in the connections
+and hide their price. Latency is measured under a modest fixed load, without and with the idle connections,
+in turns.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class IdleResult:
             Verdict(f"{self.connections:,} idle connections held", "all", held,
                     self.still_open == self.connections),
             at_most("memory of one idle connection", KIB_EACH_MAX, self.kib_each, "KiB"),
-            at_most("GET_WORKER p99 beside them, against without", P99_GROWTH_MAX, self.p99_growth, "×"),
+            at_most("GET_WORKER p99 beside them, against without", P99_GROWTH_MAX, self.p99_growth, "x"),
         ]  # fmt: skip
 
 

@@ -95,7 +95,8 @@ def idle(port: int, connections: int, cores: Cores) -> Iterator[Idle]:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
     try:
-        assert process.stdout is not None and process.stdin is not None
+        assert process.stdin is not None
+        assert process.stdout is not None
         first_line = process.stdout.readline()
         if not first_line:
             raise IdleFailed(f"the load generator could not open {connections} idle connections")

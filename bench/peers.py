@@ -49,7 +49,7 @@ class PeerMissing(Exception):
 
 @dataclass(frozen=True)
 class Peer:
-    """A running server, and the one exchange that it is measured by (escapes as the load generator reads them)."""
+    """A running server, and the exchange it is measured by, escaped as the load generator reads it."""
 
     name: str
     port: int
@@ -81,7 +81,7 @@ def beanstalkd(core: int | None) -> Iterator[Peer]:
 
 @contextlib.contextmanager
 def redis(core: int | None) -> Iterator[Peer]:
-    """Protected mode is off because it refuses every source address but 127.0.0.1; it listens on loopback only."""
+    """Without protected mode, which refuses every source address but 127.0.0.1; it listens on loopback only."""
     port = free_port()
     arguments = f"--bind {HOST} --port {port} --appendonly no --protected-mode no --save".split()
     with _server("redis-server", [*arguments, ""], port, core) as process:

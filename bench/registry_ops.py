@@ -1,8 +1,9 @@
 """What the books cost at 1,000, 10,000 and 100,000 workers, without a socket or a cloud in sight.
 
-Time is an argument of the registry, so nothing here waits. At each size the same number of workers is touched,
-scattered over all of them, and the best of some rounds counts, with the collector off, as `timeit` does it: what
-grows with the size is then the algorithm, and not the misses of the processor's caches or a busy machine.
+Time is an argument of the registry, so nothing here waits. At each size the same number of workers is
+touched, scattered over all of them, and the best of some rounds counts, with the collector off, as `timeit`
+does it: what grows with the size is then the algorithm, and not the misses of the processor's caches or a
+busy machine.
 """
 
 from __future__ import annotations
@@ -11,41 +12,36 @@ import asyncio
 import contextlib
 import gc
 import random
+import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import cast
 
+from bench import intake
+from bench.machines import IDLE_SECONDS, POOL, lease, machine
 from bench.verdict import Verdict, at_most
 from broker.clouds import Clouds
 from broker.context import Context
-from broker.core import tags
-from broker.core.model import Instance, InstanceState, Lease, WorkerState
+from broker.core.model import Instance, Lease, WorkerState
 from broker.core.registry import Registry
 from broker.core.settings import parse
 from broker.loops.reap import ReapLoop
-from broker.loops.reconcile import ReconcileLoop
-from broker.orders import Orders
 from broker.providers.base import Provider
-from broker.store import Store, StoredLease
+from broker.store import Store
 
 SIZES = (1_000, 10_000, 100_000)
 IN_USE = 1_000  # workers that are touched, at each size
 ROUNDS = 7
 TICKS = 50
 TICK_MS_MAX = 1.0
-MACHINES_AT_START = 10_000
 INTAKES = 3
 INTAKE_SECONDS_MAX = 1.0
 GROWTH_MAX = (
     4.0  # from 1,000 to 100,000 log n grows 1.7 times and misses in the caches add theirs; n 100 times
 )
-POOL = "default"
-BROKER = "bench"
 NOW = 1_000_000.0
-IDLE_SECONDS = 900.0
 SEED = 2560
 
 
@@ -63,8 +59,8 @@ class RegistryResult:
             at_most(f"a reap tick over {SIZES[-1]:,} idle workers, the worst of {TICKS}", TICK_MS_MAX,
                     self.tick_ms_worst, "ms"),
             at_most(f"growth of the registry's operations, {SIZES[0]:,} → {SIZES[-1]:,} workers ({worst})",
-                    GROWTH_MAX, self.growth(worst), "×"),
-            at_most(f"a start that finds {MACHINES_AT_START:,} machines, beyond their listing, the best of {INTAKES}",
+                    GROWTH_MAX, self.growth(worst), "x"),
+            at_most(f"a start that finds {intake.MACHINES:,} machines, beyond their listing",
                     INTAKE_SECONDS_MAX, self.intake_seconds, "s"),
         ]  # fmt: skip
 
@@ -74,7 +70,7 @@ class RegistryResult:
     def table(self) -> tuple[Sequence[str], Iterable[Sequence[str]]]:
         head = ("operation", *(f"{size:,}" for size in SIZES), "growth")
         return head, (
-            (name, *(f"{us:.2f}" for us in by_size), f"{self.growth(name):.1f} ×")
+            (name, *(f"{us:.2f}" for us in by_size), f"{self.growth(name):.1f} x")
             for name, by_size in self.microseconds.items()
         )
 
@@ -87,7 +83,7 @@ def measure(say: Callable[[str], None]) -> RegistryResult:
             result.microseconds.setdefault(name, []).append(microseconds)
         say(f"registry operations with {size:,} workers: done")
     result.tick_ms_worst = asyncio.run(reap_tick_ms())
-    result.intake_seconds = min(asyncio.run(intake_seconds()) for _ in range(INTAKES))
+    result.intake_seconds = statistics.median(intake.seconds() for _ in range(INTAKES))
     return result
 
 
@@ -102,15 +98,10 @@ def idle_workers(count: int) -> Registry:
     return registry
 
 
-def machine(number: int) -> Instance:
-    address = f"10.{number >> 16 & 255}.{number >> 8 & 255}.{number & 255}"
-    return Instance(f"i-{number:017x}", InstanceState.RUNNING, address, "c7i.16xlarge", "us-east-1", cores=64)
-
-
 def operations(registry: Registry) -> dict[str, float]:
     """Microseconds of each operation. Every round leaves the books as long as it found them."""
     workers = random.Random(SEED).sample(list(registry), IN_USE)
-    leases = [_lease(worker.id, f"client-{worker.id}") for worker in workers]
+    leases = [lease(worker.id, f"client-{worker.id}") for worker in workers]
     newcomers = [machine(1_000_000 + number) for number in range(IN_USE)]
 
     def each_lease(use: Callable[[Lease], object]) -> float:
@@ -139,7 +130,7 @@ def operations(registry: Registry) -> dict[str, float]:
 async def reap_tick_ms() -> float:
     """The slowest of some ticks of the real loop over idle workers that are not due yet."""
     clock = ManualClock(NOW)
-    context = _context(clock, idle_workers(SIZES[-1]), [])
+    context = _context(clock, idle_workers(SIZES[-1]))
     loop = ReapLoop(context, report=_unheard, terminated=lambda: None)
     worst_ms = 0.0
     with _collector_off():
@@ -150,23 +141,6 @@ async def reap_tick_ms() -> float:
             worst_ms = max(worst_ms, (time.perf_counter_ns() - began_ns) / 1e6)
     assert len(context.registry.in_state(WorkerState.READY)) == SIZES[-1]
     return worst_ms
-
-
-async def intake_seconds() -> float:
-    """A first scan that finds machines of ours, without the listing; half of them have clients from before."""
-    listing = [_tagged(number) for number in range(MACHINES_AT_START)]
-    context = _context(ManualClock(NOW), Registry(), listing)
-    for one in listing[::2]:
-        context.stored_leases[one.id] = [StoredLease(_lease(one.id, f"client-{one.id}"), one.id)]
-    reconcile = ReconcileLoop(
-        context, Orders(context), broker_id=BROKER, report=_unheard, changed=lambda: None, beat=lambda: None
-    )
-    began = time.perf_counter()
-    await reconcile.scan()
-    seconds = time.perf_counter() - began
-    assert len(context.registry) == MACHINES_AT_START
-    assert context.registry.lease_count(POOL) == MACHINES_AT_START // 2
-    return seconds
 
 
 @dataclass
@@ -182,28 +156,9 @@ class ManualClock:
         return self.now
 
 
-class Cloud:
-    """A cloud whose listing costs nothing, so that only what the broker does with it is timed."""
-
-    name = "benchmark"
-
-    def __init__(self, listing: list[Instance]) -> None:
-        self._listing = listing
-
-    async def open(self) -> None: ...
-
-    async def listing(self) -> list[Instance]:
-        return self._listing
-
-
-def _context(clock: ManualClock, registry: Registry, listing: list[Instance]) -> Context:
-    provider = cast(Provider, Cloud(listing))  # the loops that run here ask for nothing else
-    store = Store(Path("unused"))  # never opened: nothing is written here
-    return Context(parse({}, {}), registry, Clouds({POOL: provider}), store, clock)
-
-
-def _tagged(number: int) -> Instance:
-    return replace(machine(number), tags={tags.NAME: "worker", tags.BROKER: BROKER, tags.POOL: POOL})
+def _context(clock: ManualClock, registry: Registry) -> Context:
+    nobody: dict[str, Provider] = {}  # no cloud: a tick that finds nothing due asks none
+    return Context(parse({}, {}), registry, Clouds(nobody), Store(Path("unused")), clock)
 
 
 def _unheard(event: str, details: dict[str, object]) -> None:
@@ -226,10 +181,6 @@ def _come_due(registry: Registry, worker_id: str) -> None:
     registry.look_again(worker_id, NOW)
     assert len(registry.due(NOW)) == 1
     registry.look_again(worker_id, NOW + IDLE_SECONDS)
-
-
-def _lease(worker_id: str, client: str) -> Lease:
-    return Lease(f"lease-{worker_id}", worker_id, client, IDLE_SECONDS)
 
 
 def _hand_out(registry: Registry, lease: Lease) -> None:

@@ -9,10 +9,9 @@ from statistics import median
 from bench.idle import IdleResult
 from bench.machine import Machine
 from bench.registry_ops import RegistryResult
-from bench.throughput import SHAPES, Ratio, Shape, Throughput
+from bench.throughput import QUIET_SHARE_MAX, SHAPES, Ratio, Shape, Throughput
 from bench.verdict import Verdict
 
-QUIET_SHARE_MAX = 0.1
 PEERS = ("broker", "echo", "beanstalkd", "redis")
 
 
@@ -94,10 +93,10 @@ def _throughput_parts(throughput: Throughput) -> list[str]:
     return [
         "### Warm GET_WORKER and its peers: requests per second, the median of the rounds",
         table(("", *PEERS), rates),
-        "### Broker / peer: the median of the rounds' ratios (lowest–highest)",
+        "### Broker / peer: the median of the rounds' ratios (lowest-highest)",
         table(("", *(f"/ {peer}" for peer in PEERS[1:])), ratios),
         "### Latency, and who was busy",
-        "Medians of the rounds. Pipelined: the time until the last of 50 replies. CPU is the share of one core.",
+        "Medians of the rounds. Pipelined: the time until the last of 50 replies. CPU: share of one core.",
         table(("", "server", "p50, µs", "p99, µs", "server CPU", "generator CPU"), rows),
     ]
 
@@ -108,7 +107,7 @@ def _rate(throughput: Throughput, shape: Shape, peer: str) -> str:
 
 
 def _ratio(ratio: Ratio | None) -> str:
-    return f"{ratio.median:.2f} ({ratio.lowest:.2f}–{ratio.highest:.2f})" if ratio else "not measured"
+    return f"{ratio.median:.2f} ({ratio.lowest:.2f}-{ratio.highest:.2f})" if ratio else "not measured"
 
 
 def _detail_row(throughput: Throughput, shape: Shape, peer: str) -> tuple[str, ...]:
@@ -127,10 +126,15 @@ def _disturbance(throughput: Throughput) -> list[str]:
         for slices in by_peer.values()
         for one in slices
     ]
-    if not shares or max(shares) < QUIET_SHARE_MAX:
-        return []
-    took = f"{median(shares):.0%} of a core in the median slice and {max(shares):.0%} in the worst"
-    return [f"**The machine was not quiet**: other programs took {took}. Trust ratios more than rates."]
+    dropped, said = throughput.turns_dropped, []
+    if dropped:
+        said.append(f"{dropped} turns were played again because other programs disturbed them.")
+    if max(shares, default=0.0) > QUIET_SHARE_MAX:
+        took = f"{median(shares):.0%} of a core in the median slice and {max(shares):.0%} in the worst"
+        said.append(
+            f"**The machine was not quiet**: in what counts, other programs took {took}. Trust ratios only."
+        )
+    return said
 
 
 def _bottlenecks(throughput: Throughput) -> list[str]:
@@ -152,5 +156,5 @@ def _verdict_row(verdict: Verdict) -> tuple[str, ...]:
 def _idle_row(one: IdleResult) -> tuple[str, ...]:
     return (
         one.peer, f"{one.connections:,}", f"{one.kib_each:.2f}", f"{one.p99_us_without:,.0f}",
-        f"{one.p99_us_with:,.0f}", f"{one.p99_growth:.2f} ×",
+        f"{one.p99_us_with:,.0f}", f"{one.p99_growth:.2f} x",
     )  # fmt: skip

@@ -1,8 +1,8 @@
 """`python -m bench.run`: measures the broker beside its peers and says honestly which targets it reached.
 
-Numbers of one run belong together: peers take turns on the same cores in the same minutes, and the result is a
-ratio. Targets that were missed do not fail the command; a measurement that could not be made says so instead
-of a number.
+Numbers of one run belong together: peers take turns on the same cores in the same minutes, and the result is
+a ratio. Targets that were missed do not fail the command; a measurement that could not be made says so
+instead of a number.
 """
 
 from __future__ import annotations
@@ -82,8 +82,8 @@ def _options() -> argparse.Namespace:
 
 def _describe(plan: Plan, cores: Cores) -> str:
     return (
-        f"{plan.rounds} rounds of {plan.seconds:g} s for each server and shape, after {plan.warmup_seconds:g} s of "
-        f"warm-up, taken in turns. {cores.describe()}"
+        f"{plan.rounds} rounds of {plan.seconds:g} s for each server and shape, after "
+        f"{plan.warmup_seconds:g} s of warm-up, taken in turns. {cores.describe()}"
     )
 
 

@@ -2,7 +2,8 @@
 
 Peers take turns in short slices (A B C D, A B C D, …) and are compared only with the slices of the same turn:
 a machine that slows down for a while slows them all, and the median of those ratios forgets the odd turn.
-A peer with one wrong reply anywhere in a shape has no number for that shape.
+A turn that other programs disturbed is played again, a few times; then the least disturbed ones count. A peer
+with one wrong reply anywhere in a shape has no number for that shape.
 """
 
 from __future__ import annotations
@@ -17,6 +18,11 @@ from bench.machine import Cores
 from bench.peers import Peer
 from bench.verdict import Verdict, at_least
 
+QUIET_SHARE_MAX = 0.15  # of one core, for programs that are no part of this
+TURNS_MAX_FACTOR = 3  # so many times the rounds asked for are played at most, in search of quiet ones
+
+Turn = dict[str, Slice]
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -28,8 +34,8 @@ class Shape:
 
 
 SHAPES = (
-    Shape("persistent", "persistent, 50 × 1", "persistent", 50),
-    Shape("pipelined", "pipelined, 50 × 50", "persistent", 50, depth=50),
+    Shape("persistent", "persistent, 50 x 1", "persistent", 50),
+    Shape("pipelined", "pipelined, 50 x 50", "persistent", 50, depth=50),
     Shape("connect", "a connection each, 8 at once", "connect", 8),
 )
 
@@ -53,6 +59,7 @@ class Ratio:
 class Throughput:
     """Slices by shape and peer, one for each turn; `missing` says which peers have none, and why."""
 
+    turns_dropped: int = 0  # because other programs disturbed them
     slices: dict[str, dict[str, list[Slice]]] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
 
@@ -100,13 +107,28 @@ def measure(running: list[Peer], cores: Cores, rounds: int, seconds: float, warm
             say: Callable[[str], None]) -> Throughput:  # fmt: skip
     result = Throughput()
     for shape in SHAPES:
-        by_peer: dict[str, list[Slice]] = {peer.name: [] for peer in running}
-        for turn in range(rounds):
-            for peer in running:
-                one = load.run(peer, shape.mode, cores, connections=shape.connections, depth=shape.depth,
-                               seconds=seconds, warmup_seconds=warmup_seconds)  # fmt: skip
-                by_peer[peer.name].append(one)
-            rates = ", ".join(f"{name} {slices[-1].rps:,.0f}/s" for name, slices in by_peer.items())
-            say(f"{shape.title}, round {turn + 1} of {rounds}: {rates}")
-        result.slices[shape.key] = by_peer
+        turns: list[Turn] = []
+        while len(turns) < rounds * TURNS_MAX_FACTOR and sum(map(_is_quiet, turns)) < rounds:
+            turns.append(_turn(shape, running, cores, seconds, warmup_seconds))
+            rates = ", ".join(f"{name} {one.rps:,.0f}/s" for name, one in turns[-1].items())
+            say(f"{shape.title}: {rates}{'' if _is_quiet(turns[-1]) else ' (disturbed)'}")
+        kept = sorted(turns, key=_disturbance)[:rounds]
+        result.slices[shape.key] = {peer.name: [turn[peer.name] for turn in kept] for peer in running}
+        result.turns_dropped += len(turns) - len(kept)
     return result
+
+
+def _turn(shape: Shape, running: list[Peer], cores: Cores, seconds: float, warmup_seconds: float) -> Turn:
+    return {
+        peer.name: load.run(peer, shape.mode, cores, connections=shape.connections, depth=shape.depth,
+                            seconds=seconds, warmup_seconds=warmup_seconds)
+        for peer in running
+    }  # fmt: skip
+
+
+def _disturbance(turn: Turn) -> float:
+    return max((one.others_cpu_share for one in turn.values()), default=0.0)
+
+
+def _is_quiet(turn: Turn) -> bool:
+    return _disturbance(turn) <= QUIET_SHARE_MAX

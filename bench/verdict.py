@@ -19,8 +19,8 @@ class Verdict:
 
 def at_least(what: str, wanted: float, measured: float | None, why_not: str) -> Verdict:
     if measured is None:
-        return Verdict(what, f"≥ {wanted:g} ×", why_not, None)
-    return Verdict(what, f"≥ {wanted:g} ×", f"{measured:.2f} ×", measured >= wanted)
+        return Verdict(what, f"≥ {wanted:g} x", why_not, None)
+    return Verdict(what, f"≥ {wanted:g} x", f"{measured:.2f} x", measured >= wanted)
 
 
 def at_most(what: str, wanted: float, measured: float, unit: str) -> Verdict:

@@ -53,7 +53,7 @@ ConfigOption = Annotated[
     typer.Option(
         "--config",
         metavar="FILE",
-        help="Settings; otherwise $COMPUTE_BROKER_CONFIG, /etc/compute-broker/broker.toml, the embedded default.",
+        help="Settings. Without it: $COMPUTE_BROKER_CONFIG, /etc/compute-broker/broker.toml, built-in ones.",
     ),
 ]
 BrokerOption = Annotated[
@@ -133,7 +133,7 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
     return uvloop.new_event_loop
 
 
-# --- a person's way to the daemon ----------------------------------------------------------------------------
+# --- a person's way to the daemon ------------------------------------------------------------------------
 
 
 @app.command(epilog=EPILOG)
@@ -256,7 +256,8 @@ def _client(config: Path | None, broker: str | None, client: str | None) -> Clie
     """A client under one stable name for all of a person's commands: `release` must find what `get` took."""
     if broker is None and "COMPUTE_BROKER_HOST" not in os.environ:
         host, port = split_address(_load(config).settings.broker.listen)
-        broker = f"[{host}]:{port}" if ":" in host else f"{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"  # noqa: S104
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 (where it listens, seen from here)
+        broker = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     name = client or own_name(0).rpartition("/")[0] + "/cli"
     with _answers():
         return Client(broker, client=name)

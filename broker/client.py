@@ -75,6 +75,8 @@ class _Asker:
     ) -> None:
         """`host` may be `host:port`. `client` is the name to ask under, instead of one of its own.
         `timeout` is the seconds an answer may take, for GET_WORKER beyond its wait."""
+        if client is not None and not protocol.CLIENT_NAME.fullmatch(client):
+            raise BadRequest(f"{client!r} is no name for client=: 1 to 64 letters, digits and . _ @ : / + -")
         self.broker = endpoint(host, port, os.environ)
         self.timeout = timeout
         self._retry = retry

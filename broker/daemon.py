@@ -92,12 +92,14 @@ class Daemon:
         providers: MakeProviders = make_providers,
         connect: Connect = connects,
         store_threaded: bool = True,
+        ports: bool = True,
         new_id: Callable[[], str] = lambda: secrets.token_hex(12),
     ) -> None:
         self.settings = settings
         self.clock = clock
         self._log = log
         self._notifier = systemd.Notifier(environ, lambda problem: log.warning(problem))
+        self._ports = ports  # False: no sockets at all; connections are made by `server.connect`
         self._sockets = _activated(environ)
         self._observers: list[Callable[[Event], None]] = []
         registry = Registry(self._publish)
@@ -160,7 +162,7 @@ class Daemon:
             self._remember()
             await self._open_providers()
             async with asyncio.TaskGroup() as tasks:
-                web_runner = await self._listen()
+                web_runner = await self._listen() if self._ports else None
                 listening()
                 background = [tasks.create_task(runner.run()) for runner in self.runners.values()]
                 background.append(tasks.create_task(self.server.sweep()))
@@ -223,13 +225,14 @@ class Daemon:
         workers = len(self.context.registry)
         self._log.info("ready", workers=workers, open_orders=len(self.orders.unresolved()))
 
-    async def _shut_down(self, web_runner: web.AppRunner) -> None:
+    async def _shut_down(self, web_runner: web.AppRunner | None) -> None:
         self._notifier.stopping()
         self.server.stop_listening()
         self.service.close()
         await self.server.close(ANSWER_SECONDS_MAX)
         await self.launch.settle(SETTLE_SECONDS_MAX)
-        await web_runner.cleanup()
+        if web_runner is not None:
+            await web_runner.cleanup()
         alive = [
             w.instance_id
             for w in self.context.registry.in_state(*BOOKED)

@@ -89,7 +89,7 @@ class Orders:
         registry, now = self._context.registry, self._context.now()
         worker = registry.get(order.id)
         if worker is None or worker.instance_id not in (None, instance.id):
-            # Closed too early, or a second machine for one order: it has our tag, so it is ours to look after.
+            # Closed too early, or a second machine for one order: it has our tag, so it is ours to keep.
             worker = registry.by_instance(instance.id)
             if worker is None:
                 port = self._context.pool(order.pool).worker_port

@@ -5,8 +5,8 @@ that received the bytes, and all replies to one chunk leave in one write. The fi
 starts a task for the connection; later commands queue behind it.
 
 A connection is bounded in every direction: commands begun must be finished (`line_timeout`), silence ends
-(`silence_timeout`), queued commands are at most QUEUED_MAX, and a client that does not read its replies is not
-read from either.
+(`silence_timeout`), queued commands are at most QUEUED_MAX, and a client that does not read its
+replies is not read from either.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class Connection(asyncio.Protocol):
     """One client."""
 
     __slots__ = (
-        "_client_closed", "_paused", "_peer", "_queue", "_reader", "_reading", "_server", "_task", "_transport",
-        "active_at", "partial_at", "unread_at",
+        "_client_closed", "_paused", "_peer", "_queue", "_reader", "_reading", "_server", "_task",
+        "_transport", "active_at", "partial_at", "unread_at",
     )  # fmt: skip
 
     def __init__(self, server: Server) -> None:

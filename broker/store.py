@@ -136,7 +136,8 @@ class Store:
     def open_orders(self) -> list[Order]:
         """Orders whose outcome nobody knows."""
         rows = self._connections[True].execute(
-            "SELECT id, pool, offering, parameters, created_unix FROM orders WHERE state = 'open' ORDER BY rowid"
+            "SELECT id, pool, offering, parameters, created_unix FROM orders "
+            "WHERE state = 'open' ORDER BY rowid"
         )
         return [
             Order(order_id, pool, _offering(offering), parameters, created)

@@ -207,7 +207,7 @@ def test_a_worker_that_is_gone_is_named_with_what_to_do(evaluate: Evaluate) -> N
     with socket.socket() as bound:  # bound and not listening: whoever connects is refused
         bound.bind(("127.0.0.1", 0))
         port = bound.getsockname()[1]
-        with pytest.raises(RemoteError, match=f"127.0.0.1:{port} cannot be reached: Connection refused"):
+        with pytest.raises(RemoteError, match=rf"127\.0\.0\.1:{port} cannot be reached: Connection refused"):
             evaluate("127.0.0.1", "x", port)
 
 
@@ -228,7 +228,7 @@ def test_every_character_survives_the_way_there_and_back(evaluate: Evaluate, sta
 
 
 def test_an_error_on_the_stand_in_is_raised(evaluate: Evaluate, stand_in: int) -> None:
-    with pytest.raises(RemoteTclError, match="^größer$"):
+    with pytest.raises(RemoteTclError, match=r"^größer$"):
         evaluate("127.0.0.1", "error größer", stand_in)
 
 

@@ -63,8 +63,8 @@ def judge(registry: Registry, worker: Worker, pool: PoolSettings, now: float) ->
 
 
 def born_at(pool: PoolSettings, age_seconds: float, now: float) -> float:
-    """When an adopted worker shall count as born: by its age in the cloud's words, but with an idle timeout of
-    life left, because whether it is busy is not known yet and the wall clock may be off."""
+    """When an adopted worker shall count as born: by its age in the cloud's words, but with an idle timeout
+    of life left, because whether it is busy is not known yet and the wall clock may be off."""
     age_max = max(0.0, pool.max_lifetime - pool.idle_timeout)
     return now - min(max(0.0, age_seconds), age_max)
 

@@ -93,7 +93,7 @@ class Registry:
         self._lease_ends_at: dict[str, float] = {}
         self._used_at: dict[str, float] = {}
         self._proved_at: dict[str, float] = {}
-        self._free: dict[str, dict[str, None]] = {}  # pool → READY workers that nobody holds, last freed last
+        self._free: dict[str, dict[str, None]] = {}  # pool → READY and held by nobody, last freed last
         self._open: dict[str, dict[str, None]] = {}  # pool → READY workers without an exclusive lease
         self._look_at: dict[str, float] = {}
         self._looks: list[tuple[float, str]] = []
@@ -180,7 +180,10 @@ class Registry:
         order_id: str | None = None,
         born_at: float | None = None,
     ) -> Worker:
-        """BOOTING: a machine of ours that the books do not know, found in a listing. It counts as just used."""
+        """BOOTING: a machine of ours that the books do not know, found in a listing. It counts as just used.
+
+        `born_at` is when it shall count as born, for its age cap; now by default.
+        """
         offering = Offering(
             instance.region, instance.instance_type, instance.market, instance.zone, instance.cores
         )

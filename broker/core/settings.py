@@ -106,8 +106,8 @@ class BrokerSettings(Section):
             host, _ = split_address(getattr(self, key))
             if not LOOPBACK.fullmatch(host) and not self.insecure_listen:
                 raise ValueError(
-                    f'{key} = "{getattr(self, key)}" is reachable from other machines, and whoever reaches it can '
-                    "spend your money: listen on 127.0.0.1 and use an SSH tunnel or a VPN, or say "
+                    f'{key} = "{getattr(self, key)}" is reachable from other machines; whoever reaches it '
+                    "can spend your money: listen on 127.0.0.1 and use an SSH tunnel or a VPN, or say "
                     "insecure_listen = true when a firewall decides who may connect"
                 )
         return self
@@ -120,8 +120,8 @@ class PoolSettings(Section):
     worker_port: int = Field(2560, ge=1, le=65535, description="The port clients use on a worker.")
     readiness: Literal["tcp", "running"] = Field(
         "tcp",
-        description="tcp: the worker port must accept a connection. running: the cloud's word and an address are "
-        "enough (for brokers that cannot reach the workers themselves).",
+        description="tcp: the worker port must accept a connection. running: the cloud's word and an address "
+        "are enough (for brokers that cannot reach the workers themselves).",
     )
     readiness_max_age: Seconds = Field(
         1.0,
@@ -155,7 +155,7 @@ class PoolSettings(Section):
 
     command: Words = Field(
         (),
-        description="local: the program that is a worker. Empty: a Tcl evaluator that speaks dserv's framing.",
+        description="local: the program that is a worker. Empty: a Tcl evaluator with dserv's framing.",
     )
 
     region: str | None = Field(None, description="ec2: the region; otherwise the AWS configuration decides.")

@@ -132,7 +132,7 @@ class LaunchLoop:
         self._context.waiting.fail(name, error, wish=wish, supply=max(0, supply))
 
     def _send_again(self, name: str) -> None:
-        """Somebody waits, and there is an order whose answer was lost: ask with the same order, not a new one."""
+        """Somebody waits, and an order has lost its answer: ask with the same order, not with a new one."""
         for entry in self._orders.unresolved():
             due = entry.resend_at <= self._context.now() and entry.order.id not in self._in_flight
             if due and entry.order.pool == name:
@@ -188,7 +188,7 @@ class LaunchLoop:
         """The calls are over and brought no machine. Only a certain refusal closes the order.
 
         The cloud looks at the token before it looks for capacity, so a refused offering is certain even when
-        an earlier answer was lost; a throttle or a permission is looked at before the token and proves nothing.
+        an answer was lost before; throttles and permissions are looked at before the token and prove nothing.
         """
         order, now = entry.order, self._context.now()
         if entry.perhaps_launched and not isinstance(error, OfferingRefused | OrderSpent):

@@ -25,7 +25,7 @@ Report = Callable[[str, dict[str, object]], None]
 
 
 class ReapLoop:
-    """See the module. `terminated` is told after a Terminate was answered: somebody should watch for the end."""
+    """See the module. `terminated` is called when Terminate was answered: watch for the end."""
 
     name = "reap"
 

@@ -5,17 +5,17 @@ CloudError family (a few raise SettingsError from `open`, when the pool cannot w
 not retry launches: whether a failed launch may have happened is the caller's most important question, and
 `CloudError.sent` answers it.
 
-| call      | idempotent                     | raises beyond CloudUnreachable, Throttled, CredentialsRefused      |
-| --------- | ------------------------------ | ------------------------------------------------------------------ |
-| open      | yes                            | SettingsError                                                      |
-| offerings | yes, no cloud involved         | –                                                                  |
-| prepare   | yes, no cloud involved         | –                                                                  |
-| launch    | yes, by `order.id`, if resent  | OfferingRefused, QuotaReached, PermanentRefusal, OrderMismatch,    |
-|           | with the same parameters       | OrderSpent                                                         |
-| listing   | yes                            | PermanentRefusal. It returns a *complete* listing or raises        |
-| describe  | yes                            | PermanentRefusal. Unknown ids are left out: that proves nothing    |
-| terminate | yes, unknown ids are fine      | PermanentRefusal                                                   |
-| tag       | yes                            | PermanentRefusal, InstanceNotFound                                 |
+| call      | idempotent                      | raises beyond Unreachable, Throttled, CredentialsRefused  |
+| --------- | ------------------------------- | --------------------------------------------------------- |
+| open      | yes                             | SettingsError                                             |
+| offerings | yes, no cloud involved          | nothing                                                   |
+| prepare   | yes, no cloud involved          | nothing                                                   |
+| launch    | yes, by `order.id`, when resent | OfferingRefused, QuotaReached, PermanentRefusal,          |
+|           | with the same parameters        | OrderMismatch, OrderSpent                                 |
+| listing   | yes                             | PermanentRefusal. Returns a *complete* listing or raises  |
+| describe  | yes                             | PermanentRefusal. Leaves unknown ids out: no proof        |
+| terminate | yes, unknown ids are fine       | PermanentRefusal                                          |
+| tag       | yes                             | PermanentRefusal, InstanceNotFound                        |
 """
 
 from __future__ import annotations

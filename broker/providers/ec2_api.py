@@ -12,11 +12,13 @@ import asyncio
 import os
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from functools import cache
 from typing import Any, Protocol
 
 from aiobotocore.config import AioConfig  # type: ignore[import-untyped]
 from aiobotocore.session import AioSession  # type: ignore[import-untyped]
 from botocore import exceptions as sdk
+from botocore.loaders import Loader, create_loader
 
 from broker.core.errors import CloudUnreachable, CredentialsRefused, SettingsError
 from broker.providers.ec2_errors import CANCELLED, OK, outcome_of, translate
@@ -70,12 +72,19 @@ class Ec2Client(Protocol):
 ClientFactory = Callable[[int], AbstractAsyncContextManager[Ec2Client]]  # attempts at most → a client
 
 
+@cache
+def _description_of_aws() -> Loader:
+    """The SDK's own data, read once for all regions: EC2's alone takes a tenth of a second and 20 MB."""
+    return create_loader(os.environ.get("AWS_DATA_PATH"))
+
+
 class Account:
     """The SDK's session: who we are and where, by the ordinary chain of files, environment and roles."""
 
     def __init__(self, region: str | None, profile: str | None) -> None:
         self._region, self._profile = region, profile
         self._session = AioSession(profile=profile)
+        self._session.register_component("data_loader", _description_of_aws())
 
     async def check(self, key: str, now_unix: float, problems: list[str]) -> str:
         """The region. What is missing is added to the problems, each naming its setting (`key` is the pool's).

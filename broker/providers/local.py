@@ -57,8 +57,8 @@ T = TypeVar("T")
 class LocalProvider:
     """The provider port on this host.
 
-    `on_call` hears each call's name and its outcome (see OUTCOMES). `environ` is the broker's own environment,
-    of which workers inherit what any program needs and nothing more.
+    `on_call` hears each call's name and its outcome (see OUTCOMES). `environ` is the broker's own
+    environment, of which workers inherit what any program needs and nothing more.
     """
 
     name = "local"
@@ -132,15 +132,18 @@ class LocalProvider:
         await self._call("tag", self._machines.tag, instance_id, tags)
 
     async def _call(self, api: str, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Carry out blocking work in a thread and count it. Whoever is cancelled here does not stop the work."""
+        """Carry out blocking work in a thread, count it, and turn what the system says into our errors."""
         try:
-            result = await asyncio.to_thread(_understood, work, *args, **kwargs)
+            result = await asyncio.to_thread(work, *args, **kwargs)
         except CloudError as error:
             self._on_call(api, OUTCOMES[type(error)])
             raise
-        except asyncio.CancelledError:
+        except asyncio.CancelledError:  # the thread goes on; what it does is on disk
             self._on_call(api, "cancelled")
             raise
+        except (OSError, psutil.Error) as error:
+            self._on_call(api, OUTCOMES[CloudUnreachable])
+            raise CloudUnreachable(f"local workers cannot be looked after: {error}") from error
         self._on_call(api, "ok")
         return result
 
@@ -159,11 +162,3 @@ class LocalProvider:
                 await asyncio.sleep(FINISH_LOOK_SECONDS)
         finally:
             del self._finishing[instance_id]
-
-
-def _understood(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Turn what the system says into our error: whether the call was carried out is unknown then."""
-    try:
-        return work(*args, **kwargs)
-    except (OSError, psutil.Error) as error:
-        raise CloudUnreachable(f"local workers cannot be looked after: {error}") from error

@@ -78,10 +78,9 @@ class Records:
     def ids(self) -> list[str]:
         """Raises OSError for a directory that cannot be read: that is not an empty one."""
         try:
-            names = os.listdir(self.directory)
+            return [path.stem for path in self.directory.iterdir() if path.suffix == ".json"]
         except FileNotFoundError:
             return []
-        return [name.removesuffix(".json") for name in names if name.endswith(".json")]
 
     def read(self, instance_id: str) -> Record | None:
         try:
@@ -100,11 +99,12 @@ class Records:
         temporary = self.directory / f"{record.id}.tmp"
         try:
             descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-            with open(descriptor, "wb") as file:
+            with os.fdopen(descriptor, "wb") as file:
                 file.write(RECORD.dump_json(record))
             temporary.rename(self.leash_file(record.id))
         except OSError:
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):
+                temporary.unlink()
             raise
 
     def remove(self, instance_id: str) -> None:

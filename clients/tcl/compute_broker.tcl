@@ -25,10 +25,9 @@ namespace eval ::compute_broker {
 
     # All times in seconds. An idle worker is reaped after minutes: 30 s between pings leaves room for several to
     # be lost. A remote script may take a day, longer than any worker lives by default.
-    variable settings [dict create -host 127.0.0.1 -port 9000 -client "" -timeout 10 -connect_timeout 10 \
+    variable settings [dict create -host 127.0.0.1 -port "" -client "" -timeout 10 -connect_timeout 10 \
         -retries 5 -keep_alive 30 -eval_timeout 86400 -log ::compute_broker::log_to_stderr]
     if {[info exists ::env(COMPUTE_BROKER_HOST)]} {dict set settings -host $::env(COMPUTE_BROKER_HOST)}
-    if {[info exists ::env(COMPUTE_BROKER_PORT)]} {dict set settings -port $::env(COMPUTE_BROKER_PORT)}
 
     # The broker waits 900 s for a worker when it is not told otherwise; the margin lets its answer be heard.
     variable get_worker_wait_s 900
@@ -254,9 +253,8 @@ proc ::compute_broker::broker_call {line timeout_s resend} {
     if {![regexp {^[\x20-\x7e]*$} $line]} {bad "a command is one line of printable ASCII"}
     if {[string length $line] > $line_bytes_max} {bad "a command has at most $line_bytes_max bytes"}
     if {$timeout_s eq ""} {set timeout_s [dict get $settings -timeout]}
-    return [dict create host [check host -host [dict get $settings -host]] \
-        port [check port -port [dict get $settings -port]] payload "$line\n" \
-        reader ::compute_broker::read_line resend $resend timeout_ms [milliseconds_of -timeout $timeout_s]]
+    lassign [host_and_port [dict get $settings -host] [dict get $settings -port]] host port
+    return [dict create host $host port $port payload "$line\n" reader ::compute_broker::read_line resend $resend timeout_ms [milliseconds_of -timeout $timeout_s]]
 }
 
 proc ::compute_broker::call_start {call_of callback} {
@@ -286,7 +284,8 @@ proc ::compute_broker::perform {call_of {evaluation_ip ""}} {
 # ---------------------------------------------------------------- settings
 
 proc ::compute_broker::check_settings {settings} {
-    dict for {name kind} {-host host -port port -timeout interval -connect_timeout interval -retries retries
+    host_and_port [dict get $settings -host] [dict get $settings -port]
+    dict for {name kind} {-timeout interval -connect_timeout interval -retries retries
             -keep_alive interval -eval_timeout interval} {
         check $kind $name [dict get $settings $name]
     }

@@ -1,5 +1,6 @@
 # What goes over the wire, in both directions, and what must not: command lines, replies, dserv's frames, names and
-# the checks of every value. Pure: no socket, no clock, nothing but its arguments and this package's settings.
+# the checks of every value. Pure: no socket, no clock, nothing but its arguments, this package's settings and
+# the environment.
 
 namespace eval ::compute_broker {
     variable line_bytes_max 1024            ;# the broker reads no longer command
@@ -164,6 +165,20 @@ proc ::compute_broker::is_whole {text low high} {
 
 proc ::compute_broker::is_seconds {text low high} {
     return [expr {[regexp {^(0|[1-9][0-9]{0,8})(\.[0-9]{1,9})?$} $text] && $low <= $text && $text <= $high}]
+}
+
+# Where the broker is, from a host that may be host:port or [v6]:port. A port given apart beats the one in the host,
+# that one COMPUTE_BROKER_PORT, and that one 9000.
+proc ::compute_broker::host_and_port {host port} {
+    if {![regexp {^\[([^][]*)\](?::([^:]*))?$} $host -> name inside]
+            && ![regexp {^([^:]*):([^:]*)$} $host -> name inside]} {
+        set name $host
+        set inside ""
+    }
+    if {$port eq ""} {set port $inside}
+    if {$port eq "" && [info exists ::env(COMPUTE_BROKER_PORT)]} {set port $::env(COMPUTE_BROKER_PORT)}
+    if {$port eq ""} {set port 9000}
+    return [list [check host -host $name] [check port -port $port]]
 }
 
 # An IPv4 or IPv6 address, or a DNS name, which a pool may hand out instead: dots in it, letters at its end.

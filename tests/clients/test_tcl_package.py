@@ -23,6 +23,8 @@ from typing import Self
 
 import pytest
 
+from broker.core.protocol import GetWorker, Malformed, Release, parse_line
+
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "clients" / "tcl"
 WORKER = ROOT / "broker" / "providers" / "local_worker.tcl"
@@ -78,26 +80,49 @@ def test_the_examples_of_the_packages_readme_run(tclsh: str, tmp_path: Path, wor
     script = tmp_path / "examples.tcl"
     script.write_text("\n".join(blocks))
     with LineBroker(address) as broker:
-        environment = os.environ | {
-            "TCLLIBPATH": str(PACKAGE),
-            "COMPUTE_BROKER_HOST": "127.0.0.1",
-            "COMPUTE_BROKER_PORT": str(broker.port),
-        }
-        run = subprocess.run(
-            [tclsh, str(script)],
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-            env=environment,
-        )
+        run = run_client(tclsh, script, broker)
     assert run.returncode == 0, run.stderr
     verbs = [line.split()[0] for line in broker.heard]
     assert verbs.count("GET_WORKER") == verbs.count("RELEASE") > 0
 
 
+def test_the_broker_understands_every_line_the_package_sends(tclsh: str, tmp_path: Path) -> None:
+    script = tmp_path / "lines.tcl"
+    script.write_text(
+        "package require compute_broker\n"
+        "compute_broker::get_worker\n"
+        "compute_broker::get_worker -pool gpu-2 -cores 64 -type c7i.16xlarge -region us-east-1 -wait 12.5"
+        " -exclusive yes -client lab/rig@host:1+2\n"
+        "compute_broker::get_worker -exclusive no -wait 0\n"
+        "compute_broker::ping 10.0.0.1\n"
+        "compute_broker::release 10.0.0.1\n"
+        "compute_broker::release 10.0.0.1 -force yes -client lab\n"
+        "compute_broker::status\n"
+        "compute_broker::with_worker {-pool gpu-2} w {}\n"
+    )
+    with LineBroker("10.0.0.1") as broker:
+        run = run_client(tclsh, script, broker)
+    assert run.returncode == 0, run.stderr
+    commands = [parse_line(line.encode()) for line in broker.heard]
+    assert not [command for command in commands if isinstance(command, Malformed)]
+    assert commands[1] == GetWorker("gpu-2", 64, "c7i.16xlarge", "us-east-1", 12.5, True, "lab/rig@host:1+2")
+    assert commands[5] == Release("10.0.0.1", True, "lab")
+    assert all(getattr(command, "client", "has none") for command in commands)
+
+
+def run_client(tclsh: str, script: Path, broker: LineBroker) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {
+        "TCLLIBPATH": str(PACKAGE),
+        "COMPUTE_BROKER_HOST": "127.0.0.1",
+        "COMPUTE_BROKER_PORT": str(broker.port),
+    }
+    return subprocess.run(
+        [tclsh, str(script)], capture_output=True, text=True, timeout=60, check=False, env=environment
+    )
+
+
 class LineBroker:
-    """The smallest broker: one address for every GET_WORKER, OK for everything else, one line a connection."""
+    """The smallest broker: one address for every GET_WORKER, OK otherwise, one line a connection."""
 
     def __init__(self, address: str) -> None:
         self._address = address
@@ -372,7 +397,8 @@ def test_a_frame_beyond_the_cap_is_refused_and_the_connection_closed(
     client = worker().connect()
     client.socket.sendall(struct.pack(">I", FRAME_BYTES_MAX + 1) + b"x" * 1_000_000)
     assert client.receive() == (
-        f"!TCL_ERROR a frame of {FRAME_BYTES_MAX + 1} bytes is more than the {FRAME_BYTES_MAX} bytes a worker reads"
+        f"!TCL_ERROR a frame of {FRAME_BYTES_MAX + 1} bytes"
+        f" is more than the {FRAME_BYTES_MAX} bytes a worker reads"
     )
     assert client.at_end()
 
@@ -515,6 +541,10 @@ def test_a_wall_clock_that_jumps_an_hour_ahead_ends_no_worker(worker: StartWorke
     before = int(client.ask("clock milliseconds"))
     jump.touch()
     until(lambda: int(client.ask("clock milliseconds")) > before + 200)  # several looks later
+    assert started.process.poll() is None
+    touched_just_before_the_jump = started.leash.stat().st_mtime + 1
+    os.utime(started.leash, (touched_just_before_the_jump, touched_just_before_the_jump))
+    until(lambda: int(client.ask("clock milliseconds")) > before + 400)
     assert started.process.poll() is None
 
 

@@ -195,3 +195,12 @@ def test_a_worker_is_had_used_and_kept_over_a_restart_under_the_units_kernel_rul
             assert evaluate(worker, "expr {6 * 7}") == "42"
         finally:
             assert ask(address, f"RELEASE {worker} force") == "OK"
+            wait_until_nothing_runs(address)
+
+
+def wait_until_nothing_runs(address: tuple[str, int]) -> None:
+    """RELEASE is answered before the worker has ended."""
+    deadline = time.monotonic() + REPLY_SECONDS_MAX
+    while (running := ask(address, "LIST_ALL")) != "[]":
+        assert time.monotonic() < deadline, running
+        time.sleep(0.05)

@@ -40,7 +40,7 @@ class ScriptedClient:
 
     def __init__(self, **scripts: Step | list[Step]) -> None:
         described = {"InstanceTypes": [{"InstanceType": "c7i.large", "VCpuInfo": {"DefaultVCpus": 2}}]}
-        self._scripts = {"DescribeInstanceTypes": described, **scripts}
+        self.scripts = {"DescribeInstanceTypes": described, **scripts}
         self.calls: list[tuple[str, dict[str, Any]]] = []
         self.in_flight = self.in_flight_max = 0
         self.hold: asyncio.Event | None = None  # while set and not fired, every call stays in flight
@@ -63,7 +63,7 @@ class ScriptedClient:
             self.in_flight -= 1
 
     def _answer(self, api: str, parameters: dict[str, Any]) -> dict[str, Any]:
-        script = self._scripts.get(api, {})
+        script = self.scripts.get(api, {})
         step = script if not isinstance(script, list) else script.pop(0) if len(script) > 1 else script[0]
         if isinstance(step, Exception):
             raise step

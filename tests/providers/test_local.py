@@ -1,4 +1,4 @@
-"""The local provider with real processes: the worker that comes with the broker, and a small one in Python."""
+"""The local provider with real processes: the worker that comes with the broker, and small ones in Python."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-import pytest_asyncio
 
 from broker.core import tags
 from broker.core.errors import (
@@ -39,7 +38,6 @@ from broker.providers.local_machines import VISIBLE_SECONDS, instance_id_of
 from broker.providers.local_processes import INSTANCE
 from broker.providers.local_records import Record, Records
 
-pytestmark = pytest.mark.asyncio
 needs_tclsh = pytest.mark.skipif(
     shutil.which("tclsh") is None, reason="tclsh is not installed: apt install tcl"
 )
@@ -49,7 +47,7 @@ TERMINATE_GRACE_SECONDS = 0.3  # what a stubborn worker gets here
 START_UNIX = 1_800_000_000.0
 PYTHON = (sys.executable, "-I", "-S", "-c")
 
-# Answers each connection with its environment, one JSON object. {address} and {port} are the broker's to fill in.
+# Answers each connection with its environment, as JSON. {address} and {port} are the broker's to fill in.
 ENVIRONMENT_TELLER = """
 import json, os, socket
 server = socket.create_server(("{address}", {port}))
@@ -145,14 +143,14 @@ class Host:
             os.kill(pid, signal.SIGKILL)
 
 
-@pytest_asyncio.fixture
+@pytest.fixture
 async def host(tmp_path: Path) -> AsyncIterator[Host]:
     host = Host(tmp_path / "state")
     yield host
     await host.close()
 
 
-@pytest_asyncio.fixture
+@pytest.fixture
 async def other_host(tmp_path: Path) -> AsyncIterator[Host]:
     host = Host(tmp_path / "other")
     yield host
@@ -188,7 +186,7 @@ def order(provider: LocalProvider, order_id: str = "order-1") -> Order:
 
 async def until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(WAIT_SECONDS_MAX):
-        while not condition():  # noqa: ASYNC110  # other processes set no event
+        while not condition():
             await asyncio.sleep(0.01)
 
 
@@ -407,16 +405,17 @@ async def test_an_order_of_another_provider_is_refused(host: Host) -> None:
         await provider.launch(replace(order(provider), parameters='{"ImageId": "ami-1"}'))
 
 
-async def test_a_launch_whose_caller_gives_up_is_carried_out_all_the_same(host: Host) -> None:
+async def test_a_launch_whose_caller_gives_up_leads_to_one_machine_all_the_same(host: Host) -> None:
     provider = await host.broker(*PYTHON, ENVIRONMENT_TELLER)
     launching = asyncio.create_task(provider.launch(order(provider)))
-    while host.calls.total() == 0:
-        await asyncio.sleep(0)
-        launching.cancel()
+    await asyncio.sleep(0)
+    launching.cancel()
     with pytest.raises(asyncio.CancelledError):
         await launching
     assert host.calls == {("launch", "cancelled"): 1}
-    assert [i.state for i in await provider.listing()] == [InstanceState.RUNNING]
+    instance = await provider.launch(order(provider))
+    assert await provider.listing() == [instance]
+    assert len(processes_under(str(host.records.directory))) == 1
 
 
 async def test_orders_at_the_same_time_get_a_machine_and_an_address_each(host: Host) -> None:
@@ -659,7 +658,7 @@ async def test_a_command_that_is_no_program_is_refused(host: Host, tmp_path: Pat
 
 
 async def test_a_worker_port_that_is_taken_everywhere_is_refused_for_now(host: Host) -> None:
-    with socket.create_server(("0.0.0.0", 0)) as server:  # noqa: S104  # that is the point
+    with socket.create_server(("0.0.0.0", 0)) as server:
         host.port = server.getsockname()[1]
         error = await _launch_error(host, await host.broker(*PYTHON, ENVIRONMENT_TELLER))
     assert type(error) is OfferingRefused
@@ -667,6 +666,16 @@ async def test_a_worker_port_that_is_taken_everywhere_is_refused_for_now(host: H
 
 
 async def test_without_a_record_on_disk_nothing_is_started(host: Host) -> None:
+    provider = await host.broker(*PYTHON, ENVIRONMENT_TELLER)
+    instance_id = instance_id_of("order-1")
+    (host.records.directory / f"{instance_id}.tmp").mkdir()  # whoever is root can write anywhere but here
+    with pytest.raises(PermanentRefusal, match=r"no local worker can be recorded in .*: Is a directory"):
+        await provider.launch(order(provider))
+    assert await provider.listing() == []
+    assert processes_under(str(host.records.directory)) == []
+
+
+async def test_a_directory_that_cannot_be_read_is_not_an_empty_one(host: Host) -> None:
     provider = await host.broker(*PYTHON, ENVIRONMENT_TELLER)
     shutil.rmtree(host.records.directory)
     host.records.directory.write_text("in the way")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -52,13 +51,13 @@ def test_a_write_that_fails_leaves_the_old_record_and_nothing_else(records: Reco
     records.leash_file("local-1").mkdir()
     with pytest.raises(OSError, match="directory"):
         records.write(RECORD)
-    assert os.listdir(records.directory) == ["local-1.json"]
+    assert list(records.directory.iterdir()) == [records.leash_file("local-1")]
 
 
 def test_what_a_killed_broker_was_writing_is_cleared_away(records: Records) -> None:
     (records.directory / "local-1.tmp").write_text("{")
     records.open()
-    assert os.listdir(records.directory) == []
+    assert list(records.directory.iterdir()) == []
 
 
 def test_only_living_machines_keep_their_address(records: Records) -> None:

@@ -1,0 +1,96 @@
+"""A start that finds 10,000 machines: the daemon's first scan, with everything that listens to it.
+
+The daemon is the real one, wired as `serve` wires it, with its log, metrics and store; only its cloud is
+ours, and that cloud's listing costs nothing. So the time is what the broker does beyond the listing. Half of
+the machines have clients from before the restart, whose leases are taken up again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import cast
+
+from bench.machines import POOL, lease, machine
+from broker.clock import SystemClock
+from broker.core import tags
+from broker.core.model import Instance
+from broker.core.settings import parse
+from broker.daemon import Daemon
+from broker.logs import Log, configure, get_logger
+from broker.providers.base import Provider
+from broker.store import StoredLease
+
+MACHINES = 10_000
+BROKER = "bench"
+
+
+def seconds() -> float:
+    """From the listing in hand to the books complete and every lease on disk."""
+    with tempfile.TemporaryDirectory(prefix="compute-broker-bench-") as folder, _log(Path(folder)) as log:
+        return asyncio.run(_first_scan(Path(folder), log))
+
+
+async def _first_scan(folder: Path, log: Log) -> float:
+    listing = [_tagged(number) for number in range(MACHINES)]
+    provider = cast(Provider, Cloud(listing))  # a first scan asks a cloud for nothing but its listing
+    settings = parse({"broker": {"id": BROKER}}, {})
+    daemon = Daemon(
+        settings,
+        state_dir=folder / "state",
+        clock=SystemClock(),
+        log=log,
+        environ={},
+        providers=lambda *_: {POOL: provider},
+    )
+    context = daemon.context
+    for one in listing[::2]:
+        context.stored_leases[one.id] = [StoredLease(lease(one.id, f"client-{one.id}"), one.id)]
+    context.store.open()
+    try:
+        began = time.perf_counter()
+        await daemon.reconcile.scan()
+        await context.store.settle()
+        taken = time.perf_counter() - began
+    finally:
+        context.store.close()
+    assert len(context.registry) == MACHINES
+    assert context.registry.lease_count(POOL) == MACHINES // 2
+    return taken
+
+
+class Cloud:
+    """A cloud whose listing is ready before it is asked for."""
+
+    name = "benchmark"
+
+    def __init__(self, listing: list[Instance]) -> None:
+        self._listing = listing
+
+    async def open(self) -> None: ...
+
+    async def listing(self) -> list[Instance]:
+        return self._listing
+
+
+def _tagged(number: int) -> Instance:
+    return replace(machine(number), tags={tags.NAME: "worker", tags.BROKER: BROKER, tags.POOL: POOL})
+
+
+@contextlib.contextmanager
+def _log(folder: Path) -> Iterator[Log]:
+    """The broker's own log, as JSON, into a file instead of standard error."""
+    handlers = logging.getLogger().handlers[:]
+    with (folder / "log").open("w") as file:
+        with contextlib.redirect_stderr(file):
+            configure("info", "json")
+        try:
+            yield get_logger(broker=BROKER)
+        finally:
+            logging.getLogger().handlers[:] = handlers

@@ -1,0 +1,418 @@
+"""For tests, ours and yours: clocks without waiting, a cloud in memory, a whole broker in one process.
+
+`VirtualTimeLoop` is an asyncio loop whose clock jumps to the next timer instead of sleeping: a day of idle
+timeouts passes in milliseconds, in the same order every time. `FakeCloud` is a provider that does what it is
+told. `RunningBroker` wires a real Daemon to both, with connections in memory instead of sockets.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import selectors
+from collections import defaultdict, deque
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import structlog
+
+from broker.clock import Clock
+from broker.core import tags
+from broker.core.errors import CloudUnreachable, OrderSpent
+from broker.core.model import Instance, InstanceState, Market, Offering, Order
+from broker.core.settings import Settings
+from broker.daemon import Daemon
+from broker.server import Connection, Server
+
+T = TypeVar("T")
+EPOCH_UNIX = 1_800_000_000.0  # where a virtual wall clock starts: any fixed moment will do
+REPLY_SECONDS_MAX = 86_400.0  # virtual seconds that `Client.ask` waits: a test that hangs says where
+
+
+class ManualClock:
+    """Stands still until told otherwise."""
+
+    def __init__(self, monotonic: float = 0.0, wall: float = EPOCH_UNIX) -> None:
+        self._monotonic, self._wall = monotonic, wall
+
+    def monotonic(self) -> float:
+        return self._monotonic
+
+    def wall(self) -> float:
+        return self._wall
+
+    def advance(self, seconds: float) -> None:
+        """Both clocks go on."""
+        self._monotonic += seconds
+        self._wall += seconds
+
+    def jump(self, seconds: float) -> None:
+        """Somebody sets the wall clock."""
+        self._wall += seconds
+
+
+# --- time --------------------------------------------------------------------------------------------------
+
+
+class _JumpingSelector(selectors.SelectSelector):
+    """Never sleeps: the time it would have slept is added to the loop's clock."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slept_seconds = 0.0
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        ready = super().select(0)
+        if not ready:
+            if timeout is None:
+                raise RuntimeError("the virtual-time loop waits for something that no timer will bring about")
+            self.slept_seconds += max(0.0, timeout)
+        return ready
+
+
+class VirtualTimeLoop(asyncio.SelectorEventLoop):
+    """asyncio's own loop on a clock that jumps. No threads, no sockets, no subprocesses in it."""
+
+    def __init__(self) -> None:
+        self._jumping = _JumpingSelector()
+        super().__init__(self._jumping)
+        self._clock_resolution = 1e-9
+
+    def time(self) -> float:
+        return self._jumping.slept_seconds
+
+
+class LoopClock:
+    """The clock of the running loop; `jump` sets the wall clock without touching the monotonic one."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._jumped = 0.0
+
+    def monotonic(self) -> float:
+        return self._loop.time()
+
+    def wall(self) -> float:
+        return EPOCH_UNIX + self._loop.time() + self._jumped
+
+    def jump(self, seconds: float) -> None:
+        self._jumped += seconds
+
+
+def run_virtual(main: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine to its end in virtual time."""
+    with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
+        return runner.run(main)
+
+
+# --- a cloud -----------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Machine:
+    """What the fake cloud knows of a machine."""
+
+    instance: Instance
+    order_id: str
+    hidden: bool = False  # exists, but listings do not show it
+    answers: bool = True  # its worker port accepts connections
+
+
+class FakeCloud:
+    """A provider in memory that does what it is told and remembers what it was asked.
+
+    `boots` decides whether a launch answers with a running machine or a pending one that `boot` finishes.
+    Errors put into `fail[api]` are raised by the next calls, one each; `lose` marks that a launch is carried
+    out although its answer is an error. `hold[api]` is awaited by every call while it is set.
+    """
+
+    name = "fake"
+
+    def __init__(
+        self, broker_id: str, pools: Sequence[str] = ("default",), *, clock: Clock, boots: bool = True
+    ) -> None:
+        self._broker_id = broker_id
+        self._clock = clock
+        self.boots = boots
+        self.fail: dict[str, deque[Exception]] = defaultdict(deque)
+        self.lose = False
+        self.hold: dict[str, asyncio.Event] = {}
+        self.calls: list[tuple[str, tuple[Any, ...]]] = []
+        self.machines: dict[str, Machine] = {}
+        self.catalogue: dict[str, tuple[Offering, ...]] = {
+            pool: (Offering("moon", "big", Market.SPOT, cores=64, price_usd_micros_per_hour=1_000_000),)
+            for pool in pools
+        }
+        self.ends_at_once = True
+        self._numbers = itertools.count(1)
+
+    # what tests do to it
+
+    def boot(self, instance_id: str) -> None:
+        self.set_state(instance_id, InstanceState.RUNNING)
+
+    def set_state(self, instance_id: str, state: InstanceState, reason: str = "") -> None:
+        machine = self.machines[instance_id]
+        address = machine.instance.address or _address(instance_id)
+        machine.instance = replace(machine.instance, state=state, reason=reason, address=address)
+
+    def running(self) -> list[str]:
+        """The truth: ids of machines that are billed."""
+        states = (InstanceState.PENDING, InstanceState.RUNNING)
+        return [id_ for id_, machine in self.machines.items() if machine.instance.state in states]
+
+    def add(self, pool: str = "default", **changes: Any) -> str:
+        """A machine with our tag that no order of this broker's life explains."""
+        order_id = f"old-{next(self._numbers)}"
+        instance = self._make(pool, order_id, self.catalogue["default"][0])
+        self.machines[instance.id] = Machine(replace(instance, **changes), order_id)
+        return instance.id
+
+    def count(self, api: str) -> int:
+        return sum(name == api for name, _ in self.calls)
+
+    async def connect(self, address: str, port: int) -> bool:
+        """The network, for a ProbeLoop."""
+        await asyncio.sleep(0.001)
+        machines = [m for m in self.machines.values() if m.instance.address == address]
+        return any(m.answers and m.instance.state is InstanceState.RUNNING for m in machines)
+
+    # the port
+
+    async def open(self) -> None:
+        await self._call("open")
+
+    async def close(self) -> None:
+        self.calls.append(("close", ()))
+
+    def offerings(self, pool: str) -> Sequence[Offering]:
+        return self.catalogue.get(pool, ())
+
+    def prepare(self, pool: str, order_id: str, offering: Offering, created_unix: float) -> Order:
+        return Order(order_id, pool, offering, "{}", created_unix)
+
+    async def launch(self, order: Order) -> Instance:
+        error = await self._call("launch", order, quiet=self.lose)
+        if error is not None and not self.lose:
+            raise error
+        machine = next((m for m in self.machines.values() if m.order_id == order.id), None)
+        if machine is None:
+            instance = self._make(order.pool, order.id, order.offering)
+            machine = self.machines[instance.id] = Machine(instance, order.id)
+        if error is not None:
+            raise error
+        if machine.instance.state in (InstanceState.SHUTTING_DOWN, InstanceState.TERMINATED):
+            raise OrderSpent
+        return machine.instance
+
+    async def listing(self) -> list[Instance]:
+        await self._call("listing")
+        return [machine.instance for machine in self.machines.values() if not machine.hidden]
+
+    async def describe(self, instance_ids: Iterable[str]) -> list[Instance]:
+        ids = tuple(instance_ids)
+        await self._call("describe", ids)
+        return [m.instance for id_ in ids if (m := self.machines.get(id_)) is not None and not m.hidden]
+
+    async def terminate(self, instance_ids: Iterable[str]) -> None:
+        ids = tuple(instance_ids)
+        await self._call("terminate", ids)
+        state = InstanceState.TERMINATED if self.ends_at_once else InstanceState.SHUTTING_DOWN
+        for instance_id in ids:
+            if instance_id in self.machines:
+                self.set_state(instance_id, state, "terminated by the broker")
+
+    async def tag(self, instance_id: str, new: Mapping[str, str]) -> None:
+        await self._call("tag", instance_id, dict(new))
+        machine = self.machines[instance_id]
+        machine.instance = replace(machine.instance, tags={**machine.instance.tags, **new})
+
+    async def _call(self, api: str, *arguments: Any, quiet: bool = False) -> Exception | None:
+        self.calls.append((api, arguments))
+        await asyncio.sleep(0.001)
+        if api in self.hold:
+            await self.hold[api].wait()
+        error = self.fail[api].popleft() if self.fail[api] else None
+        if error is not None and not quiet:
+            raise error
+        return error
+
+    def _make(self, pool: str, order_id: str, offering: Offering) -> Instance:
+        now_unix = self._clock.wall()
+        identity = tags.Identity(self._broker_id, pool, order_id)
+        instance_id = f"i-{next(self._numbers):017d}"
+        return Instance(
+            instance_id,
+            InstanceState.RUNNING if self.boots else InstanceState.PENDING,
+            address=_address(instance_id) if self.boots else None,
+            instance_type=offering.instance_type,
+            region=offering.region,
+            market=offering.market,
+            cores=offering.cores,
+            launched_unix=now_unix,
+            tags=tags.launch_tags(identity, "dserv-worker", {}, expires_unix=now_unix + 28800),
+        )
+
+
+def _address(instance_id: str) -> str:
+    number = int(instance_id[2:])
+    return f"10.{number >> 16 & 255}.{number >> 8 & 255}.{number & 255}"
+
+
+def lost_answer() -> CloudUnreachable:
+    """What a provider raises when the connection breaks before the answer."""
+    return CloudUnreachable("connection reset")
+
+
+# --- a broker ------------------------------------------------------------------------------------------------
+
+
+class _MemoryTransport(asyncio.Transport):
+    """A connection's far end: collects what is written."""
+
+    def __init__(self, client: Client, peer: str) -> None:
+        super().__init__({"peername": (peer, 50_000)})
+        self._client = client
+        self._closing = False
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        if not self._closing:
+            self._client._hear(bytes(data))
+
+    def is_closing(self) -> bool:
+        return self._closing
+
+    def close(self) -> None:
+        if not self._closing:
+            self._closing = True
+            asyncio.get_running_loop().call_soon(self._client._closed)
+
+    def abort(self) -> None:
+        self.close()
+
+    def pause_reading(self) -> None:
+        """Nothing is read from memory; what has been sent has arrived."""
+
+    def resume_reading(self) -> None:
+        """See pause_reading."""
+
+
+class Client:
+    """A client in memory, speaking bytes to a real Connection."""
+
+    def __init__(self, server: Server, peer: str = "10.0.0.1") -> None:
+        self.connection: Connection = server.connect()
+        self.closed = False
+        self._buffer = b""
+        self._lines: asyncio.Queue[str | None] = asyncio.Queue()
+        self.connection.connection_made(_MemoryTransport(self, peer))
+
+    def send(self, data: bytes) -> None:
+        self.connection.data_received(data)
+
+    def half_close(self) -> None:
+        if not self.connection.eof_received():
+            self.connection._transport.close()
+
+    def vanish(self) -> None:
+        """The connection breaks."""
+        self.connection._transport.close()
+
+    async def reply(self, seconds_max: float = REPLY_SECONDS_MAX) -> str | None:
+        """The next line, None when the broker has closed the connection."""
+        async with asyncio.timeout(seconds_max):
+            return await self._lines.get()
+
+    async def ask(self, line: str, seconds_max: float = REPLY_SECONDS_MAX) -> str:
+        """One command, its reply."""
+        self.send(line.encode() + b"\n")
+        reply = await self.reply(seconds_max)
+        if reply is None:
+            raise ConnectionError(f"the broker closed the connection instead of answering {line!r}")
+        return reply
+
+    def _hear(self, data: bytes) -> None:
+        *lines, self._buffer = (self._buffer + data).split(b"\n")
+        for line in lines:
+            self._lines.put_nowait(line.decode())
+
+    def _closed(self) -> None:
+        if not self.closed:
+            self.closed = True
+            self._lines.put_nowait(None)
+            self.connection.connection_lost(None)
+
+
+class RunningBroker:
+    """A real Daemon on the running loop, a FakeCloud behind it, clients in memory before it."""
+
+    def __init__(self, daemon: Daemon, cloud: FakeCloud, clock: LoopClock) -> None:
+        self.daemon = daemon
+        self.cloud = cloud
+        self.clock = clock
+        self.registry = daemon.context.registry
+
+    def client(self, peer: str = "10.0.0.1") -> Client:
+        return Client(self.daemon.server, peer)
+
+    async def ask(self, line: str, peer: str = "10.0.0.1") -> str:
+        """One command on a connection of its own."""
+        client = self.client(peer)
+        try:
+            return await client.ask(line)
+        finally:
+            client.vanish()
+
+    async def until(self, condition: Callable[[], object], seconds_max: float = 3600.0) -> None:
+        """Let virtual time pass until something holds. Raises TimeoutError."""
+        async with asyncio.timeout(seconds_max):
+            while not condition():
+                await asyncio.sleep(0.01)
+
+
+def silent_log() -> Any:
+    """A structlog logger that writes nowhere."""
+    return structlog.wrap_logger(
+        None, processors=[_drop], wrapper_class=structlog.make_filtering_bound_logger(0)
+    )
+
+
+def _drop(logger: Any, method: str, event: Any) -> Any:
+    raise structlog.DropEvent
+
+
+@asynccontextmanager
+async def running_broker(
+    settings: Settings,
+    state_dir: Path,
+    *,
+    cloud: FakeCloud | None = None,
+    boots: bool = True,
+) -> AsyncIterator[RunningBroker]:
+    """Start a broker, stop it in order at the end. Hand in the `cloud` of an earlier one to play a restart."""
+    clock = LoopClock(asyncio.get_running_loop())
+    sky = cloud or FakeCloud(settings.broker.id, tuple(settings.pool), clock=cast(Clock, clock), boots=boots)
+    numbers = itertools.count(1)
+    prefix = f"{clock.monotonic():.6f}"
+    daemon = Daemon(
+        settings,
+        state_dir=state_dir,
+        clock=clock,
+        log=silent_log(),
+        environ={},
+        providers=lambda *_: dict.fromkeys(settings.pool, sky),
+        connect=sky.connect,
+        store_threaded=False,
+        ports=False,
+        new_id=lambda: f"{prefix}-{next(numbers)}",
+    )
+    stop = asyncio.Event()
+    running = asyncio.create_task(daemon.run(stop))
+    try:
+        yield RunningBroker(daemon, sky, clock)
+    finally:
+        stop.set()
+        await running

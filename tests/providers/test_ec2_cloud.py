@@ -1,0 +1,487 @@
+"""The provider over the wire: the real SDK against moto, behind the proxy that misbehaves as EC2 does."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import os
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+
+from broker.core.errors import (
+    CloudError,
+    CloudUnreachable,
+    CredentialsRefused,
+    InstanceNotFound,
+    OfferingRefused,
+    OrderMismatch,
+    OrderSpent,
+    PermanentRefusal,
+    QuotaReached,
+    SettingsError,
+    Throttled,
+)
+from broker.core.model import InstanceState, Market, Order
+from broker.core.settings import PoolSettings
+from broker.core.tags import BROKER, LAST_USED, ORDER
+from broker.providers import ec2_api
+from broker.providers.ec2 import Ec2Provider
+from tests.providers.ec2_support import NOW_UNIX, pool
+from tests.support import ec2_wire
+from tests.support.cloud import MotoServer
+from tests.support.fault_proxy import FaultProxy, loopback_address
+
+pytestmark = pytest.mark.asyncio
+
+UNKNOWN_ID = "i-0123456789abcdef0"
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[MotoServer]:
+    with MotoServer(images=False) as running:
+        yield running
+
+
+@pytest.fixture
+def proxy(server: MotoServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FaultProxy]:
+    """An empty cloud, and an environment that leads nowhere else."""
+    for variable in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(variable)
+    server.reset()
+    with FaultProxy(server) as running:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", running.endpoint_url)
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "testing")
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
+        monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+        monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
+        yield running
+
+
+@asynccontextmanager
+async def opened(broker_id: str = "lab", /, **more: Any) -> AsyncIterator[Ec2Provider]:
+    """A provider with one pool `default` of these settings, or with `pools`."""
+    options = {key: more.pop(key) for key in ("page_size", "on_call") if key in more}
+    pools: dict[str, PoolSettings] = more.pop("pools", None) or {"default": pool(**more)}
+    provider = Ec2Provider(
+        broker_id, pools, region="us-east-1", profile=None, clock_wall=lambda: NOW_UNIX, **options
+    )
+    try:
+        await provider.open()
+        yield provider
+    finally:
+        await provider.close()
+
+
+def an_order(provider: Ec2Provider, order_id: str = "order-1", of: str = "default") -> Order:
+    return provider.prepare(of, order_id, provider.offerings(of)[0], NOW_UNIX)
+
+
+async def ids_listed(provider: Ec2Provider) -> set[str]:
+    return {one.id for one in await provider.listing()}
+
+
+def tags_of(server: MotoServer, resource_id: str) -> dict[str, str]:
+    root = server.call("DescribeTags", {"Filter.1.Name": "resource-id", "Filter.1.Value.1": resource_id})
+    items = root.iterfind(ec2_wire.path("tagSet", "item"))
+    return {ec2_wire.text_of(one, "key"): ec2_wire.text_of(one, "value") for one in items}
+
+
+# --- launching -------------------------------------------------------------------------------------
+
+
+async def test_a_launched_machine_is_what_the_pool_ordered(proxy: FaultProxy) -> None:
+    async with opened(tags={"cost-centre": "17"}) as provider:
+        launched = await provider.launch(an_order(provider))
+        assert (launched.state, launched.address, launched.market) == (InstanceState.PENDING, None, Market.SPOT)
+        (seen,) = await provider.listing()
+    assert (seen.id, seen.state, seen.instance_type) == (launched.id, InstanceState.RUNNING, "c7i.large")
+    assert seen.address == loopback_address(seen.id, "public")
+    assert seen.region == "us-east-1" and seen.zone.startswith("us-east-1")
+    assert seen.launched_unix > NOW_UNIX
+    assert seen.tags == {
+        "Name": "dserv-worker",
+        "cost-centre": "17",
+        "compute-broker:broker": "lab",
+        "compute-broker:pool": "default",
+        "compute-broker:order": "order-1",
+        "compute-broker:expires": "2026-01-01T08:00:00Z",
+    }
+
+
+async def test_the_volume_carries_the_same_tags_as_its_machine(proxy: FaultProxy, server: MotoServer) -> None:
+    async with opened() as provider:
+        launched = await provider.launch(an_order(provider))
+    (volume,) = server.call("DescribeVolumes", {}).iterfind(ec2_wire.path("volumeSet", "item"))
+    assert tags_of(server, ec2_wire.text_of(volume, "volumeId")) == dict(launched.tags)
+
+
+async def test_the_launch_call_on_the_wire(proxy: FaultProxy) -> None:
+    script = "#!/bin/sh\necho grüezi\n"
+    async with opened(user_data=script, key_name="lab") as provider:
+        await provider.launch(an_order(provider))
+    (call,) = proxy.calls_of("RunInstances")
+    tags = {key: value for key, value in call.params.items() if key.startswith("TagSpecification.")}
+    rest = {key: value for key, value in call.params.items() if key not in tags}
+    assert rest == {
+        "Action": "RunInstances",
+        "Version": "2016-11-15",
+        "ClientToken": "order-1",
+        "MinCount": "1",
+        "MaxCount": "1",
+        "ImageId": "ami-12c6146b",
+        "InstanceType": "c7i.large",
+        "KeyName": "lab",
+        "InstanceInitiatedShutdownBehavior": "terminate",
+        "InstanceMarketOptions.MarketType": "spot",
+        "InstanceMarketOptions.SpotOptions.SpotInstanceType": "one-time",
+        "InstanceMarketOptions.SpotOptions.InstanceInterruptionBehavior": "terminate",
+        "MetadataOptions.HttpEndpoint": "enabled",
+        "MetadataOptions.HttpTokens": "required",
+        "UserData": base64.b64encode(script.encode()).decode(),  # once
+    }
+    kinds = [value for key, value in sorted(tags.items()) if key.endswith("ResourceType")]
+    assert kinds == ["instance", "volume", "spot-instances-request"]
+
+
+async def test_an_on_demand_machine_is_listed_as_one(proxy: FaultProxy) -> None:
+    async with opened(market="on-demand") as provider:
+        await provider.launch(an_order(provider))
+        assert [one.market for one in await provider.listing()] == [Market.ON_DEMAND]
+
+
+async def test_a_named_group_and_a_subnet_of_ones_own_reach_the_machine(
+    proxy: FaultProxy, server: MotoServer
+) -> None:
+    vpc = server.call("CreateVpc", {"CidrBlock": "10.7.0.0/16"}).findtext(ec2_wire.path("vpc", "vpcId")) or ""
+    subnet = server.call("CreateSubnet", {"VpcId": vpc, "CidrBlock": "10.7.1.0/24"}).findtext(
+        ec2_wire.path("subnet", "subnetId")
+    )
+    group = server.call(
+        "CreateSecurityGroup", {"GroupName": "workers", "GroupDescription": "w", "VpcId": vpc}
+    ).findtext(ec2_wire.path("groupId"))
+    async with opened(subnet=subnet, security_groups=["workers"]) as provider:
+        launched = await provider.launch(an_order(provider))
+        (seen,) = await provider.describe([launched.id])
+        assert seen.address == loopback_address(seen.id, "public")
+    (call,) = proxy.calls_of("RunInstances")
+    assert call.params["NetworkInterface.1.SubnetId"] == subnet
+    assert call.params["NetworkInterface.1.AssociatePublicIpAddress"] == "true"
+    assert call.params["NetworkInterface.1.SecurityGroupId.1"] == group
+
+
+async def test_a_group_name_of_another_vpc_is_unknown(proxy: FaultProxy, server: MotoServer) -> None:
+    vpc = server.call("CreateVpc", {"CidrBlock": "10.7.0.0/16"}).findtext(ec2_wire.path("vpc", "vpcId")) or ""
+    server.call("CreateSecurityGroup", {"GroupName": "workers", "GroupDescription": "w", "VpcId": vpc})
+    with pytest.raises(SettingsError, match='no security group named "workers"'):
+        async with opened(security_groups=["workers"]):
+            pass
+
+
+async def test_machine_types_are_known_with_their_cores_and_unknown_ones_are_a_problem(proxy: FaultProxy) -> None:
+    async with opened(instance_types=["c7i.16xlarge", "c6i.16xlarge"]) as provider:
+        assert [one.cores for one in provider.offerings("default")] == [64, 64]
+    with pytest.raises(SettingsError, match='us-east-1 has no machine type "c99i.large"'):
+        async with opened(instance_types=["c7i.large", "c99i.large"]):
+            pass
+
+
+@pytest.mark.parametrize("address", ["private", "dns"])
+async def test_the_pools_address_is_the_one_that_is_seen(proxy: FaultProxy, address: Any) -> None:
+    async with opened(address=address) as provider:
+        await provider.launch(an_order(provider))
+        (seen,) = await provider.listing()
+        assert seen.address == loopback_address(seen.id, address)
+
+
+async def test_while_the_public_address_is_missing_there_is_none(proxy: FaultProxy) -> None:
+    proxy.after_launch(pending=1, unaddressed=2)
+    async with opened() as provider:
+        await provider.launch(an_order(provider))
+        seen = [(await provider.listing())[0] for _ in range(3)]
+    assert [one.state.value for one in seen] == ["pending", "running", "running"]
+    assert [one.address is None for one in seen] == [True, True, False]
+
+
+# --- one order, one machine ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("by_reset", [False, True])
+async def test_an_order_whose_answer_was_lost_is_sent_once_more_and_is_still_one_machine(
+    proxy: FaultProxy, by_reset: bool
+) -> None:
+    proxy.lose_answer("RunInstances", by_reset=by_reset)
+    async with opened() as provider:
+        order = an_order(provider)
+        with pytest.raises(CloudUnreachable) as lost:
+            await provider.launch(order)
+        assert lost.value.sent
+        assert len(proxy.calls_of("RunInstances")) == 1  # the SDK has not tried again on its own
+        instance = await provider.launch(order)
+    assert [one.instance_id for one in proxy.truth()] == [instance.id]
+
+
+async def test_an_order_survives_its_broker(proxy: FaultProxy) -> None:
+    async with opened() as provider:
+        order = an_order(provider)
+        first = await provider.launch(order)
+    async with opened(instance_types=["c6i.large"]) as another:
+        assert (await another.launch(order)).id == first.id
+
+
+async def test_a_token_used_with_other_parameters_is_told(proxy: FaultProxy) -> None:
+    async with opened() as provider:
+        order = an_order(provider)
+        await provider.launch(order)
+        changed = Order(
+            order.id,
+            order.pool,
+            order.offering,
+            order.parameters.replace("c7i.large", "c6i.large"),
+            order.created_unix,
+        )
+        with pytest.raises(OrderMismatch):
+            await provider.launch(changed)
+
+
+@pytest.mark.parametrize("shows_the_dead", [False, True])
+async def test_the_order_of_a_dead_machine_is_spent(proxy: FaultProxy, shows_the_dead: bool) -> None:
+    async with opened() as provider:
+        order = an_order(provider)
+        await provider.terminate([(await provider.launch(order)).id])
+        if shows_the_dead:
+            proxy.answer_dead_tokens_with_the_dead()
+        else:
+            with pytest.raises(OrderSpent):
+                await provider.launch(order)
+    assert len(proxy.truth()) == 1
+
+
+@pytest.mark.parametrize(
+    ("code", "kind"),
+    [
+        ("InsufficientInstanceCapacity", OfferingRefused),
+        ("MaxSpotInstanceCountExceeded", QuotaReached),
+        ("RequestLimitExceeded", Throttled),
+        ("UnauthorizedOperation", PermanentRefusal),
+        ("InvalidAMIID.NotFound", PermanentRefusal),
+        ("AuthFailure", CredentialsRefused),
+        ("RequestExpired", CredentialsRefused),
+        ("IdempotentParameterMismatch", OrderMismatch),
+        ("IdempotentInstanceTerminated", OrderSpent),
+        ("InternalError", CloudUnreachable),
+        ("Unavailable", CloudUnreachable),
+    ],
+)
+async def test_a_refused_launch_is_one_call_and_one_of_our_errors(
+    proxy: FaultProxy, code: str, kind: type[CloudError]
+) -> None:
+    outcomes: list[tuple[str, str]] = []
+    proxy.refuse("RunInstances", code, times=9)
+    async with opened(on_call=lambda api, outcome: outcomes.append((api, outcome))) as provider:
+        with pytest.raises(CloudError) as raised:
+            await provider.launch(an_order(provider))
+    assert type(raised.value) is kind and code in raised.value.message
+    assert len(proxy.calls_of("RunInstances")) == 1
+    assert [api for api, _ in outcomes] == ["DescribeInstanceTypes", "RunInstances"]
+
+
+async def test_a_reset_launch_may_be_sent_again(proxy: FaultProxy) -> None:
+    proxy.reset("RunInstances")
+    async with opened() as provider:
+        with pytest.raises(CloudUnreachable):
+            await provider.launch(an_order(provider))
+        await provider.launch(an_order(provider))
+    assert len(proxy.truth()) == 1
+
+
+async def test_a_launch_that_stalls_ends_at_its_time_limit_and_is_found_by_its_token(
+    proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ec2_api, "LAUNCH_ANSWER_SECONDS_MAX", 0.2)
+    stall = proxy.stall("RunInstances", after_carrying_out=True)
+    async with opened() as provider:
+        order = an_order(provider)
+        with pytest.raises(CloudUnreachable, match="time limit"):
+            await provider.launch(order)
+        stall.release()
+        assert len(proxy.truth()) == 1
+        monkeypatch.undo()
+    (machine,) = proxy.truth()
+    assert machine.client_token == "order-1"
+
+
+# --- listing, describing ---------------------------------------------------------------------------
+
+
+async def test_a_listing_of_several_pages_is_complete(proxy: FaultProxy) -> None:
+    async with opened(page_size=5) as provider:
+        orders = [an_order(provider, f"order-{n}") for n in range(12)]
+        launched = {(await provider.launch(order)).id for order in orders}
+        assert await ids_listed(provider) == launched
+        assert [call.page for call in proxy.calls_of("DescribeInstances")] == [1, 2, 3]
+        assert [call.params["MaxResults"] for call in proxy.calls_of("DescribeInstances")] == ["5"] * 3
+
+
+async def test_a_page_that_keeps_failing_is_no_listing(proxy: FaultProxy) -> None:
+    proxy.limit_page_size(1)
+    async with opened() as provider:
+        for n in range(2):
+            await provider.launch(an_order(provider, f"order-{n}"))
+        proxy.fail_page(2, times=ec2_api.READ_ATTEMPTS_MAX)
+        with pytest.raises(CloudUnreachable):
+            await provider.listing()
+        assert len(await provider.listing()) == 2
+        proxy.fail_page(2)  # a single bad moment is what the SDK's own retry is for
+        assert len(await provider.listing()) == 2
+
+
+async def test_dead_machines_stay_in_the_listing_with_the_reason_of_their_end(proxy: FaultProxy) -> None:
+    async with opened() as provider:
+        launched = await provider.launch(an_order(provider))
+        proxy.reclaim(launched.id)
+        (seen,) = await provider.listing()
+    assert seen.state is InstanceState.TERMINATED and seen.address is None
+    assert seen.reason == "Server.SpotInstanceTermination: Spot instance termination"
+
+
+async def test_a_listing_holds_no_other_brokers_machines(proxy: FaultProxy) -> None:
+    async with opened() as ours, opened("other") as theirs:
+        mine = await ours.launch(an_order(ours))
+        await theirs.launch(an_order(theirs, "order-2"))
+        assert await ids_listed(ours) == {mine.id}
+
+
+async def test_only_an_adopting_pool_sees_untagged_machines_of_its_name(
+    proxy: FaultProxy, server: MotoServer
+) -> None:
+    def launch_by_hand(**tags: str) -> str:
+        parameters = {"ImageId": "ami-1", "InstanceType": "c7i.large", "MinCount": "1", "MaxCount": "1"}
+        parameters["TagSpecification.1.ResourceType"] = "instance"
+        for n, (key, value) in enumerate(tags.items(), 1):
+            parameters |= {f"TagSpecification.1.Tag.{n}.Key": key, f"TagSpecification.1.Tag.{n}.Value": value}
+        root = server.call("RunInstances", parameters)
+        return root.findtext(ec2_wire.path("instancesSet", "item", "instanceId")) or ""
+
+    older = launch_by_hand(Name="dserv-worker")
+    gone = launch_by_hand(Name="dserv-worker")
+    server.call("TerminateInstances", {"InstanceId.1": gone})
+    launch_by_hand(Name="dserv-worker", **{BROKER: "other"})
+    launch_by_hand(Name="dserv-worker-2")
+    async with opened() as provider:
+        assert await ids_listed(provider) == set()
+    async with opened(adopt_name_tag=True) as provider:
+        ours = await provider.launch(an_order(provider))
+        assert await ids_listed(provider) == {older, ours.id}
+
+
+async def test_describe_leaves_out_what_the_cloud_does_not_know(proxy: FaultProxy) -> None:
+    async with opened() as provider:
+        launched = await provider.launch(an_order(provider))
+        found = await provider.describe([UNKNOWN_ID, launched.id, "junk"])
+        assert [one.id for one in found] == [launched.id]
+        proxy.after_launch(hidden=1)
+        hidden = await provider.launch(an_order(provider, "order-2"))
+        assert await provider.describe([hidden.id]) == []
+        assert [one.id for one in await provider.describe([hidden.id])] == [hidden.id]
+
+
+async def test_a_read_is_tried_a_few_times_and_then_told(proxy: FaultProxy) -> None:
+    async with opened() as provider:
+        proxy.refuse("DescribeInstances", "RequestLimitExceeded", times=9)
+        with pytest.raises(Throttled):
+            await provider.listing()
+    assert len(proxy.calls_of("DescribeInstances")) == ec2_api.READ_ATTEMPTS_MAX
+
+
+# --- terminating, tagging --------------------------------------------------------------------------
+
+
+async def test_a_stale_id_keeps_no_machine_alive(proxy: FaultProxy) -> None:
+    async with opened() as provider:
+        alive = [(await provider.launch(an_order(provider, f"order-{n}"))).id for n in range(3)]
+        await provider.terminate([alive[0], UNKNOWN_ID, alive[1], "junk", alive[2]])
+        await provider.terminate(alive)  # once more is fine
+    assert proxy.running_ours("lab") == []
+
+
+async def test_a_machine_that_terminate_does_not_find_yet_keeps_no_other_alive(proxy: FaultProxy) -> None:
+    async with opened() as provider:
+        old = await provider.launch(an_order(provider))
+        proxy.after_launch(hidden=9, hidden_from_terminate=True)
+        new = await provider.launch(an_order(provider, "order-2"))
+        await provider.terminate([new.id, old.id])
+    assert [one.instance_id for one in proxy.running_ours("lab")] == [new.id]
+
+
+async def test_a_terminated_machine_is_seen_shutting_down_first(proxy: FaultProxy) -> None:
+    proxy.after_terminate(shutting_down=1)
+    async with opened() as provider:
+        launched = await provider.launch(an_order(provider))
+        await provider.terminate([launched.id])
+        states = [(await provider.listing())[0].state.value for _ in range(2)]
+    assert states == ["shutting-down", "terminated"]
+
+
+async def test_a_tag_is_written_and_read_back(proxy: FaultProxy) -> None:
+    async with opened() as provider:
+        launched = await provider.launch(an_order(provider))
+        await provider.tag(launched.id, {LAST_USED: "2026-01-01T00:10:00Z"})
+        (seen,) = await provider.listing()
+        assert seen.tags[LAST_USED] == "2026-01-01T00:10:00Z" and seen.tags[ORDER] == "order-1"
+        proxy.refuse("CreateTags", "InvalidInstanceID.NotFound")
+        with pytest.raises(InstanceNotFound):
+            await provider.tag(UNKNOWN_ID, {LAST_USED: ""})
+
+
+# --- the cloud as a whole --------------------------------------------------------------------------
+
+
+async def test_answers_that_are_not_awss_are_silence(proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A captive portal, a proxy's error page: whether EC2 ever saw the launch is unknown."""
+    async with opened() as provider:
+        order = an_order(provider)
+
+    async def portal(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        request = await reader.readuntil(b"\r\n\r\n")
+        launches = b"read-me" not in request
+        body = b"<!DOCTYPE html><p>Log in, please<br>" if launches else b""
+        head = f"HTTP/1.1 {status}\r\nContent-Type: text/html\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+        writer.write(head.encode() + body)
+        await writer.drain()
+        writer.close()
+
+    for status in ("200 OK", "403 Forbidden", "302 Found", "502 Bad Gateway"):
+        stranger = await asyncio.start_server(portal, "127.0.0.1", 0)
+        port = stranger.sockets[0].getsockname()[1]
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+        async with stranger:
+            lost = Ec2Provider("lab", {"default": pool()}, region="us-east-1", profile=None, clock_wall=lambda: NOW_UNIX)
+            await lost._api.connect(lost._client_factory)  # opening would notice already
+            with pytest.raises(CloudUnreachable):
+                await lost.launch(order)
+            await lost.close()
+
+
+async def test_a_clock_that_is_off_is_told_with_the_refused_credentials(proxy: FaultProxy) -> None:
+    proxy.refuse("DescribeInstances", "AuthFailure")
+    async with opened() as provider:
+        with pytest.raises(CredentialsRefused, match=r"\(AuthFailure; this machine's clock is \d+ s behind AWS's\)"):
+            await provider.listing()  # the test's clock says New Year 2026
+
+
+async def test_the_orders_parameters_are_what_moto_got(proxy: FaultProxy) -> None:
+    async with opened() as provider:
+        order = an_order(provider)
+        await provider.launch(order)
+    parameters = json.loads(order.parameters)
+    (call,) = proxy.calls_of("RunInstances")
+    assert call.params["InstanceType"] == parameters["InstanceType"]
+    assert "ClientToken" not in parameters and call.params["ClientToken"] == order.id
+    assert urlsplit(proxy.endpoint_url).hostname == "127.0.0.1"
