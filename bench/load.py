@@ -42,6 +42,11 @@ class Slice:
     others_cpu_share: float  # what other programs took of the cores in use, as a share of one core
 
     @property
+    def per_cpu_second(self) -> float:
+        """Answers for each second that the server computed: what it would do if it alone set the pace."""
+        return self.rps / self.server_cpu_share if self.server_cpu_share else 0.0
+
+    @property
     def sound(self) -> bool:
         return self.errors == 0 and self.requests > 0
 

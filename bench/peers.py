@@ -81,7 +81,7 @@ def beanstalkd(core: int | None) -> Iterator[Peer]:
 
 @contextlib.contextmanager
 def redis(core: int | None) -> Iterator[Peer]:
-    """Without protected mode, which refuses every source address but 127.0.0.1; it listens on loopback only."""
+    """On loopback only, and without protected mode, which would refuse every source but 127.0.0.1."""
     port = free_port()
     arguments = f"--bind {HOST} --port {port} --appendonly no --protected-mode no --save".split()
     with _server("redis-server", [*arguments, ""], port, core) as process:

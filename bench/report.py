@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from statistics import median
 
 from bench.idle import IdleResult
+from bench.load import Slice
 from bench.machine import Machine
 from bench.registry_ops import RegistryResult
 from bench.throughput import QUIET_SHARE_MAX, SHAPES, Ratio, Shape, Throughput
@@ -87,6 +88,10 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def _throughput_parts(throughput: Throughput) -> list[str]:
     rates = [(s.title, *(_rate(throughput, s, peer) for peer in PEERS)) for s in SHAPES]
     ratios = [(s.title, *(_ratio(throughput.ratio(s.key, peer)) for peer in PEERS[1:])) for s in SHAPES]
+    by_cpu = [
+        (s.title, *(_ratio(throughput.ratio(s.key, peer, _per_cpu_second)) for peer in PEERS[1:]))
+        for s in SHAPES
+    ]
     rows = [
         _detail_row(throughput, s, peer) for s in SHAPES for peer in PEERS if throughput.sound(s.key, peer)
     ]
@@ -95,10 +100,17 @@ def _throughput_parts(throughput: Throughput) -> list[str]:
         table(("", *PEERS), rates),
         "### Broker / peer: the median of the rounds' ratios (lowest-highest)",
         table(("", *(f"/ {peer}" for peer in PEERS[1:])), ratios),
+        "### Broker / peer, answers for each second of the server's own CPU time",
+        "No target, but steadier than the clock when other programs run.",
+        table(("", *(f"/ {peer}" for peer in PEERS[1:])), by_cpu),
         "### Latency, and who was busy",
         "Medians of the rounds. Pipelined: the time until the last of 50 replies. CPU: share of one core.",
         table(("", "server", "p50, µs", "p99, µs", "server CPU", "generator CPU"), rows),
     ]
+
+
+def _per_cpu_second(one: Slice) -> float:
+    return one.per_cpu_second
 
 
 def _rate(throughput: Throughput, shape: Shape, peer: str) -> str:

@@ -67,11 +67,13 @@ class Throughput:
         slices = self.slices.get(shape, {}).get(peer, [])
         return slices if slices and all(one.sound for one in slices) else None
 
-    def ratio(self, shape: str, peer: str) -> Ratio | None:
+    def ratio(
+        self, shape: str, peer: str, rate: Callable[[Slice], float] = lambda one: one.rps
+    ) -> Ratio | None:
         ours, theirs = self.sound(shape, "broker"), self.sound(shape, peer)
-        if ours is None or theirs is None:
+        if ours is None or theirs is None or not all(map(rate, theirs)):
             return None
-        ratios = [a.rps / b.rps for a, b in zip(ours, theirs, strict=True)]
+        ratios = [rate(a) / rate(b) for a, b in zip(ours, theirs, strict=True)]
         return Ratio(statistics.median(ratios), min(ratios), max(ratios))
 
     def why_not(self, shape: str, peer: str) -> str:

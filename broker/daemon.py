@@ -58,7 +58,9 @@ def make_providers(
     """Pool name → provider; pools that buy at one place share one."""
     places: dict[tuple[str, str | None, str | None], dict[str, object]] = {}
     for name, pool in settings.pool.items():
-        places.setdefault((pool.provider, pool.region, pool.profile), {})[name] = pool
+        local = pool.provider == "local"  # there is only one place called here
+        place = (pool.provider, None, None) if local else (pool.provider, pool.region, pool.profile)
+        places.setdefault(place, {})[name] = pool
     providers: dict[str, Provider] = {}
     for (kind, region, profile), names in places.items():
         pools = {name: settings.pool[name] for name in names}

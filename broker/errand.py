@@ -111,7 +111,12 @@ def next_number() -> int:
 
 def own_name(number: int) -> str:
     """`<user>@<host>/<pid>.<number>`, computed at every use: a forked child is somebody else."""
-    return fit_name(f"{_user()}@{socket.gethostname()}", f"/{os.getpid()}.{number}")
+    return name_ending(f"/{os.getpid()}.{number}")
+
+
+def name_ending(tail: str) -> str:
+    """`<user>@<host>` + `tail`."""
+    return fit_name(f"{_user()}@{socket.gethostname()}", tail)
 
 
 def fit_name(who: str, tail: str) -> str:

@@ -210,6 +210,7 @@ class Server:
         self.connections_max = settings.connections_max  # lowered when the system allows fewer open files
         self._failed = failed
         self._servers: list[asyncio.Server] = []
+        self._admitted = asyncio.Event()
 
     async def listen(self, sockets: Sequence[socket.socket] = ()) -> None:
         """Listen on the configured address, or on sockets that somebody else has opened. Raises OSError."""
@@ -234,6 +235,7 @@ class Server:
         if len(self.connections) >= self.connections_max:
             return False
         self.connections.add(connection)
+        self._admitted.set()
         return True
 
     def dismiss(self, connection: Connection) -> None:
@@ -250,6 +252,9 @@ class Server:
     async def sweep(self) -> None:
         """Look at every connection's deadlines, for ever."""
         while True:
+            if not self.connections:
+                self._admitted.clear()
+                await self._admitted.wait()
             await asyncio.sleep(SWEEP_SECONDS)
             now = self.now()
             for connection in tuple(self.connections):

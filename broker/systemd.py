@@ -1,9 +1,9 @@
 """What systemd and the broker tell each other: readiness, liveness, and sockets that were opened for us.
 
-The protocol is a datagram of `KEY=value` lines to the socket in NOTIFY_SOCKET, and a few environment variables.
+The protocol is datagrams of `KEY=value` lines to the socket in NOTIFY_SOCKET, and some environment variables.
 Without them (a terminal, a container, a test) everything here does nothing. Whatever happens to a datagram,
 the broker goes on: a failed notification is reported once to `on_failure` and by the returned bool, never
-raised. READY=1 is the one message that must not be lost, so it rides again with every message until it is sent.
+raised. READY=1 is the one message that must not be lost, so it rides with every message until one is sent.
 
 Sources: the manual pages sd_notify(3), sd_watchdog_enabled(3) and sd_listen_fds(3).
 """
@@ -95,7 +95,7 @@ class Notifier:
 def watchdog_seconds(environ: Mapping[str, str]) -> float | None:
     """How long systemd waits between two `watchdog()` calls before it kills the broker; None: for ever.
 
-    Ping at half of it or more often (sd_watchdog_enabled(3)). WATCHDOG_PID, when given, must name this process.
+    Ping at half of it or more often (sd_watchdog_enabled(3)). WATCHDOG_PID, if given, must name this process.
     """
     if not _meant_for_us(environ.get("WATCHDOG_PID", str(os.getpid()))):
         return None

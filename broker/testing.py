@@ -222,7 +222,8 @@ class FakeCloud:
         await self._call("terminate", ids)
         state = InstanceState.TERMINATED if self.ends_at_once else InstanceState.SHUTTING_DOWN
         for instance_id in ids:
-            if instance_id in self.machines:
+            machine = self.machines.get(instance_id)
+            if machine is not None and machine.instance.state is not InstanceState.TERMINATED:
                 self.set_state(instance_id, state, "terminated by the broker")
 
     async def tag(self, instance_id: str, new: Mapping[str, str]) -> None:

@@ -390,6 +390,15 @@ def test_the_wait_for_a_worker_is_added_to_the_timeout(client_of: ClientOf, open
         client_of(fake.port, timeout=0.05).get_worker(wait=0.01)
 
 
+@pytest.mark.parametrize("seconds", [0.0, 0.05])
+def test_a_host_that_drops_packets_is_given_up(client_of: ClientOf, seconds: float) -> None:
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as full:
+        port = full.getsockname()[1]
+        with socket.create_connection(("127.0.0.1", port)), pytest.raises(BrokerUnreachable) as caught:
+            client_of(port, timeout=seconds).ping("10.0.0.1")
+    assert f"127.0.0.1:{port}: timed out" in caught.value.message
+
+
 def test_terminate_all_is_never_sent_twice_and_the_doubt_is_told(client_of: ClientOf, opened: Open) -> None:
     fake = opened(reset)
     with pytest.raises(BrokerUnreachable, match="may have been carried out all the same"):
@@ -757,6 +766,19 @@ def test_a_worker_that_is_lost_is_told_of_in_a_loop(opened: Open) -> None:
     assert fake.heard == ["GET_WORKER", "PING 127.0.0.1"]
 
 
+def test_a_worker_may_be_lost_with_nobody_to_tell(opened: Open) -> None:
+    fake = opened(PING="ERROR: Worker not found")
+    with broker.worker("127.0.0.1", fake.port, ping_seconds=0.01) as w:
+        assert w.lost.wait(SECONDS_MAX)
+
+    async def use() -> None:
+        async with broker.aworker("127.0.0.1", fake.port, ping_seconds=0.01) as w:
+            await asyncio.wait_for(w.lost.wait(), SECONDS_MAX)
+
+    asyncio.run(use())
+    assert fake.heard == ["GET_WORKER", "PING 127.0.0.1"] * 2
+
+
 def test_an_error_in_the_block_releases_too(opened: Open) -> None:
     fake = opened()
     with pytest.raises(ZeroDivisionError), broker.worker("127.0.0.1", fake.port):
@@ -893,16 +915,30 @@ def test_a_forked_child_that_leaves_the_block_releases_nothing(opened: Open) -> 
     fake = opened()
     told = run_python(
         f"""
-        import os, broker
-        with broker.worker("127.0.0.1", {fake.port}, release=True) as w:
+        import asyncio, os, warnings, broker
+        warnings.simplefilter("ignore", DeprecationWarning)  # of fork() in a process with threads
+
+        def fork():
             child = os.fork()
             if child:
                 print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-        os._exit(0)
+            return child
+
+        async def use():
+            async with broker.aworker("127.0.0.1", {fake.port}):
+                child = fork()
+            if not child:
+                os._exit(8)
+
+        with broker.worker("127.0.0.1", {fake.port}):
+            child = fork()
+        if not child:
+            os._exit(7)
+        asyncio.run(use())
         """
     )
-    assert told == "0\n"
-    assert fake.heard == ["GET_WORKER", "RELEASE 127.0.0.1"]
+    assert told == "7\n8\n"
+    assert fake.heard == ["GET_WORKER", "RELEASE 127.0.0.1"] * 2
 
 
 # --- the package ------------------------------------------------------------------------------------------

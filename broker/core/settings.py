@@ -94,7 +94,9 @@ class BrokerSettings(Section):
     silence_timeout: PositiveSeconds = Field(
         3600.0, description="A connection on which nothing happens is closed after this time."
     )
-    reconcile_interval: PositiveSeconds = Field(30.0, description="How often the cloud is scanned.")
+    reconcile_interval: PositiveSeconds = Field(
+        30.0, le=300.0, description="How often the cloud is scanned; five minutes at most."
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="What is logged.")
     log_format: Literal["auto", "json", "console"] = Field(
         "auto", description="auto: JSON unless stderr is a terminal."
@@ -155,7 +157,8 @@ class PoolSettings(Section):
 
     command: Words = Field(
         (),
-        description="local: the program that is a worker. Empty: a Tcl evaluator with dserv's framing.",
+        description="local: the program that is a worker; it stays in the foreground. {address}, {port} and "
+        "{leash_file} are filled in. Empty: a Tcl evaluator with dserv's framing.",
     )
 
     region: str | None = Field(None, description="ec2: the region; otherwise the AWS configuration decides.")

@@ -44,7 +44,7 @@ LIVING = sorted(set(InstanceState) - set(ENDED))
 
 
 class Ec2Provider:
-    """See the module and base.Provider. The pools share `region` and `profile`; None: the AWS configuration's."""
+    """See the module and base.Provider. Its pools share `region` and `profile`; None: AWS's own say."""
 
     name: str
 
@@ -109,7 +109,8 @@ class Ec2Provider:
         )
 
     def prepare(self, pool: str, order_id: str, offering: Offering, created_unix: float) -> Order:
-        assert order_id.isascii() and len(order_id) <= TOKEN_CHARS_MAX, "an order's id is its client token"
+        assert order_id.isascii(), "an order's id is its client token"
+        assert len(order_id) <= TOKEN_CHARS_MAX, "an order's id is its client token"
         settings = self._pools[pool]
         launch_tags = tags.launch_tags(
             tags.Identity(self._broker_id, pool, order_id),
@@ -184,7 +185,7 @@ class Ec2Provider:
         return pool.address if pool else "public"
 
     async def _terminate(self, ids: Sequence[str], refusals: list[PermanentRefusal]) -> None:
-        """All or none is EC2's rule: leave out what it names, and when that does not help ask for each alone."""
+        """All or none is EC2's rule: leave out what it names; when that does not help, ask for each alone."""
         for _ in range(TERMINATE_ROUNDS_MAX):
             if not ids:
                 return

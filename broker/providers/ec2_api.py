@@ -12,11 +12,12 @@ import asyncio
 import os
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, Protocol
 
-from aiobotocore.config import AioConfig  # type: ignore[import-untyped]
-from aiobotocore.session import AioSession  # type: ignore[import-untyped]
+from aiobotocore.config import AioConfig
+from aiobotocore.session import AioSession
 from botocore import exceptions as sdk
 from botocore.loaders import Loader, create_loader
 
@@ -24,13 +25,28 @@ from broker.core.errors import CloudUnreachable, CredentialsRefused, SettingsErr
 from broker.providers.ec2_errors import CANCELLED, OK, outcome_of, translate
 
 CONNECT_SECONDS_MAX = 5.0
-LAUNCH_ANSWER_SECONDS_MAX = 60.0  # a late answer beats a lost one: it names the machine
-READ_ANSWER_SECONDS_MAX = 30.0  # a page of 1,000 instances takes EC2 a few seconds
-LAUNCH_ATTEMPTS_MAX = 1
-READ_ATTEMPTS_MAX = 3
-LAUNCHES_IN_FLIGHT_MAX = 5  # as many as RunInstances' token bucket lets through in a burst
-CALLS_IN_FLIGHT_MAX = 16
 PAGES_MAX = 1_000  # a listing that does not end is no listing
+
+
+@dataclass(frozen=True, slots=True)
+class Manners:
+    """How a client may call."""
+
+    attempts_max: int
+    answer_seconds_max: float
+    in_flight_max: int
+
+
+LAUNCHING = Manners(
+    attempts_max=1,
+    answer_seconds_max=60.0,  # a late answer beats a lost one: it names the machine
+    in_flight_max=5,  # as many as RunInstances' token bucket lets through in a burst
+)
+OTHERWISE = Manners(
+    attempts_max=3,  # one bad moment does not cost a listing of twenty pages
+    answer_seconds_max=30.0,  # a page of 1,000 instances takes EC2 a few seconds
+    in_flight_max=16,
+)
 
 METHODS = {
     "CreateTags": "create_tags",
@@ -57,7 +73,7 @@ OnCall = Callable[[str, str], None]  # (api, outcome): one of METHODS, one of ec
 
 
 class Ec2Client(Protocol):
-    """What is used of the SDK's client: exactly METHODS. Raises the SDK's errors (`ec2_errors.client_error`)."""
+    """What is used of the SDK's client: METHODS. It raises the SDK's errors (`ec2_errors.client_error`)."""
 
     async def create_tags(self, **parameters: Any) -> Answer: ...
     async def describe_instance_types(self, **parameters: Any) -> Answer: ...
@@ -69,12 +85,12 @@ class Ec2Client(Protocol):
     async def terminate_instances(self, **parameters: Any) -> Answer: ...
 
 
-ClientFactory = Callable[[int], AbstractAsyncContextManager[Ec2Client]]  # attempts at most → a client
+ClientFactory = Callable[[Manners], AbstractAsyncContextManager[Ec2Client]]
 
 
 @cache
 def _description_of_aws() -> Loader:
-    """The SDK's own data, read once for all regions: EC2's alone takes a tenth of a second and 20 MB."""
+    """The SDK's own data, read once for all regions: EC2's alone takes a tenth of a second and 15 MB."""
     return create_loader(os.environ.get("AWS_DATA_PATH"))
 
 
@@ -87,7 +103,7 @@ class Account:
         self._session.register_component("data_loader", _description_of_aws())
 
     async def check(self, key: str, now_unix: float, problems: list[str]) -> str:
-        """The region. What is missing is added to the problems, each naming its setting (`key` is the pool's).
+        """The region. What is missing is added to the problems, each naming its setting (`key`: the pool's).
 
         Raises CredentialsRefused, CloudUnreachable when a source of credentials does not answer.
         """
@@ -106,14 +122,13 @@ class Account:
             )
         return ""
 
-    def client(self, attempts_max: int) -> AbstractAsyncContextManager[Ec2Client]:
-        """A client of the SDK. Raises the SDK's errors and ValueError for a configuration that cannot be used."""
-        launches = attempts_max == LAUNCH_ATTEMPTS_MAX
+    def client(self, manners: Manners) -> AbstractAsyncContextManager[Ec2Client]:
+        """A client of the SDK. Raises its errors and ValueError for a configuration that cannot be used."""
         config = AioConfig(
             connect_timeout=CONNECT_SECONDS_MAX,
-            read_timeout=LAUNCH_ANSWER_SECONDS_MAX if launches else READ_ANSWER_SECONDS_MAX,
-            max_pool_connections=LAUNCHES_IN_FLIGHT_MAX if launches else CALLS_IN_FLIGHT_MAX,
-            retries={"mode": "standard", "total_max_attempts": attempts_max},
+            read_timeout=manners.answer_seconds_max,
+            max_pool_connections=manners.in_flight_max,
+            retries={"mode": "standard", "total_max_attempts": manners.attempts_max},
             user_agent_extra="compute-broker",
         )
         client: AbstractAsyncContextManager[Ec2Client] = self._session.create_client(
@@ -145,7 +160,7 @@ class Account:
             return [f"{key}.profile: the AWS credentials lack {error.kwargs.get('cred_var')}"]
         except (sdk.InvalidConfigError, sdk.UnknownCredentialError) as error:
             return [f"{key}.profile: the AWS configuration cannot be used: {error}"]
-        except Exception as error:  # noqa: BLE001  # a source of credentials may fail in any way
+        except Exception as error:  # a source of credentials may fail in any way
             raise translate(error, "GetCredentials", now_unix) from None
         return [NO_CREDENTIALS.format(key=key)]
 
@@ -158,16 +173,16 @@ class Ec2Api:
         self._exits = AsyncExitStack()
         self._launcher: Ec2Client | None = None
         self._reader: Ec2Client | None = None
-        self._launch_turns = asyncio.Semaphore(LAUNCHES_IN_FLIGHT_MAX)
-        self._other_turns = asyncio.Semaphore(CALLS_IN_FLIGHT_MAX)
+        self._launch_turns = asyncio.Semaphore(LAUNCHING.in_flight_max)
+        self._other_turns = asyncio.Semaphore(OTHERWISE.in_flight_max)
 
     async def connect(self, factory: ClientFactory) -> None:
-        """Makes the clients, once: the SDK takes a while to read its description of EC2. Raises SettingsError."""
+        """Makes the clients, once, because that takes the SDK a while. Raises SettingsError."""
         if self._reader is not None:
             return
         try:
-            self._launcher = await self._exits.enter_async_context(factory(LAUNCH_ATTEMPTS_MAX))
-            self._reader = await self._exits.enter_async_context(factory(READ_ATTEMPTS_MAX))
+            self._launcher = await self._exits.enter_async_context(factory(LAUNCHING))
+            self._reader = await self._exits.enter_async_context(factory(OTHERWISE))
         except (sdk.BotoCoreError, ValueError) as error:  # an endpoint that is no URL, for instance
             raise SettingsError([f"the AWS configuration cannot be used: {error}"]) from error
 
@@ -187,7 +202,7 @@ class Ec2Api:
             except asyncio.CancelledError:
                 self._on_call(api, CANCELLED)
                 raise
-            except Exception as error:  # noqa: BLE001  # translate says what is known of the call's fate
+            except Exception as error:  # translate says what is known of the call's fate
                 ours = translate(error, api, self._clock_wall())
                 self._on_call(api, outcome_of(ours))
                 # The SDK's text on refused credentials may quote the signed request: it ends here.

@@ -32,7 +32,7 @@ async def _user_data(key: str, pool: PoolSettings, problems: list[str]) -> str:
     else:
         setting = f"{key}.user_data_file"
         try:
-            raw = await asyncio.to_thread(_head, Path(pool.user_data_file).expanduser())
+            raw = await asyncio.to_thread(_head, pool.user_data_file)
         except OSError as error:
             problems.append(f"{setting}: {pool.user_data_file} cannot be read: {error.strerror}")
             return ""
@@ -46,9 +46,9 @@ async def _user_data(key: str, pool: PoolSettings, problems: list[str]) -> str:
         return ""
 
 
-def _head(path: Path) -> bytes:
-    """One byte more than is allowed tells that it is too long; a device that never ends is not read to its end."""
-    with path.open("rb") as file:
+def _head(path: str) -> bytes:
+    """One byte more than is allowed tells that there is too much; the rest is left unread."""
+    with Path(path).expanduser().open("rb") as file:
         return file.read(USER_DATA_BYTES_MAX + 1)
 
 
@@ -114,9 +114,11 @@ async def cores_of_types(api: Ec2Api, region: str, pools: Pools, problems: list[
     except PermanentRefusal:
         return {}
     for name, pool in pools.items():
-        for kind in dict.fromkeys(pool.instance_types):
-            if kind not in cores:
-                problems.append(f'pool.{name}.instance_types: {region} has no machine type "{kind}"')
+        problems += [
+            f'pool.{name}.instance_types: {region} has no machine type "{kind}"'
+            for kind in dict.fromkeys(pool.instance_types)
+            if kind not in cores
+        ]
     return cores
 
 

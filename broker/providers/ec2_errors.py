@@ -129,7 +129,7 @@ MEANINGS: dict[str, Meaning] = {
     "ResourceLimitExceeded": QUOTA,
     "ResourceCountExceeded": QUOTA,
     "RequestResourceCountExceeded": QUOTA,
-    # Too many calls. All but the first and the last: AWS, "Common errors" of the query APIs, and the SDK's own list.
+    # Too many calls. What EC2 does not document is in AWS's "Common errors" (STS) or the SDK's own list.
     "RequestLimitExceeded": SLOW_DOWN,
     "Throttling": SLOW_DOWN,
     "ThrottlingException": SLOW_DOWN,
@@ -160,7 +160,7 @@ MEANINGS: dict[str, Meaning] = {
     "UnauthorizedOperation": NO_PERMISSION,
     "AccessDenied": NO_PERMISSION,
     "AccessDeniedException": NO_PERMISSION,
-    "AuthFailure.ServiceLinkedRoleCreationNotPermitted": SPOT_ROLE,  # AWS: EC2 user guide, "Spot Instance requests"
+    "AuthFailure.ServiceLinkedRoleCreationNotPermitted": SPOT_ROLE,  # (AWS: EC2 user guide, spot requests)
     "ServiceLinkedRoleCreationNotPermitted": SPOT_ROLE,
     "AccountDisabled": ACCOUNT,
     "Blocked": ACCOUNT,
@@ -330,7 +330,8 @@ def _clock_remark(response: dict[str, Any], now_unix: float) -> str:
         return ""
     if abs(skew_seconds) < CLOCK_SKEW_SECONDS_NOTABLE:
         return ""
-    return f"; this machine's clock is {abs(skew_seconds):.0f} s {'ahead of' if skew_seconds > 0 else 'behind'} AWS's"
+    side = "ahead of" if skew_seconds > 0 else "behind"
+    return f"; this machine's clock is {abs(skew_seconds):.0f} s {side} AWS's"
 
 
 def _first_sentence(words: str) -> str:

@@ -66,10 +66,10 @@ def launch_parameters(
 def _network(pool: PoolSettings, group_ids: Sequence[str], zone: str) -> dict[str, Any]:
     """Where the machine is plugged in.
 
-    A subnet that one names oneself gives no public address unless it was told to (AWS: EC2 user guide, "Assign
-    a public IPv4 address at launch"), and a machine without the address its pool hands out never becomes
-    ready. So a pool that hands out public addresses asks for one; that can only be asked of an interface.
-    With private addresses, or in the default VPC, the subnet's own setting decides.
+    A subnet that one made oneself gives no public address unless it was told to (AWS: EC2 user guide,
+    "Assign a public IPv4 address at launch"), and a machine without the address its pool hands out never
+    becomes ready. So a pool that hands out public addresses asks for one, which only an interface can be
+    asked for. With private addresses, or in the default VPC, the subnet's own setting decides.
     """
     groups: dict[str, Any] = {"SecurityGroupIds": list(group_ids)} if group_ids else {}
     if not pool.subnet:
@@ -113,7 +113,7 @@ def instance_from(shape: Shape, region: str, address: str, tags: Mapping[str, st
 
 
 def _reason(state_reason: Shape) -> str:
-    """`Client.UserInitiatedShutdown: User initiated shutdown`; AWS mostly puts the code into the message itself."""
+    """`Client.UserInitiatedShutdown: User initiated shutdown`; mostly AWS's message begins with the code."""
     code, message = state_reason.get("Code", ""), state_reason.get("Message", "")
     return message if message.startswith(code) else f"{code}: {message}".removesuffix(": ")
 

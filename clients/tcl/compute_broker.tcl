@@ -25,9 +25,8 @@ namespace eval ::compute_broker {
 
     # All times in seconds. An idle worker is reaped after minutes: 30 s between pings leaves room for several to
     # be lost. A remote script may take a day, longer than any worker lives by default.
-    variable settings [dict create -host 127.0.0.1 -port "" -client "" -timeout 10 -connect_timeout 10 \
+    variable settings [dict create -host "" -port "" -client "" -timeout 10 -connect_timeout 10 \
         -retries 5 -keep_alive 30 -eval_timeout 86400 -log ::compute_broker::log_to_stderr]
-    if {[info exists ::env(COMPUTE_BROKER_HOST)]} {dict set settings -host $::env(COMPUTE_BROKER_HOST)}
 
     # The broker waits 900 s for a worker when it is not told otherwise; the margin lets its answer be heard.
     variable get_worker_wait_s 900

@@ -17,7 +17,7 @@ namespace eval ::compute_broker {
         wait     {is_seconds $value 0 86400}                        {a number of seconds from 0 to 86400}
         boolean  {string is boolean -strict $value}                 {a boolean}
         address  {is_address $value}                                {an address}
-        host     {regexp {^[A-Za-z0-9._:-]{1,255}$} $value}         {a host name or an address}
+        host     {is_host $value}                                   {a host name or an address}
         port     {is_whole $value 1 65535}                          {a port from 1 to 65535}
         retries  {is_whole $value 0 20}                             {a whole number from 0 to 20}
         interval {is_seconds $value 0.01 604800}                    {a number of seconds from 0.01 to 604800}
@@ -125,17 +125,14 @@ proc ::compute_broker::fitted_name {name suffix} {
     set clean [regsub -all {[^A-Za-z0-9._@:/+-]} $name -]
     set room [expr {$client_bytes_max - [string length $suffix]}]
     if {[string length $clean] > $room} {
-        set mark +[format %08x [zlib crc32 [encoding convertto utf-8 $name]]]
+        set mark .[format %08x [zlib crc32 [encoding convertto utf-8 $name]]]
         set clean [string range $clean 0 $room-[expr {1 + [string length $mark]}]]$mark
     }
     return $clean$suffix
 }
 
 proc ::compute_broker::user_name {} {
-    foreach key {USER LOGNAME} {
-        if {[info exists ::env($key)] && $::env($key) ne ""} {return $::env($key)}
-    }
-    return $::tcl_platform(user)
+    return [environment_or USER [environment_or LOGNAME $::tcl_platform(user)]]
 }
 
 # Threads and child interpreters load this package again, count from 0 again, and have the same process id. Only a
@@ -167,18 +164,32 @@ proc ::compute_broker::is_seconds {text low high} {
     return [expr {[regexp {^(0|[1-9][0-9]{0,8})(\.[0-9]{1,9})?$} $text] && $low <= $text && $text <= $high}]
 }
 
-# Where the broker is, from a host that may be host:port or [v6]:port. A port given apart beats the one in the host,
-# that one COMPUTE_BROKER_PORT, and that one 9000.
+# Where the broker is. The host may be host:port or [v6]:port; a port given apart beats that one. Without a host,
+# COMPUTE_BROKER_HOST and COMPUTE_BROKER_PORT say it.
 proc ::compute_broker::host_and_port {host port} {
-    if {![regexp {^\[([^][]*)\](?::([^:]*))?$} $host -> name inside]
-            && ![regexp {^([^:]*):([^:]*)$} $host -> name inside]} {
-        set name $host
-        set inside ""
+    set fallback 9000
+    if {$host eq ""} {
+        set host [environment_or COMPUTE_BROKER_HOST 127.0.0.1]
+        set fallback [environment_or COMPUTE_BROKER_PORT $fallback]
     }
-    if {$port eq ""} {set port $inside}
-    if {$port eq "" && [info exists ::env(COMPUTE_BROKER_PORT)]} {set port $::env(COMPUTE_BROKER_PORT)}
-    if {$port eq ""} {set port 9000}
+    set name $host
+    set inside ""
+    if {![regexp {^([^:]*):([0-9]+)$} $host -> name inside]} {
+        regexp {^\[([^][]*)\](?::([0-9]+))?$} $host -> name inside
+    }
+    foreach candidate [list $inside $fallback] {
+        if {$port eq ""} {set port $candidate}
+    }
     return [list [check host -host $name] [check port -port $port]]
+}
+
+proc ::compute_broker::environment_or {key fallback} {
+    if {[info exists ::env($key)] && $::env($key) ne ""} {return $::env($key)}
+    return $fallback
+}
+
+proc ::compute_broker::is_host {text} {
+    return [expr {[regexp {^[A-Za-z0-9._-]{1,255}$} $text] || [is_ipv6 $text]}]
 }
 
 # An IPv4 or IPv6 address, or a DNS name, which a pool may hand out instead: dots in it, letters at its end.

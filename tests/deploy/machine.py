@@ -245,9 +245,10 @@ class Machine:
         if "compute-broker.socket" in units and self._listening is not None:
             self._listening.close()
             self._listening = None
-        if "compute-broker.service" in units and self._service is not None and self._service.running:
-            if self._service.stop() != 0:
-                raise Refused(f"the broker failed:\n{self._service.journal}")
+        service = self._service
+        running = "compute-broker.service" in units and service is not None and service.running
+        if service is not None and running and service.stop() != 0:
+            raise Refused(f"the broker failed:\n{service.journal}")
 
     def _installed_service(self) -> Service:
         """What PID 1 would prepare: command, variables, home, state directory."""

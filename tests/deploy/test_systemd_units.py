@@ -9,7 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from broker import daemon
 from broker.core.settings import parse
+from broker.loops import reconcile
+from broker.providers import local
 from tests.deploy.sandbox import allowed_calls, expand, system_call_groups
 from tests.deploy.unit_file import (
     REPOSITORY,
@@ -95,7 +98,16 @@ def test_a_start_that_fails_at_once_reaches_the_limit_and_shows_as_failed() -> N
 def test_readiness_and_liveness_come_from_the_main_process() -> None:
     assert one(SERVICE, "Service.Type") == "notify"
     assert one(SERVICE, "Service.NotifyAccess") == "main"
-    assert seconds(one(SERVICE, "Service.WatchdogSec")) == 180
+
+
+def test_a_slow_cloud_is_not_taken_for_a_hang() -> None:
+    slowest = reconcile.SCAN_SECONDS_MAX + reconcile.BEAT_SECONDS_MAX
+    assert slowest < seconds(one(SERVICE, "Service.WatchdogSec"))
+
+
+def test_a_stop_leaves_time_for_the_answers_of_launches_under_way() -> None:
+    slowest = daemon.ANSWER_SECONDS_MAX + daemon.SETTLE_SECONDS_MAX + local.TERMINATE_GRACE_SECONDS
+    assert slowest + local.KILL_SECONDS_MAX < seconds(one(SERVICE, "Service.TimeoutStopSec"))
 
 
 def test_the_broker_may_open_a_descriptor_for_every_connection_it_accepts() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from broker.core.settings import PoolSettings
 from broker.providers.ec2 import Ec2Provider
-from broker.providers.ec2_api import METHODS
+from broker.providers.ec2_api import METHODS, Manners
 
 NOW_UNIX = 1_767_225_600.0  # 2026-01-01T00:00:00Z
 AWS_ENVIRONMENT = ("AWS_", "BOTO_", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
@@ -32,7 +32,10 @@ def shape(instance_id: str = "i-00000001", state: str = "pending", **more: Any) 
 
 
 def page(*shapes: dict[str, Any], token: str = "") -> dict[str, Any]:
-    return {"Reservations": [{"Instances": [one]} for one in shapes], **({"NextToken": token} if token else {})}
+    return {
+        "Reservations": [{"Instances": [one]} for one in shapes],
+        **({"NextToken": token} if token else {}),
+    }
 
 
 class ScriptedClient:
@@ -73,12 +76,14 @@ class ScriptedClient:
         return [parameters for name, parameters in self.calls if name == api]
 
     @asynccontextmanager
-    async def factory(self, attempts_max: int) -> AsyncIterator[Any]:
+    async def factory(self, manners: Manners) -> AsyncIterator[Any]:
         yield self
 
 
 @asynccontextmanager
-async def opened(client: ScriptedClient, pools: dict[str, PoolSettings] | None = None, **more: Any) -> AsyncIterator[Ec2Provider]:
+async def opened(
+    client: ScriptedClient, pools: dict[str, PoolSettings] | None = None, **more: Any
+) -> AsyncIterator[Ec2Provider]:
     """A provider on a scripted client."""
     provider = Ec2Provider(
         "lab",

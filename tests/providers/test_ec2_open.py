@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +18,14 @@ from broker.core.settings import PoolSettings
 from broker.providers.ec2 import Ec2Provider
 from tests.providers.ec2_support import NOW_UNIX, ScriptedClient, opened, pool
 
-pytestmark = pytest.mark.asyncio
-
-OPEN_SECONDS_MAX = 20.0  # a metadata service that never answers costs about two seconds, a loaded machine more
+OPEN_SECONDS_MAX = (
+    20.0  # a metadata service that never answers costs about two seconds, a loaded machine more
+)
 GROUP = {"GroupId": "sg-1", "GroupName": "workers"}
 
 
 @pytest.fixture
-def aws(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+def aws(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """An AWS configuration of nothing at all; returns where its two files would be."""
     for variable in [name for name in os.environ if name.startswith("AWS_")]:
         monkeypatch.delenv(variable)
@@ -35,7 +34,7 @@ def aws(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    yield tmp_path
+    return tmp_path
 
 
 @pytest.fixture
@@ -70,15 +69,15 @@ async def problems(region: str | None = None, profile: str | None = None, **sett
 
 async def test_a_missing_region_is_one_clear_sentence(signed: Path) -> None:
     assert await problems() == [
-        'pool.default.region: no AWS region is set; write region = "us-east-1" there, or set AWS_DEFAULT_REGION '
-        "or a region in the AWS profile"
+        'pool.default.region: no AWS region is set; write region = "us-east-1" there, or set '
+        "AWS_DEFAULT_REGION or a region in the AWS profile"
     ]
 
 
 async def test_missing_credentials_are_one_clear_sentence(aws: Path) -> None:
     assert await problems("us-east-1") == [
-        "pool.default.profile: no AWS credentials were found; run `aws configure`, or set AWS_ACCESS_KEY_ID and "
-        "AWS_SECRET_ACCESS_KEY, or give this machine an instance role"
+        "pool.default.profile: no AWS credentials were found; run `aws configure`, or set "
+        "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give this machine an instance role"
     ]
 
 
@@ -100,11 +99,15 @@ async def test_an_unknown_profile_from_the_environment_is_not_blamed_on_the_sett
     aws: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("AWS_PROFILE", "labs")
-    assert await problems("us-east-1") == ['AWS_PROFILE: there is no AWS profile "labs" (profiles there are: none)']
+    assert await problems("us-east-1") == [
+        'AWS_PROFILE: there is no AWS profile "labs" (profiles there are: none)'
+    ]
 
 
 @pytest.mark.parametrize("region", ["us-east1", "virginia"])
-async def test_a_region_that_cannot_be_one_is_told_before_anything_is_asked(signed: Path, region: str) -> None:
+async def test_a_region_that_cannot_be_one_is_told_before_anything_is_asked(
+    signed: Path, region: str
+) -> None:
     assert await problems(region) == [
         f'pool.default.region: "{region}" is no AWS region; write one such as "us-east-1"'
     ]
@@ -112,7 +115,9 @@ async def test_a_region_that_cannot_be_one_is_told_before_anything_is_asked(sign
 
 async def test_half_a_key_is_told_apart_from_none(aws: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "testing")
-    assert await problems("us-east-1") == ["pool.default.profile: the AWS credentials lack AWS_SECRET_ACCESS_KEY"]
+    assert await problems("us-east-1") == [
+        "pool.default.profile: the AWS credentials lack AWS_SECRET_ACCESS_KEY"
+    ]
 
 
 async def test_a_configuration_file_that_cannot_be_read_is_named(aws: Path) -> None:
@@ -143,7 +148,9 @@ async def test_the_environments_region_is_used(
 async def test_a_profile_brings_its_region_and_its_keys(aws: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (aws / "config").write_text("[profile lab]\nregion = eu-west-1\nendpoint_url = http://127.0.0.1:1\n")
     (aws / "credentials").write_text("[lab]\naws_access_key_id = testing\naws_secret_access_key = testing\n")
-    provider = Ec2Provider("lab", {"default": pool()}, region=None, profile="lab", clock_wall=lambda: NOW_UNIX)
+    provider = Ec2Provider(
+        "lab", {"default": pool()}, region=None, profile="lab", clock_wall=lambda: NOW_UNIX
+    )
     with pytest.raises(CloudUnreachable):
         await provider.open()
     await provider.close()
@@ -165,7 +172,8 @@ async def test_a_credential_helper_that_fails_is_tried_again_and_not_quoted(aws:
     (aws / "config").write_text('[default]\ncredential_process = sh -c "echo SECRET >&2; exit 1"\n')
     error = await failure_of_opening("us-east-1")
     assert isinstance(error, CredentialsRefused)
-    assert "custom-process" in error.message and "SECRET" not in error.message
+    assert "custom-process" in error.message
+    assert "SECRET" not in error.message
 
 
 # --- what the pools name ---------------------------------------------------------------------------
@@ -189,7 +197,9 @@ async def problems_of(client: ScriptedClient, **pools: PoolSettings) -> list[str
 
 async def test_a_group_is_looked_up_by_its_name_in_the_default_vpc() -> None:
     client = network()
-    async with opened(client, {"default": pool(security_groups=["workers"], security_group_ids=["sg-0"])}) as provider:
+    async with opened(
+        client, {"default": pool(security_groups=["workers"], security_group_ids=["sg-0"])}
+    ) as provider:
         order = provider.prepare("default", "order-1", provider.offerings("default")[0], NOW_UNIX)
         assert '"SecurityGroupIds":["sg-0","sg-1"]' in order.parameters
         assert client.sent("DescribeSecurityGroups")[0]["Filters"] == [
@@ -202,7 +212,9 @@ async def test_a_group_is_looked_up_in_the_vpc_of_the_pools_subnet() -> None:
     client = network()
     async with opened(client, {"default": pool(security_groups=["workers"], subnet="subnet-1")}):
         assert client.sent("DescribeSecurityGroups")[0]["Filters"][0]["Values"] == ["vpc-1"]
-        assert client.sent("DescribeSubnets") == [{"Filters": [{"Name": "subnet-id", "Values": ["subnet-1"]}]}]
+        assert client.sent("DescribeSubnets") == [
+            {"Filters": [{"Name": "subnet-id", "Values": ["subnet-1"]}]}
+        ]
 
 
 async def test_groups_given_by_id_ask_nothing() -> None:
@@ -259,7 +271,9 @@ async def test_a_script_of_exactly_the_allowed_size_is_taken_and_one_byte_more_i
         pass
     script = tmp_path / "boot.sh"
     script.write_bytes(b"x" * 16_385)
-    found = await problems_of(ScriptedClient(), default=pool(user_data="x" * 16_385), big=pool(user_data_file=str(script)))
+    found = await problems_of(
+        ScriptedClient(), default=pool(user_data="x" * 16_385), big=pool(user_data_file=str(script))
+    )
     assert found == [
         "pool.default.user_data: is larger than 16384 bytes, which is all that EC2 takes",
         "pool.big.user_data_file: is larger than 16384 bytes, which is all that EC2 takes",

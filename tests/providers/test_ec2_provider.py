@@ -19,12 +19,18 @@ from broker.core.errors import (
 )
 from broker.core.model import Market, Offering, Order
 from broker.core.tags import BROKER, POOL
-from broker.providers import ec2_api
+from broker.providers.base import Provider
 from broker.providers.ec2 import Ec2Provider
+from broker.providers.ec2_api import LAUNCHING, OTHERWISE, PAGES_MAX
 from broker.providers.ec2_errors import client_error
 from tests.providers.ec2_support import NOW_UNIX, ScriptedClient, opened, page, pool, shape
 
-pytestmark = pytest.mark.asyncio
+
+async def test_the_provider_fits_its_port() -> None:
+    async with opened(ScriptedClient()) as provider:
+        port: Provider = provider  # what the type checker holds
+        assert port.name == "ec2 us-east-1"
+
 
 OURS = {BROKER: "lab", POOL: "default"}
 SPOT = Offering("us-east-1", "c7i.large", Market.SPOT, cores=2)
@@ -35,7 +41,11 @@ def order_of(provider: Ec2Provider, order_id: str = "order-1") -> Order:
 
 
 def unknown(*ids: str) -> Exception:
-    return client_error("TerminateInstances", "InvalidInstanceID.NotFound", f"The instance IDs '{', '.join(ids)}' do not exist")
+    return client_error(
+        "TerminateInstances",
+        "InvalidInstanceID.NotFound",
+        f"The instance IDs '{', '.join(ids)}' do not exist",
+    )
 
 
 # --- orders ----------------------------------------------------------------------------------------
@@ -53,8 +63,12 @@ async def test_an_order_is_the_same_text_every_time_and_expires_after_the_longes
     async with opened(ScriptedClient(), {"default": pool(max_lifetime="1h")}) as provider:
         order = order_of(provider)
         assert order == order_of(provider)
-        assert order.parameters == json.dumps(json.loads(order.parameters), sort_keys=True, separators=(",", ":"))
-        tags = {tag["Key"]: tag["Value"] for tag in json.loads(order.parameters)["TagSpecifications"][0]["Tags"]}
+        assert order.parameters == json.dumps(
+            json.loads(order.parameters), sort_keys=True, separators=(",", ":")
+        )
+        tags = {
+            tag["Key"]: tag["Value"] for tag in json.loads(order.parameters)["TagSpecifications"][0]["Tags"]
+        }
         assert tags == {
             "Name": "dserv-worker",
             "compute-broker:broker": "lab",
@@ -86,7 +100,9 @@ async def test_a_token_that_returns_the_dead_machine_is_spent(state: str) -> Non
             await provider.launch(order_of(provider))
 
 
-@pytest.mark.parametrize("answer", [{}, {"Instances": []}, {"Instances": [{"InstanceId": "i-1"}]}, {"Instances": [None]}])
+@pytest.mark.parametrize(
+    "answer", [{}, {"Instances": []}, {"Instances": [{"InstanceId": "i-1"}]}, {"Instances": [None]}]
+)
 async def test_an_answer_without_a_machine_leaves_open_whether_there_is_one(answer: dict[str, Any]) -> None:
     async with opened(ScriptedClient(RunInstances=answer)) as provider:
         with pytest.raises(CloudUnreachable) as raised:
@@ -101,14 +117,15 @@ async def test_launches_that_hang_keep_no_terminate_waiting() -> None:
         order = order_of(provider)
         async with asyncio.TaskGroup() as group:
             launches = [group.create_task(provider.launch(order)) for _ in range(20)]
-            while client.in_flight < ec2_api.LAUNCHES_IN_FLIGHT_MAX:
+            while client.in_flight < LAUNCHING.in_flight_max:
                 await asyncio.sleep(0)
             ending = group.create_task(provider.terminate(["i-9"]))
             while not client.sent("TerminateInstances"):
                 await asyncio.sleep(0)
-            assert client.in_flight == ec2_api.LAUNCHES_IN_FLIGHT_MAX + 1
+            assert client.in_flight == LAUNCHING.in_flight_max + 1
             client.hold.set()
-        assert ending.done() and all(one.done() for one in launches)
+        assert ending.done()
+        assert all(one.done() for one in launches)
 
 
 async def test_calls_in_flight_are_bounded() -> None:
@@ -118,10 +135,10 @@ async def test_calls_in_flight_are_bounded() -> None:
         async with asyncio.TaskGroup() as group:
             for _ in range(100):
                 group.create_task(provider.describe(["i-1"]))
-            while client.in_flight < ec2_api.CALLS_IN_FLIGHT_MAX:
+            while client.in_flight < OTHERWISE.in_flight_max:
                 await asyncio.sleep(0)
             client.hold.set()
-        assert client.in_flight_max == ec2_api.CALLS_IN_FLIGHT_MAX
+        assert client.in_flight_max == OTHERWISE.in_flight_max
         assert len(client.sent("DescribeInstances")) == 100
 
 
@@ -151,17 +168,18 @@ async def test_a_page_that_fails_is_no_listing() -> None:
             await provider.listing()
 
 
-async def test_a_listing_that_does_not_end_is_no_listing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ec2_api, "PAGES_MAX", 3)
+async def test_a_listing_that_does_not_end_is_no_listing() -> None:
     client = ScriptedClient(DescribeInstances=page(token="again"))
     async with opened(client) as provider:
         with pytest.raises(CloudUnreachable, match="does not end"):
             await provider.listing()
-        assert len(client.sent("DescribeInstances")) == 3
+        assert len(client.sent("DescribeInstances")) == PAGES_MAX
 
 
 async def test_an_instance_of_an_unknown_shape_is_no_listing() -> None:
-    async with opened(ScriptedClient(DescribeInstances=page(shape(state="levitating", tags=OURS)))) as provider:
+    async with opened(
+        ScriptedClient(DescribeInstances=page(shape(state="levitating", tags=OURS)))
+    ) as provider:
         with pytest.raises(CloudUnreachable, match="cannot be understood"):
             await provider.listing()
 
@@ -174,7 +192,7 @@ async def test_whatever_the_filter_lets_through_only_our_tag_counts() -> None:
 
 
 async def test_adoption_takes_living_untagged_machines_with_the_pools_name() -> None:
-    def describe(Filters: list[dict[str, Any]], **_: Any) -> dict[str, Any]:  # noqa: N803  # the SDK's spelling
+    def describe(Filters: list[dict[str, Any]], **_: Any) -> dict[str, Any]:  # the SDK's spelling
         if Filters[0]["Name"] == "tag:compute-broker:broker":
             return page(shape("i-1", tags={**OURS, "Name": "old"}))
         assert Filters[0] == {"Name": "tag:Name", "Values": ["old"]}
@@ -182,7 +200,13 @@ async def test_adoption_takes_living_untagged_machines_with_the_pools_name() -> 
         assert sorted(Filters[1]["Values"]) == ["pending", "running", "stopped", "stopping"]
         return page(
             shape("i-1", tags={**OURS, "Name": "old"}),
-            shape("i-2", "running", tags={"Name": "old"}, PrivateIpAddress="10.0.0.2", PublicIpAddress="203.0.113.2"),
+            shape(
+                "i-2",
+                "running",
+                tags={"Name": "old"},
+                PrivateIpAddress="10.0.0.2",
+                PublicIpAddress="203.0.113.2",
+            ),
             shape("i-3", "running", tags={"Name": "old", BROKER: "another"}),
         )
 
@@ -241,7 +265,7 @@ async def test_a_batch_of_nothing_but_stale_ids_is_done() -> None:
 
 
 async def test_when_ec2_does_not_say_which_id_is_stale_each_is_asked_for_alone() -> None:
-    def terminate(InstanceIds: list[str]) -> dict[str, Any]:  # noqa: N803  # the SDK's spelling
+    def terminate(InstanceIds: list[str]) -> dict[str, Any]:  # the SDK's spelling
         if "junk" in InstanceIds:
             raise client_error("TerminateInstances", "InvalidInstanceID.Malformed", "Invalid id")
         return {}
@@ -254,9 +278,11 @@ async def test_when_ec2_does_not_say_which_id_is_stale_each_is_asked_for_alone()
 
 
 async def test_one_that_may_not_be_ended_keeps_no_other_alive_and_is_reported() -> None:
-    def terminate(InstanceIds: list[str]) -> dict[str, Any]:  # noqa: N803  # the SDK's spelling
+    def terminate(InstanceIds: list[str]) -> dict[str, Any]:  # the SDK's spelling
         if "i-2" in InstanceIds:
-            raise client_error("TerminateInstances", "OperationNotPermitted", "The instance 'i-2' may not be terminated")
+            raise client_error(
+                "TerminateInstances", "OperationNotPermitted", "The instance 'i-2' may not be terminated"
+            )
         return {}
 
     client = ScriptedClient(TerminateInstances=terminate)
@@ -264,11 +290,12 @@ async def test_one_that_may_not_be_ended_keeps_no_other_alive_and_is_reported() 
         with pytest.raises(PermanentRefusal, match="i-2"):
             await provider.terminate(["i-1", "i-2", "i-3"])
         sent = [one["InstanceIds"] for one in client.sent("TerminateInstances")]
-        assert ["i-1"] in sent and ["i-3"] in sent
+        assert ["i-1"] in sent
+        assert ["i-3"] in sent
 
 
 async def test_leaving_out_stale_ids_ends_after_a_few_rounds() -> None:
-    def terminate(InstanceIds: list[str]) -> dict[str, Any]:  # noqa: N803  # the SDK's spelling
+    def terminate(InstanceIds: list[str]) -> dict[str, Any]:  # the SDK's spelling
         stale = [one for one in InstanceIds if int(one[2:]) % 2]
         if stale:
             raise unknown(stale[0])
@@ -315,9 +342,13 @@ async def test_tagging_an_unknown_machine_says_so() -> None:
 
 
 async def test_offerings_follow_the_pools_order_with_cores_and_price() -> None:
-    types = [{"InstanceType": kind, "VCpuInfo": {"DefaultVCpus": cores}} for kind, cores in (("b", 4), ("a", 2))]
+    types = [
+        {"InstanceType": kind, "VCpuInfo": {"DefaultVCpus": cores}} for kind, cores in (("b", 4), ("a", 2))
+    ]
     settings = pool(instance_types=["b", "a", "b"], market="on-demand", price_usd_per_hour=1.5)
-    async with opened(ScriptedClient(DescribeInstanceTypes={"InstanceTypes": types}), {"default": settings}) as provider:
+    async with opened(
+        ScriptedClient(DescribeInstanceTypes={"InstanceTypes": types}), {"default": settings}
+    ) as provider:
         assert list(provider.offerings("default")) == [
             Offering("us-east-1", "b", Market.ON_DEMAND, "", 4, 1_500_000),
             Offering("us-east-1", "a", Market.ON_DEMAND, "", 2, 1_500_000),
@@ -338,7 +369,9 @@ async def test_credentials_that_may_not_ask_about_types_leave_the_cores_open() -
         ("AuthFailure", 401, CredentialsRefused),
     ],
 )
-async def test_what_passes_by_itself_is_no_problem_of_the_settings(code: str, status: int, kind: type[Exception]) -> None:
+async def test_what_passes_by_itself_is_no_problem_of_the_settings(
+    code: str, status: int, kind: type[Exception]
+) -> None:
     passing = client_error("DescribeInstanceTypes", code, status=status)
     described = {"InstanceTypes": [{"InstanceType": "c7i.large", "VCpuInfo": {"DefaultVCpus": 2}}]}
     client = ScriptedClient(DescribeInstanceTypes=[passing, described])
@@ -355,7 +388,9 @@ async def test_what_passes_by_itself_is_no_problem_of_the_settings(code: str, st
 async def test_groups_that_may_not_be_looked_up_are_a_problem_of_the_settings() -> None:
     refused = client_error("DescribeVpcs", "UnauthorizedOperation", status=403)
     with pytest.raises(SettingsError, match=r"pool\.default\.security_groups: cannot .* ec2:DescribeVpcs"):
-        async with opened(ScriptedClient(DescribeVpcs=refused), {"default": pool(security_groups=["workers"])}):
+        async with opened(
+            ScriptedClient(DescribeVpcs=refused), {"default": pool(security_groups=["workers"])}
+        ):
             pass
 
 

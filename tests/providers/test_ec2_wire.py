@@ -60,12 +60,15 @@ def test_key_groups_profile_script_and_zone_go_into_the_launch() -> None:
 
 def test_an_instance_profile_may_be_given_by_its_arn() -> None:
     arn = "arn:aws:iam::123456789012:instance-profile/worker"
-    assert launch_parameters(pool(instance_profile=arn), Recipe(), SPOT, {})["IamInstanceProfile"] == {"Arn": arn}
+    assert launch_parameters(pool(instance_profile=arn), Recipe(), SPOT, {})["IamInstanceProfile"] == {
+        "Arn": arn
+    }
 
 
 def test_a_pool_that_hands_out_private_addresses_leaves_the_subnet_as_it_is() -> None:
     parameters = launch_parameters(pool(subnet="subnet-1", address="private"), Recipe(("sg-1",)), SPOT, {})
-    assert parameters["SubnetId"] == "subnet-1" and parameters["SecurityGroupIds"] == ["sg-1"]
+    assert parameters["SubnetId"] == "subnet-1"
+    assert parameters["SecurityGroupIds"] == ["sg-1"]
     assert "NetworkInterfaces" not in parameters
 
 
@@ -81,14 +84,19 @@ def test_a_pool_that_hands_out_public_addresses_asks_its_subnet_for_one(address:
             "Groups": ["sg-1"],
         }
     ]
-    assert not {"SubnetId", "SecurityGroupIds", "Placement"} & set(parameters)  # EC2 refuses both places at once
+    assert not {"SubnetId", "SecurityGroupIds", "Placement"} & set(
+        parameters
+    )  # EC2 refuses both places at once
 
 
 @pytest.mark.parametrize(
     ("image", "sent"),
     [
         ("ami-12c6146b", "ami-12c6146b"),
-        ("/aws/service/canonical/ubuntu/amd64/ami-id", "resolve:ssm:/aws/service/canonical/ubuntu/amd64/ami-id"),
+        (
+            "/aws/service/canonical/ubuntu/amd64/ami-id",
+            "resolve:ssm:/aws/service/canonical/ubuntu/amd64/ami-id",
+        ),
         ("resolve:ssm:golden:3", "resolve:ssm:golden:3"),
     ],
 )
@@ -110,10 +118,19 @@ def test_an_instance_is_read_with_all_that_the_broker_asks_about() -> None:
         "public",
         {"Name": "w"},
     )
-    assert (instance.id, instance.state, instance.address) == ("i-00000001", InstanceState.RUNNING, "203.0.113.7")
+    assert (instance.id, instance.state, instance.address) == (
+        "i-00000001",
+        InstanceState.RUNNING,
+        "203.0.113.7",
+    )
     assert (instance.market, instance.cores, instance.zone) == (Market.SPOT, 64, "us-east-1a")
-    assert (instance.instance_type, instance.region, instance.launched_unix) == ("c7i.16xlarge", "us-east-1", NOW_UNIX)
-    assert instance.tags == {"Name": "w"} and instance.reason == ""
+    assert (instance.instance_type, instance.region, instance.launched_unix) == (
+        "c7i.16xlarge",
+        "us-east-1",
+        NOW_UNIX,
+    )
+    assert instance.tags == {"Name": "w"}
+    assert instance.reason == ""
 
 
 @pytest.mark.parametrize(
@@ -147,7 +164,9 @@ def test_an_address_that_is_not_there_yet_is_none_and_not_another_one() -> None:
         (None, ""),
     ],
 )  # fmt: skip
-def test_the_reason_of_an_end_is_told_in_the_clouds_words(state_reason: dict[str, str] | None, reason: str) -> None:
+def test_the_reason_of_an_end_is_told_in_the_clouds_words(
+    state_reason: dict[str, str] | None, reason: str
+) -> None:
     instance = instance_from(shape(state="terminated", StateReason=state_reason), "us-east-1", "public", {})
     assert instance.reason == reason
 
@@ -163,4 +182,7 @@ def test_batches_hold_every_value_once() -> None:
 
 
 def test_an_id_is_not_mistaken_for_one_that_begins_with_it() -> None:
-    assert named_in("The instance IDs 'i-12, i-3' do not exist", ["i-1", "i-12", "i-3", "i-4"]) == {"i-12", "i-3"}
+    assert named_in("The instance IDs 'i-12, i-3' do not exist", ["i-1", "i-12", "i-3", "i-4"]) == {
+        "i-12",
+        "i-3",
+    }

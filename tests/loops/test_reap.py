@@ -1,0 +1,112 @@
+"""Who is terminated, when, and how a Terminate is seen through."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+from broker.core.errors import Throttled
+from broker.core.model import WorkerState
+from broker.testing import RunningBroker
+from tests.support.brokers import live, settings
+
+
+def test_a_throttled_terminate_is_sent_again_until_it_is_answered(tmp_path: Path) -> None:
+    async def story(broker: RunningBroker) -> None:
+        address = await broker.ask("GET_WORKER")
+        broker.cloud.fail["terminate"].extend(Throttled() for _ in range(5))
+        await broker.ask(f"RELEASE {address}")
+        await broker.until(lambda: not broker.cloud.running(), seconds_max=120)
+        assert broker.cloud.count("terminate") == 6
+
+    live(tmp_path, story)
+
+
+def test_a_terminate_that_is_not_obeyed_is_sent_again(tmp_path: Path) -> None:
+    async def story(broker: RunningBroker) -> None:
+        broker.cloud.ends_at_once = False
+        address = await broker.ask("GET_WORKER")
+        await broker.ask(f"RELEASE {address}")
+        await asyncio.sleep(3600)
+        assert 20 <= broker.cloud.count("terminate") <= 35
+        assert await broker.ask("GET_WORKER") != address
+
+    live(tmp_path, story)
+
+
+def test_a_busy_worker_outlives_its_max_lifetime_and_takes_no_new_clients(tmp_path: Path) -> None:
+    async def story(broker: RunningBroker) -> None:
+        old = await broker.ask("GET_WORKER client=a")
+        for _ in range(20):
+            await asyncio.sleep(300)
+            assert await broker.ask(f"PING {old} client=a") == "OK"
+        young = await broker.ask("GET_WORKER client=b")
+        assert young != old
+        assert await broker.ask(f"PING {old} client=a") == "OK"
+        await broker.ask(f"RELEASE {old} client=a")
+        await asyncio.sleep(5)
+        assert len(broker.cloud.running()) == 1
+
+    live(tmp_path, story, chosen=settings(max_lifetime="1h"))
+
+
+def test_an_idle_worker_past_its_max_lifetime_ends(tmp_path: Path) -> None:
+    async def story(broker: RunningBroker) -> None:
+        await broker.ask("GET_WORKER client=a")
+        await asyncio.sleep(3700)
+        assert broker.cloud.running() == []
+
+    live(tmp_path, story, chosen=settings(max_lifetime="1h", idle_timeout="50m"))
+
+
+def test_a_machine_that_stays_pending_ends_at_the_boot_deadline_and_another_is_tried(tmp_path: Path) -> None:
+    async def story(broker: RunningBroker) -> None:
+        ask = asyncio.create_task(broker.ask("GET_WORKER wait=3600"))
+        await broker.until(lambda: broker.cloud.count("launch") == 2)
+        assert broker.cloud.count("terminate") == 1
+        broker.cloud.boot(broker.cloud.running()[0])
+        assert "ERROR" not in await ask
+
+    live(tmp_path, story, boots=False, chosen=settings(boot_deadline="2m"))
+
+
+def test_a_machine_that_runs_but_never_answers_is_never_handed_out(tmp_path: Path) -> None:
+    async def story(broker: RunningBroker) -> None:
+        ask = asyncio.create_task(broker.ask("GET_WORKER wait=100"))
+        await broker.until(lambda: broker.cloud.machines)
+        next(iter(broker.cloud.machines.values())).answers = False
+        broker.cloud.boot(broker.cloud.running()[0])
+        assert "[TIMEOUT]" in await ask
+
+    live(tmp_path, story, boots=False)
+
+
+def test_a_wall_clock_that_jumps_ends_nobody_and_makes_nobody_immortal(tmp_path: Path) -> None:
+    async def story(broker: RunningBroker) -> None:
+        address = await broker.ask("GET_WORKER client=a")
+        broker.clock.jump(3600 * 24)
+        await asyncio.sleep(60)
+        assert await broker.ask(f"PING {address} client=a") == "OK"
+        broker.clock.jump(-3600 * 48)
+        await asyncio.sleep(890)
+        assert len(broker.cloud.running()) == 1
+        await asyncio.sleep(15)
+        assert broker.cloud.running() == []
+
+    live(tmp_path, story)
+
+
+def test_an_unheld_worker_that_stops_answering_ends_after_five_minutes(tmp_path: Path) -> None:
+    async def story(broker: RunningBroker) -> None:
+        await broker.ask("GET_WORKER client=a")
+        await asyncio.sleep(10)
+        address = next(iter(broker.registry)).address
+        next(iter(broker.cloud.machines.values())).answers = False
+        await broker.until(lambda: broker.registry.in_state(WorkerState.SUSPECT))
+        assert await broker.ask(f"PING {address} client=a") == "OK", "it is held: it keeps its client"
+        await asyncio.sleep(600)
+        assert len(broker.cloud.running()) == 1
+        await asyncio.sleep(600)
+        assert broker.cloud.running() == []
+
+    live(tmp_path, story)

@@ -1,0 +1,237 @@
+"""The cloud against the books: what a listing proves, and what it does not."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from broker.core import tags
+from broker.core.errors import CredentialsRefused, Throttled
+from broker.core.model import InstanceState, WorkerState
+from broker.testing import RunningBroker, lost_answer
+from tests.support.brokers import live, settings
+
+
+async def scanned(broker: RunningBroker, times: int = 1) -> None:
+    """Wait until so many more complete scans are over."""
+    before = broker.cloud.count("listing")
+    await broker.until(lambda: broker.cloud.count("listing") >= before + times)
+    await asyncio.sleep(0.1)
+
+
+def test_one_listing_that_misses_a_busy_worker_changes_nothing(tmp_path: Path) -> None:
+    async def story(broker: RunningBroker) -> None:
+        address = await broker.ask("GET_WORKER client=a")
+        await asyncio.sleep(200)
+        machine = next(iter(broker.cloud.machines.values()))
+        machine.hidden = True
+        await scanned(broker)
+        machine.hidden = False
+        assert await broker.ask(f"PING {address} client=a") == "OK"
+        assert broker.cloud.count("terminate") == 0
+
+    live(tmp_path, story)
+
+
+def test_a_worker_that_listings_miss_for_ever_but_that_answers_is_kept(tmp_path: Path) -> None:
+    async def story(broker: RunningBroker) -> None:
+        address = await broker.ask("GET_WORKER client=a")
+        next(iter(broker.cloud.machines.values())).hidden = True
+        for _ in range(10):
+            await asyncio.sleep(300)
+            assert await broker.ask(f"PING {address} client=a") == "OK"
+
+    live(tmp_path, story)
+
+
+def test_a_worker_that_is_neither_listed_nor_answers_is_given_up(tmp_path: Path) -> None:
+    async def story(broker: RunningBroker) -> None:
+        address = await broker.ask("GET_WORKER client=a")
+        await asyncio.sleep(200)
+        machine = next(iter(broker.cloud.machines.values()))
+        machine.hidden, machine.answers = True, False
+        await asyncio.sleep(120)
+        assert await broker.ask(f"PING {address} client=a") == "OK", "not on the first looks"
+        await asyncio.sleep(200)
+        assert len(broker.registry) == 0
+
+    live(tmp_path, story)
+
+
+def test_a_machine_that_is_not_listed_right_after_its_launch_is_neither_forgotten_nor_doubled(
+    tmp_path: Path,
+) -> None:
+    async def story(broker: RunningBroker) -> None:
+        asks = [asyncio.create_task(broker.ask(f"GET_WORKER client=c{i}")) for i in range(3)]
+        await broker.until(lambda: broker.cloud.machines)
+        machine = next(iter(broker.cloud.machines.values()))
+        machine.hidden = True
+        await asyncio.sleep(90)
+        machine.hidden = False
+        broker.cloud.boot(machine.instance.id)
+        assert len(set(await asyncio.gather(*asks))) == 1
+        assert broker.cloud.count("launch") == 1
+
+    live(tmp_path, story, boots=False)
+
+
+def test_a_failed_scan_proves_nothing(tmp_path: Path) -> None:
+    async def story(broker: RunningBroker) -> None:
+        address = await broker.ask("GET_WORKER client=a")
+        broker.cloud.fail["listing"].extend(lost_answer() for _ in range(500))
+        for _ in range(6):
+            await asyncio.sleep(300)
+            assert await broker.ask(f"PING {address} client=a") == "OK"
+        assert len(broker.cloud.running()) == 1
+
+    live(tmp_path, story)
+
+
+def test_rejected_credentials_stop_launches_at_once_and_end_nobody(tmp_path: Path) -> None:
+    async def story(broker: RunningBroker) -> None:
+        address = await broker.ask("GET_WORKER client=a")
+        broker.cloud.fail["listing"].extend(CredentialsRefused() for _ in range(500))
+        await scanned(broker)
+        reply = await broker.ask("GET_WORKER client=b exclusive=yes")
+        assert reply.startswith("ERROR: fake cannot be used at the moment: the cloud does not accept")
+        assert await broker.ask(f"PING {address} client=a") == "OK"
+        assert broker.daemon.health.problems() == []
+        await asyncio.sleep(200)
+        assert "fake was last scanned" in broker.daemon.health.problems()[0]
+
+    live(tmp_path, story)
+
+
+def test_a_single_throttled_scan_does_not_stop_launches(tmp_path: Path) -> None:
+    async def story(broker: RunningBroker) -> None:
+        await broker.ask("GET_WORKER client=a")
+        broker.cloud.fail["listing"].append(Throttled())
+        await scanned(broker)
+        assert "ERROR" not in await broker.ask("GET_WORKER client=b exclusive=yes")
+
+    live(tmp_path, story)
+
+
+def test_a_machine_terminated_behind_the_brokers_back_leaves_the_books(tmp_path: Path) -> None:
+    async def story(broker: RunningBroker) -> None:
+        address = await broker.ask("GET_WORKER client=a")
+        broker.cloud.set_state(broker.cloud.running()[0], InstanceState.TERMINATED, "User initiated")
+        await asyncio.sleep(2)
+        assert await broker.ask("GET_WORKER client=b") != address
+        await scanned(broker)
+        assert await broker.ask(f"PING {address} client=a") == "ERROR: Worker not found"
+
+    live(tmp_path, story)
+
+
+@pytest.mark.parametrize("state", [InstanceState.STOPPING, InstanceState.STOPPED])
+def test_a_stopped_machine_is_drained(tmp_path: Path, state: InstanceState) -> None:
+    async def story(broker: RunningBroker) -> None:
+        await broker.ask("GET_WORKER client=a")
+        broker.cloud.set_state(broker.cloud.running()[0], state)
+        await scanned(broker)
+        await asyncio.sleep(5)
+        assert broker.cloud.count("terminate") == 1
+
+    live(tmp_path, story)
+
+
+def test_a_machine_with_our_tag_that_nobody_knows_is_taken_in_and_ends_when_idle(tmp_path: Path) -> None:
+    async def story(broker: RunningBroker) -> None:
+        await scanned(broker)
+        broker.cloud.add()
+        await scanned(broker)
+        assert broker.registry.count("default", WorkerState.READY) == 1
+        await asyncio.sleep(920)
+        assert broker.cloud.running() == []
+
+    live(tmp_path, story)
+
+
+def test_a_pending_machine_without_an_address_is_taken_in_too(tmp_path: Path) -> None:
+    async def story(broker: RunningBroker) -> None:
+        await scanned(broker)
+        orphan = broker.cloud.add(state=InstanceState.PENDING, address=None)
+        await scanned(broker)
+        assert broker.registry.count("default", WorkerState.BOOTING) == 1
+        broker.cloud.boot(orphan)
+        await broker.until(lambda: broker.registry.count("default", WorkerState.READY))
+
+    live(tmp_path, story)
+
+
+def test_a_machine_of_a_pool_that_is_not_configured_any_more_ends_when_idle(tmp_path: Path) -> None:
+    async def story(broker: RunningBroker) -> None:
+        await scanned(broker)
+        broker.cloud.add(pool="forgotten")
+        await scanned(broker)
+        await asyncio.sleep(920)
+        assert broker.cloud.running() == []
+
+    live(tmp_path, story)
+
+
+def test_a_machine_of_another_broker_is_never_touched(tmp_path: Path) -> None:
+    async def story(broker: RunningBroker) -> None:
+        foreign = broker.cloud.add()
+        machine = broker.cloud.machines[foreign]
+        other = {**machine.instance.tags, tags.BROKER: "another-lab"}
+        broker.cloud.machines[foreign].instance = replace(machine.instance, tags=other)
+        await scanned(broker, 2)
+        assert json.loads(await broker.ask("TERMINATE_ALL")) == {"terminated": []}
+        await asyncio.sleep(4000)
+        assert broker.cloud.running() == [foreign]
+
+    live(tmp_path, story)
+
+
+def test_an_untagged_machine_is_claimed_by_its_name_only_when_asked_for(tmp_path: Path) -> None:
+    async def story(broker: RunningBroker) -> None:
+        machine = broker.cloud.add(tags={tags.NAME: "dserv-worker"})
+        await scanned(broker, 3)
+        wanted = broker.daemon.settings.pool["default"].adopt_name_tag
+        assert broker.registry.count("default", WorkerState.READY) == int(wanted)
+        assert (tags.BROKER in broker.cloud.machines[machine].instance.tags) is wanted
+
+    for adopt in (False, True):
+        live(tmp_path / str(adopt), story, chosen=settings(adopt_name_tag=adopt))
+
+
+def test_one_order_with_two_machines_keeps_one(tmp_path: Path) -> None:
+    async def story(broker: RunningBroker) -> None:
+        address = await broker.ask("GET_WORKER client=a")
+        order = next(iter(broker.cloud.machines.values())).instance.tags[tags.ORDER]
+        twin = broker.cloud.add()
+        machine = broker.cloud.machines[twin]
+        machine.instance = replace(machine.instance, tags={**machine.instance.tags, tags.ORDER: order})
+        await scanned(broker, 2)
+        await broker.until(lambda: twin not in broker.cloud.running())
+        assert await broker.ask("GET_WORKER client=a") == address
+
+    live(tmp_path, story)
+
+
+def test_terminate_answered_is_not_terminated(tmp_path: Path) -> None:
+    async def story(broker: RunningBroker) -> None:
+        broker.cloud.ends_at_once = False
+        address = await broker.ask("GET_WORKER")
+        await broker.ask(f"RELEASE {address}")
+        await asyncio.sleep(600)
+        assert broker.registry.count("default", WorkerState.TERMINATING) == 1
+        broker.cloud.set_state(next(iter(broker.cloud.machines)), InstanceState.TERMINATED)
+        await broker.until(lambda: len(broker.registry) == 0)
+
+    live(tmp_path, story)
+
+
+def test_an_idle_broker_asks_the_cloud_twice_a_minute_however_long(tmp_path: Path) -> None:
+    async def story(broker: RunningBroker) -> None:
+        before = len(broker.cloud.calls)
+        await asyncio.sleep(3600)
+        assert len(broker.cloud.calls) - before == pytest.approx(120, abs=2)
+
+    live(tmp_path, story)
