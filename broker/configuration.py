@@ -50,7 +50,7 @@ def _read(path: Path) -> dict[str, object]:
 
 
 def to_toml(settings: Settings) -> str:
-    """The settings in effect, as a file that can be read again: TOML shares JSON's strings, numbers, lists."""
+    """The settings in effect, as a file to read again: TOML shares JSON's strings, numbers, lists."""
     values = settings.model_dump(mode="json", exclude_none=True)
     tables = [
         ("broker", values["broker"]),

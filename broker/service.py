@@ -188,7 +188,7 @@ class Service:
         raise CloudError("workers are lost as fast as they become ready")
 
     def _take(self, pool: str, client: str, exclusive: bool, wish: Wish) -> Lease | None:
-        """The client's hold on a worker that suits it, decided and booked in one step; None when none does."""
+        """The client's hold on a worker that suits, decided and booked in one step; None when none does."""
         worker = self._registry.available(pool, client, exclusive=exclusive, wish=wish.test())
         if worker is None:
             return None
@@ -382,7 +382,7 @@ class Service:
             raise BadRequest(f"pool '{pool}' has nothing with {wish}; it has {_catalogue(offerings)}")
 
     async def _recovered(self, pool: str | None = None, deadline_at: float | None = None) -> None:
-        """Wait for the first complete scan (of the pool's cloud, else of all). Raises CloudError, WaitTimedOut."""
+        """Wait for the first complete scan, of one cloud or of all. Raises CloudError, WaitTimedOut."""
         cloud = self._context.cloud(pool) if pool else None
         clouds = (cloud,) if cloud else self._context.clouds.all
         try:

@@ -268,7 +268,7 @@ def lost_answer() -> CloudUnreachable:
     return CloudUnreachable("connection reset")
 
 
-# --- a broker ------------------------------------------------------------------------------------------------
+# --- a broker ----------------------------------------------------------------------------------------------
 
 
 class _MemoryTransport(asyncio.Transport):
@@ -370,7 +370,7 @@ class RunningBroker:
     async def until(self, condition: Callable[[], object], seconds_max: float = 3600.0) -> None:
         """Let virtual time pass until something holds. Raises TimeoutError."""
         async with asyncio.timeout(seconds_max):
-            while not condition():
+            while not condition():  # noqa: ASYNC110 (any condition: there is no event to wait for)
                 await asyncio.sleep(0.01)
 
 
@@ -393,7 +393,7 @@ async def running_broker(
     cloud: FakeCloud | None = None,
     boots: bool = True,
 ) -> AsyncIterator[RunningBroker]:
-    """Start a broker, stop it in order at the end. Hand in the `cloud` of an earlier one to play a restart."""
+    """Start a broker, stop it in order at the end. With the `cloud` of an earlier one it plays a restart."""
     clock = LoopClock(asyncio.get_running_loop())
     sky = cloud or FakeCloud(settings.broker.id, tuple(settings.pool), clock=cast(Clock, clock), boots=boots)
     numbers = itertools.count(1)

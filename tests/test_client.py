@@ -13,14 +13,16 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 import broker
-from broker import AsyncClient, BrokerUnreachable, Client, Retry
+from broker import AsyncClient, BrokerUnreachable, Client, Retry, wire
 from broker.core import errors, protocol
 from broker.errand import REPLY_BYTES_MAX, Endpoint, Errand, endpoint, fit_name
 
@@ -416,6 +418,61 @@ def test_a_line_of_the_callers_own_is_sent_once(client_of: ClientOf, opened: Ope
 def test_a_broker_that_refuses_before_it_reads_is_heard(client_of: ClientOf, opened: Open) -> None:
     with pytest.raises(errors.LimitReached, match="too many connections"):
         client_of(opened(refuse_unread).port).get_worker()
+
+
+@pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="needs Linux's list of connections")
+def test_a_connection_that_waits_in_silence_is_kept_alive_by_the_system(
+    client_of: ClientOf, opened: Open
+) -> None:
+    armed = threading.Event()
+
+    def look_for_timer(fake: FakeBroker, connection: socket.socket) -> None:
+        line_from(fake, connection)
+        ends = f"0100007F:{connection.getpeername()[1]:04X} 0100007F:{fake.port:04X}"
+        ends_at = time.monotonic() + SECONDS_MAX
+        while not armed.is_set() and time.monotonic() < ends_at:
+            lines = Path("/proc/net/tcp").read_text().splitlines()
+            timers = [line.split()[5] for line in lines if ends in line]
+            if timers and timers[0].startswith("02:"):  # Linux, proc_net_tcp: the keep-alive timer is pending
+                armed.set()
+        connection.sendall(b"127.0.0.1\n")
+
+    client_of(opened(look_for_timer).port).get_worker()
+    assert armed.is_set()
+
+
+class LongQuestion:
+    """A question that is sent only when the peer has hung up, and that is too long to go unnoticed."""
+
+    def __init__(self, hung_up: threading.Event) -> None:
+        self.answer = b""
+        self._hung_up = hung_up
+
+    def begin(self) -> bytes:
+        assert self._hung_up.wait(SECONDS_MAX)
+        return b"x" * 2**23
+
+    def receive(self, data: bytes) -> bool:
+        self.answer += data
+        return not data or data.endswith(b"\n")
+
+
+@pytest.mark.parametrize(
+    "ask", [wire.ask, lambda *question: asyncio.run(wire.ask_async(*question))], ids=["blocking", "async"]
+)
+def test_what_a_peer_says_before_it_hangs_up_is_heard_although_nothing_can_be_sent(
+    ask: Callable[..., None], opened: Open
+) -> None:
+    hung_up = threading.Event()
+
+    def refuse_and_hang_up(fake: FakeBroker, connection: socket.socket) -> None:
+        refuse_unread(fake, connection)
+        connection.close()
+        hung_up.set()
+
+    question = LongQuestion(hung_up)
+    ask("127.0.0.1", opened(refuse_and_hang_up).port, question, SECONDS_MAX)
+    assert question.answer == b"ERROR: too many connections [LIMIT]\n"
 
 
 def test_a_host_name_that_cannot_be_one_is_an_error_of_ours(client_of: ClientOf) -> None:
@@ -866,8 +923,12 @@ def test_a_second_cancellation_ends_the_waiting_and_not_the_release(opened: Open
     def slow_release(fake: FakeBroker, connection: socket.socket) -> None:
         line_from(fake, connection)
         assert go_on.wait(SECONDS_MAX)
+        connection.setblocking(False)
+        try:
+            connection.recv(1)
+        except BlockingIOError:
+            fake.hear("still there")
         connection.sendall(b"OK\n")
-        fake.hear("answered" if not connection.recv(1) else "?")  # the client closes once it has read
 
     fake = opened(courteous, slow_release)
 
@@ -887,10 +948,10 @@ def test_a_second_cancellation_ends_the_waiting_and_not_the_release(opened: Open
         with pytest.raises(asyncio.CancelledError):
             await task
         go_on.set()
-        assert await asyncio.to_thread(fake.heard_within, 1, "answered")
+        assert await asyncio.to_thread(fake.heard_within, 1, "still there")
 
     asyncio.run(use())
-    assert fake.heard == ["GET_WORKER", "RELEASE 127.0.0.1", "answered"]
+    assert fake.heard == ["GET_WORKER", "RELEASE 127.0.0.1", "still there"]
 
 
 def test_a_cancelled_request_closes_its_connection(opened: Open) -> None:

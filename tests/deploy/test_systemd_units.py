@@ -72,8 +72,9 @@ def test_the_service_is_hardly_exposed() -> None:
 def test_workers_outlive_a_restart() -> None:
     unit = keys(SERVICE)
     assert unit["Service.KillMode"] == ["process"]
-    # Each of these would take /tmp, or the sight of /proc, from the workers of the start before.
+    # Each of these would take /tmp or shared memory from the workers of the start before, or them from sight.
     assert unit.get("Service.PrivateTmp", ["no"]) == ["no"]
+    assert unit.get("Service.RemoveIPC", ["no"]) == ["no"]
     assert unit.get("Service.PrivateUsers", ["no"]) == ["no"]
     assert unit["Service.ProcSubset"] == ["all"]
     assert [path.split(":")[0] for path in one(SERVICE, "Service.TemporaryFileSystem").split()] == [

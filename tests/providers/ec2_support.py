@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from functools import partial
+from pathlib import Path
 from typing import Any
+
+import pytest
 
 from broker.core.settings import PoolSettings
 from broker.providers.ec2 import Ec2Provider
 from broker.providers.ec2_api import METHODS, Manners
 
 NOW_UNIX = 1_767_225_600.0  # 2026-01-01T00:00:00Z
-AWS_ENVIRONMENT = ("AWS_", "BOTO_", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
+ONE_TYPE = b"""<DescribeInstanceTypesResponse xmlns="http://ec2.amazonaws.com/doc/2016-11-15/"><instanceTypeSet><item>
+<instanceType>c7i.large</instanceType><vCpuInfo><defaultVCpus>2</defaultVCpus></vCpuInfo>
+</item></instanceTypeSet></DescribeInstanceTypesResponse>"""
 
 Step = dict[str, Any] | Exception | Callable[..., dict[str, Any]]
 
@@ -99,3 +105,29 @@ async def opened(
         yield provider
     finally:
         await provider.close()
+
+
+def forget_aws(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """An environment without AWS: no variable, no file but those in the folder, no metadata service."""
+    proxies = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
+    for variable in [name for name in os.environ if name.startswith("AWS_") or name.upper() in proxies]:
+        monkeypatch.delenv(variable)
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(folder / "config"))
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(folder / "credentials"))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+
+
+@asynccontextmanager
+async def endpoint(respond: Callable[[bytes], tuple[str, bytes]]) -> AsyncIterator[str]:
+    """The URL of an HTTP server that makes a status and a body of each request's body."""
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = await reader.readuntil(b"\r\n\r\n")
+        length = int(head.lower().split(b"content-length: ")[1].split(b"\r\n")[0])
+        status, body = respond(await reader.readexactly(length))
+        writer.write(f"HTTP/1.1 {status}\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
+        await writer.drain()
+        writer.close()
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"

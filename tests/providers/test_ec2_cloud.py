@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
-import os
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -31,15 +29,12 @@ from broker.core.settings import PoolSettings
 from broker.core.tags import BROKER, LAST_USED, ORDER
 from broker.providers import ec2_api
 from broker.providers.ec2 import Ec2Provider
-from tests.providers.ec2_support import NOW_UNIX, pool
+from tests.providers.ec2_support import NOW_UNIX, ONE_TYPE, endpoint, forget_aws, pool
 from tests.support import ec2_wire
 from tests.support.cloud import MotoServer
 from tests.support.fault_proxy import FaultProxy, loopback_address
 
 UNKNOWN_ID = "i-0123456789abcdef0"
-ONE_TYPE = b"""<DescribeInstanceTypesResponse xmlns="http://ec2.amazonaws.com/doc/2016-11-15/"><instanceTypeSet><item>
-<instanceType>c7i.large</instanceType><vCpuInfo><defaultVCpus>2</defaultVCpus></vCpuInfo>
-</item></instanceTypeSet></DescribeInstanceTypesResponse>"""
 
 
 @pytest.fixture(scope="module")
@@ -51,17 +46,13 @@ def server() -> Iterator[MotoServer]:
 @pytest.fixture
 def proxy(server: MotoServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FaultProxy]:
     """An empty cloud, and an environment that leads nowhere else."""
-    for variable in [name for name in os.environ if name.startswith("AWS_")]:
-        monkeypatch.delenv(variable)
+    forget_aws(monkeypatch, tmp_path)
     server.reset()
     with FaultProxy(server) as running:
         monkeypatch.setenv("AWS_ENDPOINT_URL", running.endpoint_url)
         monkeypatch.setenv("AWS_ACCESS_KEY_ID", "testing")
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
-        monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
         monkeypatch.setenv("AWS_MAX_ATTEMPTS", "10")  # the broker's own bound is meant to win
-        monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
-        monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
         yield running
 
 
@@ -261,34 +252,32 @@ async def test_the_order_of_a_dead_machine_is_spent(proxy: FaultProxy) -> None:
     assert len(proxy.truth()) == 1
 
 
-@pytest.mark.parametrize(
-    ("code", "kind"),
-    [
-        ("InsufficientInstanceCapacity", OfferingRefused),
-        ("MaxSpotInstanceCountExceeded", QuotaReached),
-        ("RequestLimitExceeded", Throttled),
-        ("UnauthorizedOperation", PermanentRefusal),
-        ("InvalidAMIID.NotFound", PermanentRefusal),
-        ("AuthFailure", CredentialsRefused),
-        ("RequestExpired", CredentialsRefused),
-        ("IdempotentParameterMismatch", OrderMismatch),
-        ("IdempotentInstanceTerminated", OrderSpent),
-        ("InternalError", CloudUnreachable),
-        ("Unavailable", CloudUnreachable),
-    ],
-)
-async def test_a_refused_launch_is_one_call_and_one_of_our_errors(
-    proxy: FaultProxy, code: str, kind: type[CloudError]
-) -> None:
+async def test_every_refused_launch_is_one_call_and_one_of_our_errors(proxy: FaultProxy) -> None:
+    refusals: dict[str, type[CloudError]] = {
+        "InsufficientInstanceCapacity": OfferingRefused,
+        "MaxSpotInstanceCountExceeded": QuotaReached,
+        "RequestLimitExceeded": Throttled,
+        "UnauthorizedOperation": PermanentRefusal,
+        "InvalidAMIID.NotFound": PermanentRefusal,
+        "AuthFailure": CredentialsRefused,
+        "RequestExpired": CredentialsRefused,
+        "IdempotentParameterMismatch": OrderMismatch,
+        "IdempotentInstanceTerminated": OrderSpent,
+        "InternalError": CloudUnreachable,
+        "Unavailable": CloudUnreachable,
+    }
     outcomes: list[tuple[str, str]] = []
-    proxy.refuse("RunInstances", code, times=9)
     async with opened(on_call=lambda api, outcome: outcomes.append((api, outcome))) as provider:
-        with pytest.raises(CloudError) as raised:
-            await provider.launch(an_order(provider))
-    assert type(raised.value) is kind
-    assert code in raised.value.message
-    assert len(proxy.calls_of("RunInstances")) == 1
-    assert [api for api, _ in outcomes] == ["DescribeInstanceTypes", "RunInstances"]
+        for count, (code, kind) in enumerate(refusals.items(), 1):
+            refused = proxy.refuse("RunInstances", code, times=9)
+            with pytest.raises(CloudError) as raised:
+                await provider.launch(an_order(provider, f"order-{count}"))
+            refused.cancel()
+            assert type(raised.value) is kind
+            assert code in raised.value.message
+            assert len(proxy.calls_of("RunInstances")) == count  # the SDK has not tried again on its own
+    assert [api for api, _ in outcomes] == ["DescribeInstanceTypes", *["RunInstances"] * len(refusals)]
+    assert proxy.truth() == []
 
 
 async def test_a_reset_launch_may_be_sent_again(proxy: FaultProxy) -> None:
@@ -446,21 +435,13 @@ async def test_a_tag_is_written_and_read_back(proxy: FaultProxy) -> None:
 async def test_an_answer_that_is_not_awss_leaves_open_whether_the_launch_happened(
     proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch, status: str
 ) -> None:
-    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Knows one machine type; a launch meets a captive portal."""
-        head = await reader.readuntil(b"\r\n\r\n")
-        length = int(head.lower().split(b"content-length: ")[1].split(b"\r\n")[0])
-        launches = b"Action=RunInstances" in await reader.readexactly(length)
-        body = b"<!DOCTYPE html><p>Log in, please<br>" if launches else ONE_TYPE
-        writer.write(
-            f"HTTP/1.1 {status if launches else '200 OK'}\r\nContent-Length: {len(body)}\r\n\r\n".encode()
-            + body
-        )
-        await writer.drain()
-        writer.close()
+    def portal(request: bytes) -> tuple[str, bytes]:
+        """A captive portal that closes just before the launch."""
+        launches = b"Action=RunInstances" in request
+        return (status, b"<!DOCTYPE html><p>Log in, please<br>") if launches else ("200 OK", ONE_TYPE)
 
-    async with await asyncio.start_server(answer, "127.0.0.1", 0) as stranger:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{stranger.sockets[0].getsockname()[1]}")
+    async with endpoint(portal) as url:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", url)
         async with opened() as provider:
             with pytest.raises(CloudUnreachable) as raised:
                 await provider.launch(an_order(provider))

@@ -5,7 +5,6 @@ The environment is scrubbed: no test reads this machine's AWS files or asks its 
 
 from __future__ import annotations
 
-import os
 import socket
 import time
 from pathlib import Path
@@ -16,24 +15,24 @@ import pytest
 from broker.core.errors import BrokerError, CloudUnreachable, CredentialsRefused, SettingsError
 from broker.core.settings import PoolSettings
 from broker.providers.ec2 import Ec2Provider
-from tests.providers.ec2_support import NOW_UNIX, ScriptedClient, opened, pool
-
-OPEN_SECONDS_MAX = (
-    20.0  # a metadata service that never answers costs about two seconds, a loaded machine more
+from tests.providers.ec2_support import (
+    NOW_UNIX,
+    ONE_TYPE,
+    ScriptedClient,
+    endpoint,
+    forget_aws,
+    opened,
+    pool,
 )
+
+OPEN_SECONDS_MAX = 20.0  # a silent metadata service costs about two seconds, a loaded machine adds to it
 GROUP = {"GroupId": "sg-1", "GroupName": "workers"}
 
 
 @pytest.fixture
 def aws(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """An AWS configuration of nothing at all; returns where its two files would be."""
-    for variable in [name for name in os.environ if name.startswith("AWS_")]:
-        monkeypatch.delenv(variable)
-    for variable in ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"):
-        monkeypatch.delenv(variable, raising=False)
-    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
-    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    forget_aws(monkeypatch, tmp_path)
     return tmp_path
 
 
@@ -62,6 +61,18 @@ async def problems(region: str | None = None, profile: str | None = None, **sett
     error = await failure_of_opening(region, profile, **settings)
     assert isinstance(error, SettingsError)
     return list(error.problems)
+
+
+async def name_once_opened(monkeypatch: pytest.MonkeyPatch, profile: str | None = None) -> str:
+    """The name of a provider that has found its region and a cloud there."""
+    async with endpoint(lambda request: ("200 OK", ONE_TYPE)) as url:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", url)
+        provider = Ec2Provider(
+            "lab", {"default": pool()}, region=None, profile=profile, clock_wall=lambda: NOW_UNIX
+        )
+        await provider.open()
+        await provider.close()
+    return provider.name
 
 
 # --- who and where ---------------------------------------------------------------------------------
@@ -137,24 +148,31 @@ async def test_the_environments_region_is_used(
     signed: Path, monkeypatch: pytest.MonkeyPatch, variable: str
 ) -> None:
     monkeypatch.setenv(variable, "eu-central-1")
-    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")  # nobody listens there
-    provider = Ec2Provider("lab", {"default": pool()}, region=None, profile=None, clock_wall=lambda: NOW_UNIX)
-    with pytest.raises(CloudUnreachable, match="EC2 does not answer DescribeInstanceTypes: no connection"):
-        await provider.open()
-    await provider.close()
-    assert provider.name == "ec2 eu-central-1"
+    assert await name_once_opened(monkeypatch) == "ec2 eu-central-1"
 
 
 async def test_a_profile_brings_its_region_and_its_keys(aws: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (aws / "config").write_text("[profile lab]\nregion = eu-west-1\nendpoint_url = http://127.0.0.1:1\n")
+    (aws / "config").write_text("[profile lab]\nregion = eu-west-1\n")
     (aws / "credentials").write_text("[lab]\naws_access_key_id = testing\naws_secret_access_key = testing\n")
-    provider = Ec2Provider(
-        "lab", {"default": pool()}, region=None, profile="lab", clock_wall=lambda: NOW_UNIX
+    assert await name_once_opened(monkeypatch, profile="lab") == "ec2 eu-west-1 (lab)"
+
+
+async def test_a_profile_that_leads_nowhere_is_a_problem_of_the_settings(aws: Path) -> None:
+    (aws / "config").write_text(
+        "[default]\nrole_arn = arn:aws:iam::123456789012:role/w\nsource_profile = nobody\n"
     )
-    with pytest.raises(CloudUnreachable):
-        await provider.open()
-    await provider.close()
-    assert provider.name == "ec2 eu-west-1 (lab)"
+    (problem,) = await problems("us-east-1")
+    assert problem.startswith("pool.default.profile: the AWS configuration cannot be used: ")
+    assert "nobody" in problem
+
+
+async def test_a_cloud_that_cannot_be_reached_is_no_problem_of_the_settings(
+    signed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")  # nobody listens there
+    error = await failure_of_opening("us-east-1")
+    assert type(error) is CloudUnreachable
+    assert error.message.startswith("EC2 does not answer DescribeInstanceTypes: no connection")
 
 
 async def test_a_metadata_service_that_never_answers_delays_the_start_by_seconds_only(
