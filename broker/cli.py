@@ -29,7 +29,7 @@ from broker.configuration import Configuration, load, to_toml
 from broker.core.errors import BrokerError, SettingsError
 from broker.core.settings import schema as settings_schema
 from broker.core.settings import split_address
-from broker.errand import BrokerUnreachable, own_name
+from broker.errand import BrokerUnreachable, name_ending
 
 EXIT_REFUSED, EXIT_USAGE, EXIT_UNREACHABLE = 1, 2, 3
 WATCH_SECONDS = 2.0
@@ -258,7 +258,7 @@ def _client(config: Path | None, broker: str | None, client: str | None) -> Clie
         host, port = split_address(_load(config).settings.broker.listen)
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 (where it listens, seen from here)
         broker = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-    name = client or own_name(0).rpartition("/")[0] + "/cli"
+    name = client or name_ending("/cli")
     with _answers():
         return Client(broker, client=name)
 

@@ -24,7 +24,7 @@ from broker.context import Context
 from broker.core.errors import BrokerError, SettingsError
 from broker.core.model import Event, WorkerChanged, WorkerSeen, WorkerState
 from broker.core.registry import BOOKED, Registry
-from broker.core.settings import Settings, split_address
+from broker.core.settings import BrokerSettings, Settings, require_private, split_address
 from broker.logs import EventLog, Log
 from broker.loops.launch import LaunchLoop
 from broker.loops.probe import Connect, ProbeLoop, connects
@@ -102,7 +102,7 @@ class Daemon:
         self._log = log
         self._notifier = systemd.Notifier(environ, lambda problem: log.warning(problem))
         self._ports = ports  # False: no sockets at all; connections are made by `server.connect`
-        self._sockets = _activated(environ)
+        self._sockets = _activated(environ, settings.broker)
         self._observers: list[Callable[[Event], None]] = []
         registry = Registry(self._publish)
         store = Store(state_dir, threaded=store_threaded, report=lambda text: log.error("store", error=text))
@@ -289,10 +289,13 @@ class Daemon:
                         self._look_closely()
 
     def _report(self, event: str, details: Mapping[str, object]) -> None:
-        if "error" in details:
-            self._log.warning(event, **details)
-        else:
+        error = details.get("error")
+        if error is None:
             self._log.info(event, **details)
+        else:
+            self._log.warning(event, **details)
+        if "cloud" in details:  # what an operator wants to see in `systemctl status`
+            self._notifier.status(f"{event}: {error}" if error else event)
 
     def _loop_failed(self, name: str, error: Exception, pause_seconds: float) -> None:
         self.metrics.loop_failed(name)
@@ -305,13 +308,17 @@ class Daemon:
         self._log.error("command failed", command=command, exc_info=error)
 
 
-def _activated(environ: Mapping[str, str]) -> list[socket.socket]:
-    """The sockets systemd listens on for us, if it does."""
+def _activated(environ: Mapping[str, str], settings: BrokerSettings) -> list[socket.socket]:
+    """The sockets systemd listens on for us, if it does. They too are not to be exposed by accident."""
     try:
         named = systemd.listen_sockets(environ)
     except ValueError as error:
         raise SettingsError([str(error)]) from None
-    return [*named.get("broker", []), *named.get(systemd.UNNAMED, [])]
+    sockets = [sock for group in named.values() for sock in group]
+    for sock in sockets:
+        host = sock.getsockname()[0] if sock.family in (socket.AF_INET, socket.AF_INET6) else "localhost"
+        require_private(f"ListenStream= of the socket unit ({host})", host, settings.insecure_listen)
+    return sockets
 
 
 def _allow_connections(connections: int, log: Log) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+import struct
 import time
 from contextlib import suppress
 from typing import Protocol
@@ -44,6 +45,7 @@ def ask(host: str, port: int, question: Question, seconds: float) -> None:
     ends_at = time.monotonic() + seconds
     with socket.create_connection((host, port), min(_left(ends_at), CONNECT_SECONDS_MAX)) as sock:
         _keep_alive(sock)
+        _reset_on_close(sock, True)
         sock.settimeout(_left(ends_at))
         with suppress(*REFUSED_UNREAD):
             sock.sendall(question.begin())
@@ -51,6 +53,7 @@ def ask(host: str, port: int, question: Question, seconds: float) -> None:
         while not complete:
             sock.settimeout(_left(ends_at))
             complete = question.receive(sock.recv(CHUNK_BYTES_MAX))
+        _reset_on_close(sock, False)
 
 
 async def ask_async(host: str, port: int, question: Question, seconds: float) -> None:
@@ -59,11 +62,13 @@ async def ask_async(host: str, port: int, question: Question, seconds: float) ->
     async with asyncio.timeout(seconds):
         with await _connected(host, port) as sock:
             _keep_alive(sock)
+            _reset_on_close(sock, True)
             with suppress(*REFUSED_UNREAD):
                 await loop.sock_sendall(sock, question.begin())
             complete = False
             while not complete:
                 complete = question.receive(await loop.sock_recv(sock, CHUNK_BYTES_MAX))
+            _reset_on_close(sock, False)
 
 
 def place(host: str, port: int) -> str:
@@ -107,6 +112,14 @@ def _keep_alive(sock: socket.socket) -> None:
     for name, value in KEEP_ALIVE:
         if hasattr(socket, name):  # not every system has all three
             sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+
+def _reset_on_close(sock: socket.socket, wanted: bool) -> None:
+    """While an answer is awaited, a client that ends, killed or not, leaves its place in the queue at once.
+
+    An orderly end of its stream would only say that it has no more to ask (socket(7), SO_LINGER).
+    """
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", int(wanted), 0))
 
 
 def _left(ends_at: float) -> float:

@@ -6,9 +6,11 @@
     │   ├── WorkerNotFound
     │   ├── BadRequest
     │   ├── Denied
+    │   ├── AuthRequired
     │   └── WaitTimedOut
     ├── Refusal                the house says no, whoever asks
     │   ├── LimitReached
+    │   ├── BudgetReached
     │   ├── NoCapacity
     │   └── Draining
     ├── CloudError             the cloud, or the way to it; `sent` tells whether a machine may exist
@@ -100,6 +102,12 @@ class Denied(ClientFault):
     code = Code.DENIED
 
 
+class AuthRequired(ClientFault):
+    """the broker does not know this client"""
+
+    code = Code.AUTH
+
+
 class WaitTimedOut(ClientFault):
     """no worker became ready within the wait"""
 
@@ -114,6 +122,12 @@ class Refusal(BrokerError):
 
 class LimitReached(Refusal):
     """a limit is reached"""
+
+
+class BudgetReached(Refusal):
+    """the budget is spent"""
+
+    code = Code.BUDGET
 
 
 class NoCapacity(Refusal):

@@ -21,8 +21,10 @@ from ipaddress import ip_address
 from typing import Any
 
 from broker.core.errors import (
+    AuthRequired,
     BadRequest,
     BrokerError,
+    BudgetReached,
     CloudError,
     Code,
     Denied,
@@ -307,6 +309,8 @@ def error_line(error: BrokerError) -> bytes:
 # --- the client's side ---------------------------------------------------------------------------------
 
 ERRORS: dict[str, type[BrokerError]] = {
+    Code.AUTH: AuthRequired,
+    Code.BUDGET: BudgetReached,
     Code.NO_CAPACITY: NoCapacity,
     Code.LIMIT: LimitReached,
     Code.TIMEOUT: WaitTimedOut,
@@ -328,6 +332,8 @@ def encode(command: GetWorker | Ping | Release | Status | ListAll | TerminateAll
         value = getattr(command, field.name)
         if value is None or value is False:
             continue
+        if len(str(value).split()) != 1:
+            raise BadRequest(f"{field.name} is one word, not {str(value)[:40]!r}")
         if field.name == "address":
             words.append(value)
         elif field.name == "force":

@@ -59,6 +59,22 @@ Words = Annotated[tuple[str, ...], BeforeValidator(_words)]
 PoolName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{0,31}$")]
 
 
+def require_private(what: str, host: str, insecure_listen: bool) -> None:
+    """Refuse to listen beyond loopback by accident. Raises SettingsError, a ValueError to pydantic's eyes."""
+    if not insecure_listen and not LOOPBACK.fullmatch(host):
+        raise ExposedError(
+            [
+                f"{what} is reachable from other machines; whoever reaches it can spend your money: "
+                "listen on 127.0.0.1 and use an SSH tunnel or a VPN, or say insecure_listen = true when a "
+                "firewall decides who may connect"
+            ]
+        )
+
+
+class ExposedError(SettingsError, ValueError):
+    """the broker would be reachable without authentication"""
+
+
 class Section(BaseModel):
     """A table of the file: frozen, and a key it does not know is a problem, not a wish ignored."""
 
@@ -106,12 +122,7 @@ class BrokerSettings(Section):
     def _no_accidental_exposure(self) -> Self:
         for key in ("listen", "http"):
             host, _ = split_address(getattr(self, key))
-            if not LOOPBACK.fullmatch(host) and not self.insecure_listen:
-                raise ValueError(
-                    f'{key} = "{getattr(self, key)}" is reachable from other machines; whoever reaches it '
-                    "can spend your money: listen on 127.0.0.1 and use an SSH tunnel or a VPN, or say "
-                    "insecure_listen = true when a firewall decides who may connect"
-                )
+            require_private(f'{key} = "{getattr(self, key)}"', host, self.insecure_listen)
         return self
 
 

@@ -92,7 +92,8 @@ class ReconcileLoop:
     async def scan(self) -> None:
         """List every cloud now and take it in. Raises the first cloud's error, after trying all."""
         async with self._scanning:
-            errors = [error for cloud in self._context.clouds.all if (error := await self._scan_cloud(cloud))]
+            results = await asyncio.gather(*(self._scan_cloud(cloud) for cloud in self._context.clouds.all))
+            errors = [error for error in results if error is not None]
         self._context.scanned.notify()
         self._changed()
         if errors:
@@ -120,11 +121,15 @@ class ReconcileLoop:
             return self._scan_failed(cloud, CloudUnreachable(f"a scan took over {SCAN_SECONDS_MAX:.0f} s"))
         except BrokerError as error:
             return self._scan_failed(cloud, error)
-        first = not cloud.recovered
+        first, failures = not cloud.recovered, cloud.failures
         await self._take_in(cloud, listing, started_at)
         cloud.scan_succeeded(started_at, self._context.clock.wall())
         if first:
             self._report("first scan complete", {"cloud": cloud.provider.name, "machines": len(listing)})
+        elif failures:
+            self._report(
+                "the cloud answers again", {"cloud": cloud.provider.name, "after_failures": failures}
+            )
         return None
 
     def _scan_failed(self, cloud: Cloud, error: BrokerError) -> BrokerError:

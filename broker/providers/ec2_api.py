@@ -1,9 +1,8 @@
 """The way to EC2: the SDK's session and its clients, and one door for every call.
 
-Two clients. Launches get one attempt, because only the broker knows what a lost answer means; everything
-else is repeatable and gets a few. Each has its own bound on calls in flight, so that launches that hang
-never keep a Terminate waiting. The SDK stays behind this door: what comes out is EC2's answer or one of our
-errors.
+Two clients. Launches get one attempt, because only the broker knows what a lost answer means; all other
+calls are repeatable and get two. Each has its own bound on calls in flight, so that launches that hang never
+keep a Terminate waiting. The SDK stays behind this door: out come EC2's answers or our errors.
 """
 
 from __future__ import annotations
@@ -43,8 +42,8 @@ LAUNCHING = Manners(
     in_flight_max=5,  # as many as RunInstances' token bucket lets through in a burst
 )
 OTHERWISE = Manners(
-    attempts_max=3,  # one bad moment does not cost a listing of twenty pages
-    answer_seconds_max=30.0,  # a page of 1,000 instances takes EC2 a few seconds
+    attempts_max=2,  # one bad moment does not cost a listing of twenty pages, an outage not many minutes
+    answer_seconds_max=20.0,  # a page of 1,000 instances takes EC2 a few seconds
     in_flight_max=16,
 )
 

@@ -261,7 +261,7 @@ def translate(error: Exception, api: str, now_unix: float) -> CloudError:
         )
     for kind, phrase in SILENCES:
         if isinstance(error, kind):
-            return CloudUnreachable(f"EC2 does not answer {api}: {phrase}{_place(error)}")
+            return CloudUnreachable(f"AWS does not answer {api}: {phrase}{_place(error)}")
     # An answer that cannot be parsed, or a fault inside the SDK: the call may have been carried out.
     return CloudUnreachable(f"EC2's answer to {api} cannot be understood ({type(error).__name__})")
 
@@ -306,7 +306,9 @@ def _meaning(code: str, words: str, status: int) -> Meaning:
     if status == 429:
         return SLOW_DOWN
     if not code or code.isdigit():  # the SDK fills in the status when the answer is not AWS's: a proxy spoke
-        return Meaning(CloudUnreachable, "something in between answered instead of EC2", quote=False)
+        return Meaning(
+            CloudUnreachable, "something between here and AWS answered instead of EC2", quote=False
+        )
     if status >= 500 or status == 408:
         return NO_ANSWER
     return Meaning(PermanentRefusal, "EC2 refuses the call as it stands")

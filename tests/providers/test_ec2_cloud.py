@@ -379,7 +379,7 @@ async def test_describe_leaves_out_what_the_cloud_does_not_know(proxy: FaultProx
         assert [one.id for one in await provider.describe([hidden.id])] == [hidden.id]
 
 
-async def test_a_read_is_tried_a_few_times_and_then_told(proxy: FaultProxy) -> None:
+async def test_a_read_is_tried_once_more_and_then_told(proxy: FaultProxy) -> None:
     async with opened() as provider:
         proxy.refuse("DescribeInstances", "RequestLimitExceeded", times=9)
         with pytest.raises(Throttled):

@@ -172,7 +172,7 @@ async def test_a_cloud_that_cannot_be_reached_is_no_problem_of_the_settings(
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")  # nobody listens there
     error = await failure_of_opening("us-east-1")
     assert type(error) is CloudUnreachable
-    assert error.message.startswith("EC2 does not answer DescribeInstanceTypes: no connection")
+    assert error.message.startswith("AWS does not answer DescribeInstanceTypes: no connection")
 
 
 async def test_a_metadata_service_that_never_answers_delays_the_start_by_seconds_only(

@@ -318,6 +318,43 @@ class BrokerProcess:
         return self.directory / f"stdout-{self._runs}.log"
 
 
+class BrokerProcesses:
+    """The brokers of one test: each in a directory of its own, all ended with it.
+
+    Leaving checks what holds for every test: whatever the cloud and the clients did, no broker logged a fault.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._made: list[BrokerProcess] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        for broker in self._made:
+            broker.close()
+        if e is None:
+            faults = [fault for broker in self._made for fault in broker.faults()]
+            assert not faults, faults
+
+    def make(
+        self, tables: Mapping[str, Mapping[str, object]], environ: Mapping[str, str] | None = None
+    ) -> BrokerProcess:
+        """A broker that has not been started."""
+        directory = self._directory / f"broker-{len(self._made) + 1}"
+        self._made.append(BrokerProcess(directory, tables, environ))
+        return self._made[-1]
+
+    def start(
+        self, tables: Mapping[str, Mapping[str, object]], environ: Mapping[str, str] | None = None
+    ) -> BrokerProcess:
+        """A broker that is ready."""
+        return self.make(tables, environ).start()
+
+
 def bare_environment(home: Path) -> dict[str, str]:
     """What any program needs, and nothing that a developer or a CI machine has set for AWS or for us."""
     home.mkdir(parents=True, exist_ok=True)
@@ -336,12 +373,15 @@ def _reserved_port() -> socket.socket:
 
 
 def _toml(tables: Mapping[str, Mapping[str, object]]) -> str:
-    """TOML shares JSON's strings, numbers, booleans and lists."""
-    return "\n".join(f"[{name}]\n{_assignments(table)}" for name, table in tables.items())
+    sections = [(name, [f"{key} = {_value(v)}" for key, v in table.items()]) for name, table in tables.items()]
+    return "\n".join("\n".join([f"[{name}]", *lines, ""]) for name, lines in sections)
 
 
-def _assignments(table: Mapping[str, object]) -> str:
-    return "".join(f"{key} = {json.dumps(value)}\n" for key, value in table.items())
+def _value(value: object) -> str:
+    """TOML shares JSON's strings, numbers, booleans and lists, not its objects."""
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{json.dumps(key)} = {_value(item)}" for key, item in value.items()) + "}"
+    return json.dumps(value)
 
 
 def _parsed(text: str) -> list[dict[str, Any]]:
