@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import psutil
 
-from bench import load
+from bench import load, turns
 from bench.load import Slice
 from bench.machine import Cores
 from bench.peers import Peer
@@ -25,6 +25,7 @@ KIB_EACH_MAX = 10.0
 P99_GROWTH_MAX = 2.0
 LOAD_CONNECTIONS = 8
 LOAD_PER_SECOND = 1000.0
+Pair = tuple[Slice, Slice]  # the same load, without and with the idle connections
 SETTLE_SECONDS_MAX = 30.0
 FILES_SLACK = 16  # files the server opens and closes for itself meanwhile
 
@@ -38,6 +39,7 @@ class IdleResult:
     p99_us_with: float
     p99_growth: float  # median of the turns' ratios
     still_open: int  # the fewest that were still open at the end of a turn
+    others_cpu_share: float  # the largest share of a core that other programs took in what counts
 
     def verdicts(self) -> list[Verdict]:
         held = f"{self.still_open:,} of {self.connections:,} still open at the end"
@@ -54,27 +56,31 @@ def measure(peer: Peer, cores: Cores, rounds: int, seconds: float, say: Callable
     server = psutil.Process(peer.pid)
     files_fresh = server.num_fds()
     _paced(peer, cores, seconds)  # warms the code, so that its memory is not charged to the connections
-    kib_each, without, beside, still_open = 0.0, [], [], CONNECTIONS
-    for turn in range(rounds):
-        without.append(_paced(peer, cores, seconds))
+    kib_each: list[float] = []  # of every turn; the first is the honest one, later ones find freed memory
+    still_open: list[int] = []
+
+    def turn() -> Pair:
+        without = _paced(peer, cores, seconds)
         rss_before = server.memory_info().rss
         with load.idle(peer.port, CONNECTIONS, cores) as held:
             _wait_for_files(server, at_least=files_fresh + CONNECTIONS)
-            beside.append(_paced(peer, cores, seconds))
-            if turn == 0:
-                kib_each = (server.memory_info().rss - rss_before) / 1024 / CONNECTIONS
-        still_open = min(still_open, held.still_open)
+            beside = _paced(peer, cores, seconds)
+            kib_each.append((server.memory_info().rss - rss_before) / 1024 / CONNECTIONS)
+        still_open.append(held.still_open)
         _wait_for_files(server, at_most=files_fresh + FILES_SLACK)
-        say(f"idle, {peer.name}, round {turn + 1} of {rounds}: {kib_each:.1f} KiB each, "
-            f"p99 {without[-1].p99_us:.0f} µs without, {beside[-1].p99_us:.0f} µs with")  # fmt: skip
+        say(f"idle, {peer.name}: p99 {without.p99_us:.0f} µs without, {beside.p99_us:.0f} µs with")
+        return without, beside
+
+    pairs, _ = turns.play(rounds, turn, lambda pair: pair)
     return IdleResult(
         peer=peer.name,
         connections=CONNECTIONS,
-        kib_each=kib_each,
-        p99_us_without=statistics.median(one.p99_us for one in without),
-        p99_us_with=statistics.median(one.p99_us for one in beside),
-        p99_growth=statistics.median(b.p99_us / a.p99_us for a, b in zip(without, beside, strict=True)),
-        still_open=still_open,
+        kib_each=kib_each[0],
+        p99_us_without=statistics.median(without.p99_us for without, _ in pairs),
+        p99_us_with=statistics.median(beside.p99_us for _, beside in pairs),
+        p99_growth=statistics.median(beside.p99_us / without.p99_us for without, beside in pairs),
+        still_open=min(still_open),
+        others_cpu_share=max(turns.disturbance(pair) for pair in pairs),
     )
 
 

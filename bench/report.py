@@ -10,7 +10,8 @@ from bench.idle import IdleResult
 from bench.load import Slice
 from bench.machine import Machine
 from bench.registry_ops import RegistryResult
-from bench.throughput import QUIET_SHARE_MAX, SHAPES, Ratio, Shape, Throughput
+from bench.throughput import SHAPES, Ratio, Shape, Throughput
+from bench.turns import QUIET_SHARE_MAX
 from bench.verdict import Verdict
 
 PEERS = ("broker", "echo", "beanstalkd", "redis")
@@ -60,6 +61,12 @@ class Report:
 
     def _warnings(self) -> list[str]:
         warnings = []
+        warnings += [
+            f"**The machine was not quiet** beside the idle connections of {one.peer}: other programs took "
+            f"up to {one.others_cpu_share:.0%} of a core, and latencies show it."
+            for one in self.idle
+            if one.others_cpu_share > QUIET_SHARE_MAX
+        ]
         if self.throughput:
             warnings += _disturbance(self.throughput)
             warnings += [

@@ -36,7 +36,7 @@ class Plan:
     idle_seconds: float
 
 
-FULL = Plan(rounds=5, seconds=1.0, warmup_seconds=0.3, idle_rounds=3, idle_seconds=3.0)
+FULL = Plan(rounds=7, seconds=0.5, warmup_seconds=0.2, idle_rounds=3, idle_seconds=2.0)
 QUICK = Plan(rounds=3, seconds=0.4, warmup_seconds=0.2, idle_rounds=1, idle_seconds=1.0)
 
 
@@ -70,7 +70,7 @@ def main() -> int:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.run", description=__doc__)
     parser.add_argument(
-        "--quick", action="store_true", help="half a minute instead of three: for a first look"
+        "--quick", action="store_true", help="half a minute on a quiet machine: for a first look"
     )
     parser.add_argument("--rounds", type=int, choices=range(1, 51), metavar="N", help="turns for each peer")
     parser.add_argument("--seconds", type=float, help="measured seconds of each turn")

@@ -2,8 +2,7 @@
 
 Peers take turns in short slices (A B C D, A B C D, …) and are compared only with the slices of the same turn:
 a machine that slows down for a while slows them all, and the median of those ratios forgets the odd turn.
-A turn that other programs disturbed is played again, a few times; then the least disturbed ones count. A peer
-with one wrong reply anywhere in a shape has no number for that shape.
+A peer with one wrong reply anywhere in a shape has no number for that shape.
 """
 
 from __future__ import annotations
@@ -12,16 +11,11 @@ import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from bench import load
+from bench import load, turns
 from bench.load import Slice
 from bench.machine import Cores
 from bench.peers import Peer
 from bench.verdict import Verdict, at_least
-
-QUIET_SHARE_MAX = 0.15  # of one core, for programs that are no part of this
-TURNS_MAX_FACTOR = 3  # so many times the rounds asked for are played at most, in search of quiet ones
-
-Turn = dict[str, Slice]
 
 
 @dataclass(frozen=True)
@@ -109,28 +103,17 @@ def measure(running: list[Peer], cores: Cores, rounds: int, seconds: float, warm
             say: Callable[[str], None]) -> Throughput:  # fmt: skip
     result = Throughput()
     for shape in SHAPES:
-        turns: list[Turn] = []
-        while len(turns) < rounds * TURNS_MAX_FACTOR and sum(map(_is_quiet, turns)) < rounds:
-            turns.append(_turn(shape, running, cores, seconds, warmup_seconds))
-            rates = ", ".join(f"{name} {one.rps:,.0f}/s" for name, one in turns[-1].items())
-            say(f"{shape.title}: {rates}{'' if _is_quiet(turns[-1]) else ' (disturbed)'}")
-        kept = sorted(turns, key=_disturbance)[:rounds]
-        result.slices[shape.key] = {peer.name: [turn[peer.name] for turn in kept] for peer in running}
-        result.turns_dropped += len(turns) - len(kept)
+
+        def turn(shape: Shape = shape) -> dict[str, Slice]:
+            played = {
+                peer.name: load.run(peer, shape.mode, cores, connections=shape.connections,
+                                    depth=shape.depth, seconds=seconds, warmup_seconds=warmup_seconds)
+                for peer in running
+            }  # fmt: skip
+            say(f"{shape.title}: " + ", ".join(f"{name} {one.rps:,.0f}/s" for name, one in played.items()))
+            return played
+
+        kept, dropped = turns.play(rounds, turn, lambda played: played.values())
+        result.slices[shape.key] = {peer.name: [played[peer.name] for played in kept] for peer in running}
+        result.turns_dropped += dropped
     return result
-
-
-def _turn(shape: Shape, running: list[Peer], cores: Cores, seconds: float, warmup_seconds: float) -> Turn:
-    return {
-        peer.name: load.run(peer, shape.mode, cores, connections=shape.connections, depth=shape.depth,
-                            seconds=seconds, warmup_seconds=warmup_seconds)
-        for peer in running
-    }  # fmt: skip
-
-
-def _disturbance(turn: Turn) -> float:
-    return max((one.others_cpu_share for one in turn.values()), default=0.0)
-
-
-def _is_quiet(turn: Turn) -> bool:
-    return _disturbance(turn) <= QUIET_SHARE_MAX

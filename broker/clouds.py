@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from broker.core.errors import BrokerError, CloudError, CredentialsRefused
+from broker.core.errors import BrokerError, CloudError, CredentialsRefused, SettingsError
 from broker.providers.base import Provider
 
 SCAN_FAILURES_MAX = 3  # so many failed scans in a row and the cloud counts as unreachable
@@ -26,6 +26,7 @@ class Cloud:
     scanned_unix: float = 0.0
     failures: int = 0  # scans failed in a row
     error: BrokerError | None = None
+    mistake: SettingsError | None = None  # nothing can be bought here until a person has mended the settings
 
     @property
     def recovered(self) -> bool:
@@ -42,6 +43,8 @@ class Cloud:
 
     def refusal(self) -> CloudError | None:
         """Why nothing can be launched there at the moment, or None."""
+        if self.mistake is not None:
+            return CloudError(f"the broker's settings do not work: {self.mistake.message}")
         if self.error is None:
             return None
         if (

@@ -31,11 +31,18 @@ def load(path: Path | None, environ: Mapping[str, str], system_file: Path = SYST
     """
     if path is None and environ.get(VARIABLE):
         path = Path(environ[VARIABLE])
-    if path is None and system_file.exists():
+    if path is None and _is_there(system_file):
         path = system_file
     if path is None:
         return Configuration(parse({}, environ), EMBEDDED)
     return Configuration(parse(_read(path), environ), str(path))
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # its directory is closed to us: reading it says so, the embedded default would be a lie
+        return True
 
 
 def _read(path: Path) -> dict[str, object]:
@@ -65,5 +72,6 @@ def _table(values: dict[str, object]) -> str:
 
 def _value(value: object) -> str:
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{json.dumps(key)} = {json.dumps(item)}" for key, item in value.items()) + "}"
-    return json.dumps(value)
+        return "{" + ", ".join(f"{_value(key)} = {_value(item)}" for key, item in value.items()) + "}"
+    # TOML knows no surrogate pairs, which JSON would write for an emoji, and no bare DEL
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

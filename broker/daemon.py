@@ -19,10 +19,10 @@ from aiohttp import web
 
 from broker import systemd
 from broker.clock import Clock
-from broker.clouds import Clouds
+from broker.clouds import Cloud, Clouds
 from broker.context import Context
 from broker.core.errors import BrokerError, SettingsError
-from broker.core.model import Event, WorkerChanged, WorkerSeen, WorkerState
+from broker.core.model import Event, InstanceState, WorkerChanged, WorkerSeen, WorkerState
 from broker.core.registry import BOOKED, Registry
 from broker.core.settings import BrokerSettings, Settings, require_private, split_address
 from broker.logs import EventLog, Log
@@ -191,12 +191,30 @@ class Daemon:
         for cloud in self.context.clouds.all:
             try:
                 await cloud.provider.open()
-            except SettingsError:
-                raise
+            except SettingsError as error:
+                await self._accept_mistake(cloud, error)
             except BrokerError as error:
                 self._report("cloud not reached yet", {"cloud": cloud.provider.name, "error": error.message})
             else:
                 cloud.opened = True
+
+    async def _accept_mistake(self, cloud: Cloud, mistake: SettingsError) -> None:
+        """Settings that cannot work end the start, unless machines are running: somebody has to end those."""
+        try:
+            listing = await cloud.provider.listing()
+        except BrokerError:
+            raise mistake from None
+        if all(
+            instance.state in (InstanceState.TERMINATED, InstanceState.SHUTTING_DOWN) for instance in listing
+        ):
+            raise mistake
+        cloud.opened, cloud.mistake = True, mistake
+        self._log.error(
+            "the settings do not work: nothing is launched, running machines are looked after",
+            cloud=cloud.provider.name,
+            problems=mistake.problems,
+            machines=len(listing),
+        )
 
     async def _listen(self) -> web.AppRunner:
         settings = self.settings.broker

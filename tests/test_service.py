@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from broker.core.errors import OfferingRefused, PermanentRefusal, Throttled
+from broker.core.errors import OfferingRefused, PermanentRefusal, SettingsError, Throttled
 from broker.core.model import InstanceState, Market, Offering, WorkerState
-from broker.testing import RunningBroker, lost_answer, run_virtual, running_broker
+from broker.testing import FakeCloud, LoopClock, RunningBroker, lost_answer, run_virtual, running_broker
 from tests.support.brokers import live, settings
 
 
@@ -530,3 +530,34 @@ def test_a_reclaimed_worker_is_never_handed_out_again(tmp_path: Path) -> None:
         assert await broker.ask(f"PING {reclaimed} client=a") == "ERROR: Worker not found"
 
     live(tmp_path, story)
+
+
+def test_settings_that_cannot_work_end_the_start(tmp_path: Path) -> None:
+    async def main() -> None:
+        clock = LoopClock(asyncio.get_running_loop())
+        cloud = FakeCloud("lab", clock=clock)
+        cloud.fail["open"].append(SettingsError(["pool.default.security_groups: there is no such group"]))
+        with pytest.raises(SettingsError, match="no such group"):
+            async with running_broker(settings(), tmp_path, cloud=cloud):
+                await asyncio.sleep(1)
+
+    run_virtual(main())
+
+
+def test_settings_that_cannot_work_do_not_keep_running_machines_alive_for_ever(tmp_path: Path) -> None:
+    async def main() -> None:
+        clock = LoopClock(asyncio.get_running_loop())
+        cloud = FakeCloud("lab", clock=clock)
+        cloud.add()
+        cloud.fail["open"].append(SettingsError(["pool.default.security_groups: there is no such group"]))
+        async with running_broker(settings(), tmp_path, cloud=cloud) as broker:
+            reply = await broker.ask("GET_WORKER exclusive=yes wait=5")
+            assert "ERROR" not in reply, "the machine that runs is handed out"
+            assert await broker.ask("GET_WORKER client=b exclusive=yes") == (
+                "ERROR: the broker's settings do not work: pool.default.security_groups: there is no such group "
+                "[CLOUD]"
+            )
+            await asyncio.sleep(1000)
+            assert cloud.running() == []
+
+    run_virtual(main())

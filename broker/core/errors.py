@@ -68,7 +68,8 @@ class BrokerError(Exception):
 
     def wire(self) -> str:
         """The line a client reads: printable ASCII, one line, never something that looks like an address."""
-        sentence = " ".join(self.message.split()).encode("ascii", "replace").decode()
+        words = " ".join(self.message.split())
+        sentence = "".join(char if " " <= char <= "~" else "?" for char in words)  # an ESC is ASCII too
         if len(sentence) > WIRE_MESSAGE_CHARS_MAX:
             sentence = sentence[: WIRE_MESSAGE_CHARS_MAX - 3] + "..."
         return f"ERROR: {sentence} [{self.code}]" if self.code else f"ERROR: {sentence}"
@@ -196,6 +197,8 @@ class InstanceNotFound(CloudError):
 class SettingsError(BrokerError):
     """the configuration has problems"""
 
+    code = Code.BAD_REQUEST
+
     def __init__(self, problems: Iterable[str]) -> None:
         self.problems = tuple(problems)
         super().__init__("; ".join(self.problems))
@@ -209,3 +212,5 @@ class StoreError(BrokerError):
 
 class IllegalStep(BrokerError):
     """the life of a worker has no such step"""
+
+    code = Code.CLOUD  # the closed list has no other word for a fault of the broker's own

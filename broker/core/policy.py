@@ -21,6 +21,7 @@ BREAKER_SECONDS = (
     600.0  # how long launches pause after the first run of failed boots; doubles with each further one
 )
 BREAKER_SECONDS_MAX = 4 * HOUR_SECONDS
+BREAKER_DOUBLINGS_MAX = 5  # more would exceed BREAKER_SECONDS_MAX; far more would exceed a float
 SUSPECT_SECONDS_MAX = 300.0  # an unheld worker that has not answered for so long is broken
 
 
@@ -114,7 +115,8 @@ class LaunchGuard:
         """Count a failed boot; at `boot_failures_max` in a row launches pause, longer each time."""
         self.boot_failures += 1
         if self.boot_failures >= pool.boot_failures_max:
-            pause_seconds = min(BREAKER_SECONDS * 2**self.opened, BREAKER_SECONDS_MAX)
+            doublings = min(self.opened, BREAKER_DOUBLINGS_MAX)
+            pause_seconds = min(BREAKER_SECONDS * 2**doublings, BREAKER_SECONDS_MAX)
             self.closed_until_at = now + pause_seconds
             self.opened += 1
             self.boot_failures = 0

@@ -178,7 +178,7 @@ def parse_line(line: bytes) -> Command:
     try:
         return parse(words[1:])
     except BadRequest as error:
-        return Malformed(error, verb)
+        return Malformed(error.with_traceback(None), verb)  # or the cache would keep every frame of it
 
 
 def _get_worker(words: list[str]) -> Command:

@@ -161,14 +161,14 @@ class Registry:
         worker = Worker(
             order.id,
             order.pool,
-            S.ORDERED,
+            LIFE[None, Step.ORDER],
             order.offering,
             port,
             since_at=now,
             born_at=now,
             order_id=order.id,
         )
-        return self._enter(worker, Step.ORDER, now)
+        return self._enter(worker, now)
 
     def adopt(
         self,
@@ -179,30 +179,36 @@ class Registry:
         *,
         order_id: str | None = None,
         born_at: float | None = None,
+        price_usd_micros_per_hour: int = 0,
     ) -> Worker:
         """BOOTING: a machine of ours that the books do not know, found in a listing. It counts as just used.
 
         `born_at` is when it shall count as born, for its age cap; now by default.
         """
         offering = Offering(
-            instance.region, instance.instance_type, instance.market, instance.zone, instance.cores
+            instance.region,
+            instance.instance_type,
+            instance.market,
+            instance.zone,
+            instance.cores,
+            price_usd_micros_per_hour,
         )
         worker = Worker(
             instance.id,
             pool,
-            S.BOOTING,
+            LIFE[None, Step.ADOPT],
             offering,
             port,
             since_at=now,
             born_at=now if born_at is None else born_at,
             order_id=order_id,
         )
-        worker = self._enter(_with_instance(worker, instance), Step.ADOPT, now)
-        self._index(worker)
-        return worker
+        return self._enter(_with_instance(worker, instance), now)
 
     def launched(self, worker_id: str, instance: Instance, now: float) -> Worker:
         """BOOTING: the order has its machine."""
+        if instance.id in self._by_instance:
+            raise IllegalStep(f"{instance.id} is in the books already")
         return self._step(worker_id, Step.LAUNCH, now, instance=instance)
 
     def refused(self, worker_id: str, reason: str, now: float) -> Worker:
@@ -210,7 +216,10 @@ class Registry:
 
     def observed(self, worker_id: str, instance: Instance, now: float) -> Worker:
         """Take in what the cloud says of a worker; its state is not moved by it."""
-        return self._seen(self._workers[worker_id], instance, now)
+        worker = self._workers[worker_id]
+        if worker.instance_id != instance.id:
+            raise IllegalStep(f"{worker_id} is not {instance.id}")
+        return self._seen(worker, instance, now)
 
     def ready(self, worker_id: str, now: float) -> Worker:
         """READY: readiness was just shown. Also renews the proof of a worker that is READY already."""
@@ -230,11 +239,9 @@ class Registry:
         """SUSPECT: keeps its leases, is not handed out. A standing notice cannot be lifted by a probe."""
         worker = self._workers[worker_id]
         self._proved_at.pop(worker_id, None)
-        if worker.state is S.READY:
-            worker = self._step(worker_id, Step.DOUBT, now, reason)
         if standing:
             worker = self._workers[worker_id] = replace(worker, standing_notice=reason)
-        return worker
+        return self._step(worker_id, Step.DOUBT, now, reason) if worker.state is S.READY else worker
 
     def drain(self, worker_id: str, reason: str, now: float) -> Worker:
         """DRAINING: never handed out again. Ends every lease on it, after the fence is up."""
@@ -282,10 +289,13 @@ class Registry:
         if held is None or held.exclusive < lease.exclusive:
             self._require_no_conflict(holders, lease)
         if held is not None:
-            if held.exclusive < lease.exclusive:
+            upgrade = held.exclusive < lease.exclusive
+            if upgrade:
                 held = holders[lease.client] = replace(held, exclusive=True)
                 self._reindex_holds(worker)
             self.renew(held, now)
+            if upgrade:
+                self._tell(LeaseGranted(held, worker, False, now))  # or a restart would share it again
             return held
         holders[lease.client] = lease
         self._held.setdefault((worker.pool, lease.client), {})[worker.id] = None
@@ -360,13 +370,12 @@ class Registry:
             raise IllegalStep(f"{worker.id} is {worker.state}: no step for {step!r}")
         return after
 
-    def _enter(self, worker: Worker, step: Step, now: float) -> Worker:
-        if worker.id in self._workers:
+    def _enter(self, worker: Worker, now: float) -> Worker:
+        if worker.id in self._workers or worker.instance_id in self._by_instance:
             raise IllegalStep(f"{worker.id} is in the books already")
-        if LIFE[(None, step)] is not worker.state:
-            raise IllegalStep(f"{worker.id} cannot enter as {worker.state}")
         self._workers[worker.id] = worker
         self._used_at[worker.id] = now
+        self._index(worker)
         self._by_state.setdefault((worker.pool, worker.state), {})[worker.id] = None
         self.look_again(worker.id, now)
         self._tell(WorkerChanged(worker, None, now))
@@ -395,10 +404,11 @@ class Registry:
     def _seen(self, worker: Worker, instance: Instance, now: float) -> Worker:
         after = _with_instance(worker, instance)
         if after != worker:
-            if worker.address and self._by_address.get(worker.address) == worker.id:
-                del self._by_address[worker.address]
             self._workers[worker.id] = after
-            self._index(after)
+            if after.address != worker.address:  # else it may be another's by now: the later claim counts
+                if worker.address and self._by_address.get(worker.address) == worker.id:
+                    del self._by_address[worker.address]
+                self._index(after)
             self._tell(WorkerSeen(after, now))
         return after
 

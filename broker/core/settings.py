@@ -18,7 +18,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from broker.core.errors import SettingsError
 
 ENV_PREFIX = "COMPUTE_BROKER__"
-DURATION = re.compile(r"(?P<amount>\d+(\.\d+)?)(?P<unit>ms|s|m|h|d)?")
+DURATION = re.compile(r"(?P<amount>\d+(\.\d+)?(e[+-]?\d+)?)(?P<unit>ms|s|m|h|d)?")
+DURATION_SECONDS_MAX = 10 * 365 * 86_400  # no timeout means longer, and tags cannot tell a date after 9999
 UNIT_SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, None: 1.0}
 LOOPBACK = re.compile(r"127(\.\d{1,3}){3}|localhost|::1")
 TAG_KEY_RESERVED = re.compile(r"compute-broker:.*|aws:.*|Name", re.IGNORECASE)
@@ -35,7 +36,7 @@ def duration_seconds(value: object) -> float:
 def _socket_address(value: object) -> str:
     """`"127.0.0.1:9000"`, `"[::1]:9000"`, `":9000"` is refused: say which address is meant."""
     host, separator, port = str(value).rpartition(":")
-    if not separator or not host or not port.isdigit() or int(port) > 65535:
+    if not separator or not host or not port.isdecimal() or int(port) > 65535:
         raise ValueError('is no address: write "127.0.0.1:9000"')
     return str(value)
 
@@ -50,7 +51,9 @@ def _words(value: object) -> object:
 
 
 Seconds = Annotated[
-    float, BeforeValidator(duration_seconds), Field(ge=0, json_schema_extra={"type": "string"})
+    float,
+    BeforeValidator(duration_seconds),
+    Field(ge=0, le=DURATION_SECONDS_MAX, json_schema_extra={"type": "string"}),
 ]
 PositiveSeconds = Annotated[Seconds, Field(gt=0)]
 SocketAddress = Annotated[str, BeforeValidator(_socket_address)]
@@ -163,7 +166,10 @@ class PoolSettings(Section):
         description="After so many failed boots in a row launches pause (the image is probably broken).",
     )
     price_usd_per_hour: float = Field(
-        0.0, ge=0, description="What a running worker of this pool is taken to cost, for the cost metrics."
+        0.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="What a running worker of this pool is taken to cost, for the cost metrics.",
     )
 
     command: Words = Field(

@@ -185,6 +185,7 @@ class ReconcileLoop:
             now,
             order_id=identity.order or None,
             born_at=born_at(pool, age_seconds, now),
+            price_usd_micros_per_hour=pool.price_usd_micros_per_hour,
         )
         self._restore_leases(worker)
         twin = self._registry.get(identity.order)

@@ -36,7 +36,11 @@ class Provider(Protocol):
     name: str  # where, for logs: "ec2 us-east-1"
 
     async def open(self) -> None:
-        """Check what can be checked without spending anything; called once, before every other call."""
+        """Check what can be checked without spending anything; before every other call, until it succeeds.
+
+        After a SettingsError about what is to be *bought*, machines can still be listed and terminated: a
+        mistake in the settings must not keep a restarted broker from ending what it has running.
+        """
 
     async def close(self) -> None:
         """Let go of connections. Machines live on."""

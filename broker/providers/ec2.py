@@ -72,25 +72,24 @@ class Ec2Provider:
         self.name = " ".join(filter(None, ("ec2", region or UNKNOWN_REGION, profile and f"({profile})")))
 
     async def open(self) -> None:
-        try:
-            await self._open()
-        except SettingsError:
-            await self._api.close()
-            raise
-
-    async def _open(self) -> None:
         problems: list[str] = []
         scripts = await ec2_check.user_data(self._pools, problems)
-        if self._check_account:
-            key = f"pool.{next(iter(self._pools))}"  # the pools share the place: one of them stands for all
-            self._region = await self._check_account(key, self._clock_wall(), problems)
-        _raise_any(problems)
-        self.name = self.name.replace(UNKNOWN_REGION, self._region)
+        await self._reach_account(problems)
         await self._api.connect(self._client_factory)
         groups = await ec2_check.group_ids(self._api, self._region, self._pools, problems)
         self._cores = await ec2_check.cores_of_types(self._api, self._region, self._pools, problems)
         _raise_any(problems)
         self._recipes = {name: Recipe(groups[name], scripts[name]) for name in self._pools}
+
+    async def _reach_account(self, problems: list[str]) -> None:
+        """Without a region and credentials nothing can be asked, not even what is running."""
+        if self._check_account:
+            key = f"pool.{next(iter(self._pools))}"  # the pools share the place: one of them stands for all
+            found: list[str] = []
+            self._region = await self._check_account(key, self._clock_wall(), found)
+            if found:
+                raise SettingsError([*problems, *found])
+        self.name = self.name.replace(UNKNOWN_REGION, self._region)
 
     async def close(self) -> None:
         await self._api.close()

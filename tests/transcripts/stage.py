@@ -9,9 +9,11 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import socket
+import struct
 from collections import deque
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, cast
@@ -59,6 +61,12 @@ class Stage:
     daemon: Daemon
     cloud: FakeCloud
     stop: asyncio.Event
+
+    @property
+    def open(self) -> bool:
+        """Whether the cloud has been looked at, or will not let itself be looked at."""
+        place = self.daemon.context.clouds.all[0]
+        return place.recovered or place.error is not None or bool(self.cloud.hold and place.opened)
 
     @property
     def port(self) -> int:
@@ -112,20 +120,24 @@ async def stage(
         ports=ports,
         new_id=lambda: str(next(numbers)),
     )
-    stop, listening = asyncio.Event(), asyncio.Event()
-    running = asyncio.create_task(daemon.run(stop, listening=listening.set))
+    here = Stage(daemon, cloud, asyncio.Event())
+    running = asyncio.create_task(daemon.run(here.stop))
     try:
-        await asyncio.wait({running, asyncio.create_task(listening.wait())}, return_when="FIRST_COMPLETED")
-        yield Stage(daemon, cloud, stop)
+        await here.until(lambda: here.open or running.done())
+        yield here
     finally:
-        stop.set()
+        here.stop.set()
         await running
 
 
 def _arrange(cloud: FakeCloud, key: str, value: str) -> None:
-    """`boots=no`: machines stay pending until told. `launch=NoCapacity`: that call fails so, every time."""
+    """`boots=no`: machines stay pending until told. `launch=NoCapacity`: that call fails so, every time;
+    `listing=never`: it has no answer at all."""
     if key == "boots":
         cloud.boots = value == "yes"
+        return
+    if value == "never":
+        cloud.hold[key] = asyncio.Event()
         return
     kind = getattr(errors, value, None)
     if key not in ("launch", "listing") or not isinstance(kind, type) or not issubclass(kind, BrokerError):
@@ -167,34 +179,46 @@ class MemoryWire:
 
 
 class SocketWire:
-    """A connection over loopback."""
+    """A connection over loopback, on a plain socket: what has arrived can be read whatever came after it."""
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._reader, self._writer = reader, writer
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._buffer = b""
 
     @classmethod
     async def to(cls, port: int) -> SocketWire:
-        return cls(*await asyncio.open_connection(PEER, port, limit=2**20))
+        sock = socket.socket()
+        sock.setblocking(False)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        await asyncio.get_running_loop().sock_connect(sock, (PEER, port))
+        return cls(sock)
 
     async def send(self, data: bytes) -> None:
-        self._writer.write(data)
-        await self._writer.drain()
+        with suppress(ConnectionError):  # the broker has closed; what it said before can still be read
+            await asyncio.get_running_loop().sock_sendall(self._sock, data)
 
     async def say_no_more(self) -> None:
-        if not self._writer.is_closing():
-            self._writer.write_eof()
+        with suppress(OSError):
+            self._sock.shutdown(socket.SHUT_WR)
 
     async def vanish(self) -> None:
-        self._writer.transport.abort()
+        self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # with a reset
+        self._sock.close()
 
     async def line(self) -> str | None:
         async with asyncio.timeout(SECONDS_MAX):
-            line = await self._reader.readline()
-        if not line:
-            self._writer.close()
-            return None
-        assert line.endswith(b"\n"), f"the connection was closed in the middle of {line!r}"
-        return line[:-1].decode("ascii")
+            while b"\n" not in self._buffer:
+                try:
+                    data = await asyncio.get_running_loop().sock_recv(self._sock, 65536)
+                except ConnectionError:
+                    data = b""
+                if not data:
+                    self._sock.close()
+                    assert not self._buffer, f"the connection was closed in the middle of {self._buffer!r}"
+                    return None
+                self._buffer += data
+        line, _, self._buffer = self._buffer.partition(b"\n")
+        return line.decode("ascii")
 
 
 # --- performances ----------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ KINDS = {  # placeholder → what it may stand for
     "more": r".*",
 }
 REMEMBERED = frozenset({"ip", "id"})  # the others may stand for something else at every place
-REPEATED = re.compile(r"\{(?P<letter>\w)\*(?P<times>\d{1,5})\}")
+REPEATED = re.compile(r"\{(?P<letter>[\w ])\*(?P<times>\d{1,5})\}")
 ESCAPE = re.compile(r"\\(?:x(?P<hex>[0-9a-f]{2})|(?P<letter>[rt\\]))")
 ESCAPES = {"r": "\r", "t": "\t", "\\": "\\"}
 SAYS_NO_MORE, VANISHES, CLOSES = "<says no more>", "<vanishes>", "<closes>"
