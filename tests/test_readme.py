@@ -1,4 +1,4 @@
-"""What the README shows works as it stands: its examples run against a real broker, its AWS commands exist."""
+"""What the README shows works as it stands: its examples run, and its AWS commands exist."""
 
 from __future__ import annotations
 

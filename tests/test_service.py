@@ -554,8 +554,8 @@ def test_settings_that_cannot_work_do_not_keep_running_machines_alive_for_ever(t
             reply = await broker.ask("GET_WORKER exclusive=yes wait=5")
             assert "ERROR" not in reply, "the machine that runs is handed out"
             assert await broker.ask("GET_WORKER client=b exclusive=yes") == (
-                "ERROR: the broker's settings do not work: pool.default.security_groups: there is no such group "
-                "[CLOUD]"
+                "ERROR: the broker's settings do not work: "
+                "pool.default.security_groups: there is no such group [CLOUD]"
             )
             await asyncio.sleep(1000)
             assert cloud.running() == []

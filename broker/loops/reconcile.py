@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from broker.clouds import Cloud
 from broker.context import Context
 from broker.core import tags
-from broker.core.errors import BrokerError, CloudUnreachable
+from broker.core.errors import BrokerError, CloudUnreachable, SettingsError
 from broker.core.model import Instance, InstanceState, Worker, WorkerState
 from broker.core.policy import Reason, born_at
 from broker.core.registry import BOOKED, USABLE
@@ -114,9 +114,9 @@ class ReconcileLoop:
         try:
             async with asyncio.timeout(SCAN_SECONDS_MAX):
                 if not cloud.opened:
-                    await cloud.provider.open()
-                    cloud.opened = True
+                    await self._open(cloud)
                 listing = await cloud.provider.listing()
+                cloud.opened = True
         except TimeoutError:
             return self._scan_failed(cloud, CloudUnreachable(f"a scan took over {SCAN_SECONDS_MAX:.0f} s"))
         except BrokerError as error:
@@ -131,6 +131,16 @@ class ReconcileLoop:
                 "the cloud answers again", {"cloud": cloud.provider.name, "after_failures": failures}
             )
         return None
+
+    async def _open(self, cloud: Cloud) -> None:
+        """The provider could not be opened at the start. What the settings got wrong only stops launches."""
+        try:
+            await cloud.provider.open()
+        except SettingsError as mistake:
+            cloud.mistake = mistake
+            self._report("the settings do not work", {"cloud": cloud.provider.name, "error": mistake.message})
+        else:
+            cloud.mistake = None
 
     def _scan_failed(self, cloud: Cloud, error: BrokerError) -> BrokerError:
         cloud.scan_failed(error)

@@ -193,7 +193,8 @@ class Ec2Api:
         """EC2's answer. Raises the CloudError that base.Provider names for the call."""
         launches = api == "RunInstances"
         client = self._launcher if launches else self._reader
-        assert client is not None, "open() comes before every other call"
+        if client is None:
+            raise CloudUnreachable("EC2 has not been reached since the start")
         method = getattr(client, METHODS[api])
         async with self._launch_turns if launches else self._other_turns:
             try:

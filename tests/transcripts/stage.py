@@ -124,7 +124,8 @@ async def stage(
     running = asyncio.create_task(daemon.run(here.stop))
     try:
         await here.until(lambda: here.open or running.done())
-        yield here
+        if not running.done():  # otherwise it has failed, and says so below
+            yield here
     finally:
         here.stop.set()
         await running
