@@ -21,6 +21,8 @@ SOURCE = Path(__file__).with_name("load.c")
 BINARY = Path(__file__).with_name("load")
 # Beyond the seconds asked for: starting, draining, a machine that is busy with other things.
 GRACE_SECONDS = 20.0
+# What a core does when it is not free. A process's own time includes the interrupts it works off.
+BUSY = ("user", "nice", "system", "irq", "softirq", "steal")
 # New connections in one slice. Each leaves a port in TIME_WAIT for a minute on one of eight source addresses.
 CONNECTS_MAX = 60_000
 
@@ -136,8 +138,7 @@ class _Cpu:
         every_core = psutil.cpu_times(percpu=True)
         used = [core for core in (cores.server, cores.generator) if core is not None]
         anyone = sum(
-            every_core[core].user + every_core[core].system + every_core[core].steal
-            for core in used or os.sched_getaffinity(0)
+            sum(getattr(every_core[core], kind) for kind in BUSY) for core in used or os.sched_getaffinity(0)
         )
         generator = children.ru_utime + children.ru_stime
         return cls(time.monotonic(), server.user + server.system, generator, anyone)

@@ -13,7 +13,7 @@ from broker.clouds import Cloud, Clouds
 from broker.core.policy import LaunchGuard
 from broker.core.registry import Registry
 from broker.core.settings import PoolSettings, Settings
-from broker.store import Store, StoredLease
+from broker.store import LaunchedOrder, Store, StoredLease
 from broker.waiting import Waiting
 
 FORGOTTEN_POOL = PoolSettings.model_validate(
@@ -54,6 +54,7 @@ class Context:
     stored_leases: dict[str, list[StoredLease]] = field(
         default_factory=dict
     )  # by instance, until found again
+    expected: dict[str, LaunchedOrder] = field(default_factory=dict)  # by instance: launched before the start
     unwanted: set[str] = field(default_factory=set)  # orders that TERMINATE_ALL met before they had a machine
 
     def pool(self, name: str) -> PoolSettings:

@@ -21,7 +21,7 @@ from broker import systemd
 from broker.clock import Clock
 from broker.clouds import Cloud, Clouds
 from broker.context import Context
-from broker.core.errors import BrokerError, SettingsError
+from broker.core.errors import BrokerError, CloudUnreachable, SettingsError
 from broker.core.model import Event, InstanceState, WorkerChanged, WorkerSeen, WorkerState
 from broker.core.registry import BOOKED, Registry
 from broker.core.settings import BrokerSettings, Settings, require_private, split_address
@@ -43,6 +43,7 @@ from broker.store import Store
 from broker.web.app import Health, make_app
 from broker.web.metrics import CommandStats, Metrics
 
+OPEN_SECONDS_MAX = 10.0  # at the start, for each cloud: one that is silent must not keep the ports closed
 ANSWER_SECONDS_MAX = 5.0  # at shutdown, for commands that have their answer already
 SETTLE_SECONDS_MAX = (
     20.0  # at shutdown, for launch calls under way: an answer that is read is an order resolved
@@ -113,41 +114,55 @@ class Daemon:
 
     def _wire(self, connect: Connect, new_id: Callable[[], str]) -> None:
         context, report = self.context, self._report
+        wake_launch, wake_reap = (lambda: self._wake("launch")), (lambda: self._wake("reap"))
         self.launch = LaunchLoop(
-            context, self.orders, new_order_id=lambda: f"cb-{new_id()}", wake=lambda: self._wake("launch")
+            context, self.orders, new_order_id=lambda: f"cb-{new_id()}", wake=wake_launch
         )
-        self.probe = ProbeLoop(context, connect)
-        self.reap = ReapLoop(context, report, terminated=lambda: self._look_closely())
+        self.probe = ProbeLoop(context, lambda: self._wake("probe"), connect)
+        self.reap = ReapLoop(context, report, terminated=self._look_closely)
         self.reconcile = ReconcileLoop(
             context,
             self.orders,
             broker_id=self.settings.broker.id,
             report=report,
-            changed=lambda: self._wake("launch"),
+            changed=wake_launch,
             beat=self._beat,
         )
-        loops = (self.reconcile, self.probe, self.reap, self.launch, TaggingLoop(context, report))
-        self.runners = {loop.name: LoopRunner(loop, self.clock, self._loop_failed) for loop in loops}
         self.service = Service(
             context,
             prove=self.probe.prove,
             scan=self.reconcile.scan,
-            demand=lambda: self._wake("launch"),
-            reap=lambda: self._wake("reap"),
+            demand=wake_launch,
+            reap=wake_reap,
             new_id=lambda: f"lease-{new_id()}",
         )
-        self.meter = Meter()
         commands = CommandStats()
-        self.server: Server = Server(
-            self.service, self.settings.broker, self.clock, commands.record, self._command_failed
+        self.server = Server(
+            self.service,
+            self.settings.broker,
+            self.clock,
+            commands.record,
+            self._command_failed,
+            wake=lambda: self._wake("sweep"),
         )
-        self.metrics: Metrics = Metrics(context, self.meter, commands, lambda: len(self.server.connections))
+        loops = (
+            self.reconcile,
+            self.probe,
+            self.reap,
+            self.launch,
+            TaggingLoop(context, report),
+            self.server,
+        )
+        self.runners = {loop.name: LoopRunner(loop, self.clock, self._loop_failed) for loop in loops}
         self.health = Health(context, list(self.runners.values()))
+        self.meter = Meter()
+        self.metrics = Metrics(context, self.meter, commands, lambda: len(self.server.connections))
         self._observers += [
             EventLog(self._log).heard,
             self.meter.heard,
             self.metrics.heard,
             self._guard_heard,
+            self.orders.heard,
             self._wake_heard,
             self.service.heard,  # last: it may change the books, and the others shall hear that afterwards
         ]
@@ -167,7 +182,6 @@ class Daemon:
                 web_runner = await self._listen() if self._ports else None
                 listening()
                 background = [tasks.create_task(runner.run()) for runner in self.runners.values()]
-                background.append(tasks.create_task(self.server.sweep()))
                 background.append(tasks.create_task(self._announce()))
                 await stop.wait()
                 await self._shut_down(web_runner)
@@ -183,6 +197,8 @@ class Daemon:
         """Open orders and leases of an earlier run."""
         for order in self.context.store.open_orders():
             self.orders.reopen(order)
+        for launched in self.context.store.launched_orders():
+            self.context.expected[launched.instance_id] = launched
         for stored in self.context.store.leases():
             self.context.stored_leases.setdefault(stored.instance_id, []).append(stored)
 
@@ -190,13 +206,24 @@ class Daemon:
         """Find out now what a person has to mend; what only the cloud can mend is tried again later."""
         for cloud in self.context.clouds.all:
             try:
-                await cloud.provider.open()
-            except SettingsError as error:
-                await self._accept_mistake(cloud, error)
-            except BrokerError as error:
-                self._report("cloud not reached yet", {"cloud": cloud.provider.name, "error": error.message})
-            else:
-                cloud.opened = True
+                async with asyncio.timeout(OPEN_SECONDS_MAX):
+                    await self._open(cloud)
+            except SettingsError:
+                raise
+            except (TimeoutError, BrokerError) as error:
+                silence = CloudUnreachable(f"no answer within {OPEN_SECONDS_MAX:g} s")
+                cloud.scan_failed(error if isinstance(error, BrokerError) else silence)
+                self._report(
+                    "cloud not reached yet", {"cloud": cloud.provider.name, "error": str(cloud.error)}
+                )
+
+    async def _open(self, cloud: Cloud) -> None:
+        try:
+            await cloud.provider.open()
+        except SettingsError as error:
+            await self._accept_mistake(cloud, error)
+        else:
+            cloud.opened = True
 
     async def _accept_mistake(self, cloud: Cloud, mistake: SettingsError) -> None:
         """Settings that cannot work end the start, unless machines are running: somebody has to end those."""

@@ -21,7 +21,7 @@ from broker.core.errors import (
     StoreError,
     Throttled,
 )
-from broker.core.model import Instance, Order, Worker, WorkerState
+from broker.core.model import Event, Instance, Order, Worker, WorkerChanged, WorkerState
 from broker.core.policy import Reason
 
 NEVER_LAUNCHED = "never-launched"
@@ -116,6 +116,13 @@ class Orders:
         if self._open.get(order.id) is not None:
             self._forget(order.id, outcome)
             self._context.store.soon(self._context.store.order_closed(order.id, outcome))
+
+    def heard(self, event: Event) -> None:
+        """A machine that is gone closes its order for good."""
+        if isinstance(event, WorkerChanged) and event.worker.state is WorkerState.GONE:
+            order_id, reason = event.worker.order_id, event.worker.reason
+            if order_id is not None and event.before is not WorkerState.ORDERED:
+                self._context.store.soon(self._context.store.order_closed(order_id, f"gone: {reason}"))
 
     def _forget(self, order_id: str, outcome: str) -> None:
         self._open.pop(order_id, None)

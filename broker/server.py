@@ -192,7 +192,9 @@ class Connection(asyncio.Protocol):
 
 
 class Server:
-    """All connections, and the socket they come from."""
+    """All connections, and the socket they come from. `wake` has the sweep run: there is one to look at."""
+
+    name = "sweep"
 
     def __init__(
         self,
@@ -201,16 +203,17 @@ class Server:
         clock: Clock,
         observe: Observe,
         failed: Callable[[str, Exception], None],
+        wake: Callable[[], None] = lambda: None,
     ) -> None:
         self.service = service
         self.settings = settings
         self.observe = observe
         self.now = clock.monotonic
+        self.wake = wake
         self.connections: set[Connection] = set()
         self.connections_max = settings.connections_max  # lowered when the system allows fewer open files
         self._failed = failed
         self._servers: list[asyncio.Server] = []
-        self._admitted = asyncio.Event()
 
     async def listen(self, sockets: Sequence[socket.socket] = ()) -> None:
         """Listen on the configured address, or on sockets that somebody else has opened. Raises OSError."""
@@ -235,7 +238,8 @@ class Server:
         if len(self.connections) >= self.connections_max:
             return False
         self.connections.add(connection)
-        self._admitted.set()
+        if len(self.connections) == 1:
+            self.wake()
         return True
 
     def dismiss(self, connection: Connection) -> None:
@@ -249,16 +253,12 @@ class Server:
             self._failed(name_of(command), error)
             return b"ERROR: the broker met a fault of its own; its log has the details [CLOUD]\n"
 
-    async def sweep(self) -> None:
-        """Look at every connection's deadlines, for ever."""
-        while True:
-            if not self.connections:
-                self._admitted.clear()
-                await self._admitted.wait()
-            await asyncio.sleep(SWEEP_SECONDS)
-            now = self.now()
-            for connection in tuple(self.connections):
-                connection.check(now, self.settings)
+    async def tick(self) -> float | None:
+        """The sweep, a loop for the runner: look at every connection's deadlines."""
+        now = self.now()
+        for connection in tuple(self.connections):
+            connection.check(now, self.settings)
+        return now + SWEEP_SECONDS if self.connections else None
 
     def stop_listening(self) -> None:
         for server in self._servers:

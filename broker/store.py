@@ -49,6 +49,14 @@ class StoredLease:
     instance_id: str
 
 
+@dataclass(frozen=True, slots=True)
+class LaunchedOrder:
+    """An order that has its machine."""
+
+    order: Order
+    instance_id: str
+
+
 @dataclass(slots=True)
 class _Write:
     sql: str
@@ -144,6 +152,17 @@ class Store:
             for order_id, pool, offering, parameters, created in rows
         ]
 
+    def launched_orders(self) -> list[LaunchedOrder]:
+        """Orders whose machine had not been seen to end when the last broker stopped."""
+        rows = self._connections[True].execute(
+            "SELECT id, pool, offering, parameters, created_unix, instance_id FROM orders "
+            "WHERE state = 'launched' ORDER BY rowid"
+        )
+        return [
+            LaunchedOrder(Order(order_id, pool, _offering(offering), parameters, created), instance_id)
+            for order_id, pool, offering, parameters, created, instance_id in rows
+        ]
+
     # --- leases ------------------------------------------------------------------------------------
 
     async def lease_granted(self, lease: Lease, instance_id: str) -> None:
@@ -224,7 +243,7 @@ class Store:
             connection.executescript(SCHEMA)
         connection = self._connections[True]
         connection.execute(
-            "DELETE FROM orders WHERE state != 'open' AND rowid <= (SELECT max(rowid) FROM orders) - ?",
+            "DELETE FROM orders WHERE state = 'closed' AND rowid <= (SELECT max(rowid) FROM orders) - ?",
             (CLOSED_ORDERS_MAX,),
         )
         connection.execute("PRAGMA quick_check").fetchall()

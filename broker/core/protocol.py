@@ -379,5 +379,6 @@ def _is_address(text: str) -> bool:
         ip_address(text)
     except ValueError:
         labels = text.split(".")
-        return bool(WORD.fullmatch(text)) and len(labels) > 1 and labels[-1].isalpha() and ":" not in text
+        named = bool(WORD.fullmatch(text)) and ":" not in text
+        return named and len(labels) > 1 and all(labels) and labels[-1].isalpha()
     return True

@@ -40,28 +40,36 @@ async def connects(address: str, port: int) -> bool:
 
 
 class ProbeLoop:
-    """See the module. `connect` is the network: address, port → whether somebody accepts."""
+    """See the module. `connect` is the network: address, port → whether somebody accepts.
+
+    Each look is a task of its own, and `wake` has the loop tick when one is over: a silent worker, which takes
+    seconds to give up on, holds up nobody else's readiness.
+    """
 
     name = "probe"
 
-    def __init__(self, context: Context, connect: Connect = connects) -> None:
+    def __init__(self, context: Context, wake: Callable[[], None], connect: Connect = connects) -> None:
         self._context = context
         self._registry = context.registry
+        self._wake = wake
         self._connect = connect
-        self._due_at: dict[str, float] = {}
+        self._due_at: dict[tuple[str, WorkerState], float] = {}  # a new state, a new pace
         self._places = asyncio.Semaphore(PROBES_AT_ONCE_MAX)
+        self._looking: dict[str, asyncio.Task[None]] = {}
         self._proving: dict[str, asyncio.Task[bool]] = {}
 
     async def tick(self) -> float | None:
         now = self._context.now()
         watched = self._registry.in_state(WorkerState.BOOTING, WorkerState.READY, WorkerState.SUSPECT)
-        workers = [worker for worker in watched if _can_be_ready(worker)]
-        due = [worker for worker in workers if self._due_at.get(worker.id, now) <= now]
-        async with asyncio.TaskGroup() as tasks:
-            for worker in due:
-                tasks.create_task(self._look(worker))
-        ids = {worker.id for worker in workers}
-        self._due_at = {worker_id: at for worker_id, at in self._due_at.items() if worker_id in ids}
+        workers = [w for w in watched if _can_be_ready(w) and w.id not in self._looking]
+        self._due_at = {
+            key: self._due_at.get(key, self._first_look_at(w)) for w in workers for key in [_key(w)]
+        }
+        for worker in workers:
+            if self._due_at[_key(worker)] <= now:
+                del self._due_at[_key(worker)]
+                task = self._looking[worker.id] = asyncio.create_task(self._look(worker))
+                task.add_done_callback(lambda done: self._wake())
         return min(self._due_at.values(), default=None)
 
     async def prove(self, worker: Worker) -> bool:
@@ -73,11 +81,19 @@ class ProbeLoop:
         return await asyncio.shield(task)
 
     async def _look(self, worker: Worker) -> None:
-        async with self._places:
-            await self._try(worker, 1)
-        after = self._registry.get(worker.id)
-        if after is not None:
-            self._due_at[worker.id] = self._context.now() + self._interval(after)
+        try:
+            async with self._places:
+                await self._try(worker, 1)
+        finally:
+            del self._looking[worker.id]
+            after = self._registry.get(worker.id)
+            if after is not None:
+                self._due_at[_key(after)] = self._context.now() + self._interval(after)
+
+    def _first_look_at(self, worker: Worker) -> float:
+        """A booting worker is looked at at once; the others were, when they came into their state."""
+        booting = worker.state is WorkerState.BOOTING
+        return self._context.now() if booting else worker.since_at + self._interval(worker)
 
     def _interval(self, worker: Worker) -> float:
         match worker.state:
@@ -108,6 +124,10 @@ class ProbeLoop:
             if worker.address is not None and await self._connect(worker.address, worker.port):
                 return True
         return False
+
+
+def _key(worker: Worker) -> tuple[str, WorkerState]:
+    return worker.id, worker.state
 
 
 def _can_be_ready(worker: Worker) -> bool:

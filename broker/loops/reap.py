@@ -7,6 +7,7 @@ answered but not obeyed.
 
 from __future__ import annotations
 
+import asyncio
 from collections import defaultdict
 from collections.abc import Callable
 
@@ -49,9 +50,8 @@ class ReapLoop:
             if cloud is not None:
                 clouds[id(cloud)] = cloud
                 by_cloud[id(cloud)].append(worker)
-        for key, workers in by_cloud.items():
-            if self._not_before.get(key, now) <= now:
-                await self._terminate(clouds[key], workers)
+        due = [key for key in by_cloud if self._not_before.get(key, now) <= now]
+        await asyncio.gather(*(self._terminate(clouds[key], by_cloud[key]) for key in due))
         return self._next_at()
 
     def cloud_of(self, worker: Worker) -> Cloud | None:
@@ -113,9 +113,8 @@ class ReapLoop:
 
     def _next_at(self) -> float | None:
         moments = [at for at in [self._registry.next_look_at()] if at is not None]
-        draining = self._registry.in_state(WorkerState.DRAINING)
-        if draining:
-            moments.append(max(self._not_before.values(), default=self._context.now() + PAUSE_SECONDS_MIN))
+        if self._registry.in_state(WorkerState.DRAINING):
+            moments.append(max(self._context.now() + PAUSE_SECONDS_MIN, *self._not_before.values(), 0.0))
         terminating = self._registry.in_state(WorkerState.TERMINATING)
         moments += [self._sent_at.get(w.id, w.since_at) + AGAIN_SECONDS for w in terminating]
         return min(moments, default=None)

@@ -22,6 +22,7 @@ from broker.core.model import Instance, InstanceState, Worker, WorkerState
 from broker.core.policy import Reason, born_at
 from broker.core.registry import BOOKED, USABLE
 from broker.orders import NEVER_LAUNCHED, Orders
+from broker.store import LaunchedOrder
 
 SCAN_SECONDS_MAX = 60.0  # a listing that takes longer counts as failed
 RETRY_SECONDS = 5.0  # after a failed scan
@@ -32,6 +33,7 @@ ORDER_GRACE_SECONDS = (
     300.0  # an order that no listing has shown this long after its last call was never launched
 )
 LISTING_GRACE_SECONDS = 120.0  # a machine this young need not be in a listing
+EXPECTED_SECONDS = 600.0  # what was there before the start may stay out of listings for so long
 MISSING_SECONDS_MAX = 180.0  # missing for so long, and
 MISSING_SCANS_MAX = 3  # from so many listings in a row, and silent: gone
 
@@ -70,7 +72,7 @@ class ReconcileLoop:
         self._report = report
         self._changed = changed
         self._beat = beat
-        self._scan_at = context.now()
+        self._began_at = self._scan_at = context.now()
         self._missing: dict[str, Missing] = {}
         self._watch_seconds = WATCH_SECONDS
         self._scanning = asyncio.Lock()
@@ -158,7 +160,8 @@ class ReconcileLoop:
                 await self._claim(cloud, instance)
         self._note_missing(cloud, started_at)
         self._give_up_orders(cloud, started_at)
-        self._drop_stored_leases(cloud)
+        self._expect(cloud)
+        self._drop_stored_leases(started_at)
 
     async def take_in(self, instance: Instance) -> None:
         """One machine of ours, as the cloud describes it."""
@@ -250,9 +253,40 @@ class ReconcileLoop:
             if here and entry.perhaps_launched and entry.sent_at + ORDER_GRACE_SECONDS <= started_at:
                 self._orders.close(entry.order, NEVER_LAUNCHED)
 
-    def _drop_stored_leases(self, cloud: Cloud) -> None:
-        """After the first complete scan of every cloud, a lease whose machine nobody lists has ended."""
-        if not all(other.recovered or other is cloud for other in self._context.clouds.all):
+    def _expect(self, cloud: Cloud) -> None:
+        """Machines that were launched shortly before the start and that the listing does not show yet.
+
+        They are entered all the same: otherwise somebody who waits would be given a second one.
+        """
+        for launched in list(self._context.expected.values()):
+            order = launched.order
+            if self._context.cloud(order.pool) is not cloud:
+                continue
+            del self._context.expected[launched.instance_id]
+            if self._registry.by_instance(launched.instance_id) is None:
+                self._expect_one(cloud, launched)
+
+    def _expect_one(self, cloud: Cloud, launched: LaunchedOrder) -> None:
+        order, offering = launched.order, launched.order.offering
+        old = self._context.clock.wall() - order.created_unix > EXPECTED_SECONDS
+        if old or launched.instance_id in cloud.instance_ids:  # listed, and not taken in: it has ended
+            self._context.store.soon(self._context.store.order_closed(order.id, "gone"))
+            return
+        unseen = Instance(
+            launched.instance_id,
+            InstanceState.PENDING,
+            instance_type=offering.instance_type,
+            region=offering.region,
+            zone=offering.zone,
+            market=offering.market,
+            cores=offering.cores,
+        )
+        port, now = self._context.pool(order.pool).worker_port, self._context.now()
+        self._restore_leases(self._registry.adopt(unseen, order.pool, port, now, order_id=order.id))
+
+    def _drop_stored_leases(self, started_at: float) -> None:
+        """A lease whose machine no listing has shown for a good while has ended with it."""
+        if started_at - self._began_at < EXPECTED_SECONDS or not self._context.clouds.recovered():
             return
         for stored in [lease for leases in self._context.stored_leases.values() for lease in leases]:
             self._context.store.soon(self._context.store.lease_ended(stored.lease.id))

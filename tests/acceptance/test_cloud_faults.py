@@ -266,6 +266,7 @@ def test_a_worker_that_somebody_terminated_and_whose_port_is_dead_is_not_handed_
     lab.moto.call("TerminateInstances", {"InstanceId.1": machine})
     lab.fleet.close(machine)
     asker = broker.asking("GET_WORKER pool=dead-port")
+    eventually(lambda: len(lab.launch_calls("dead-port")) == 2)
     lab.proxy.heal()
     another = asker.line()
     assert another != address

@@ -1,4 +1,4 @@
-"""How hypothesis runs here: the same examples every time, few enough for every commit, and never by the clock."""
+"""How hypothesis runs here: the same examples every time, few enough for every commit, never by the clock."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ import pytest
 from broker.core import tags
 from broker.core.errors import CredentialsRefused, Throttled
 from broker.core.model import InstanceState, WorkerState
-from broker.testing import RunningBroker, lost_answer
+from broker.testing import RunningBroker, lost_answer, run_virtual, running_broker
 from tests.support.brokers import live, settings
 
 
@@ -235,3 +235,56 @@ def test_an_idle_broker_asks_the_cloud_twice_a_minute_however_long(tmp_path: Pat
         assert len(broker.cloud.calls) - before == pytest.approx(120, abs=2)
 
     live(tmp_path, story)
+
+
+def test_a_machine_launched_just_before_a_restart_and_not_yet_listed_is_not_launched_twice(
+    tmp_path: Path,
+) -> None:
+    async def main() -> None:
+        async with running_broker(settings(sharing="exclusive"), tmp_path) as broker:
+            address = await broker.ask("GET_WORKER client=a")
+            machine = next(iter(broker.cloud.machines.values()))
+        machine.hidden = True
+        async with running_broker(settings(sharing="exclusive"), tmp_path, cloud=broker.cloud) as again:
+            ask = asyncio.create_task(again.ask("GET_WORKER client=a"))
+            await asyncio.sleep(60)
+            machine.hidden = False
+            assert await ask == address
+            assert len(again.cloud.machines) == 1
+            assert await again.ask("GET_WORKER client=b") != address
+
+    run_virtual(main())
+
+
+def test_the_lease_of_a_machine_that_is_listed_late_is_kept(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with running_broker(settings(sharing="exclusive"), tmp_path) as broker:
+            await asyncio.sleep(700)
+            address = await broker.ask("GET_WORKER client=a")
+            await asyncio.sleep(700)
+            await broker.ask(f"PING {address} client=a")
+            machine = next(iter(broker.cloud.machines.values()))
+        machine.hidden = True
+        async with running_broker(settings(sharing="exclusive"), tmp_path, cloud=broker.cloud) as again:
+            await asyncio.sleep(60)
+            machine.hidden = False
+            await asyncio.sleep(60)
+            assert await again.ask(f"PING {address} client=a") == "OK"
+            assert await again.ask("GET_WORKER client=b") != address
+
+    run_virtual(main())
+
+
+def test_a_machine_that_ended_while_the_broker_was_down_is_not_waited_for(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with running_broker(settings(), tmp_path) as broker:
+            address = await broker.ask("GET_WORKER client=a")
+            instance = broker.cloud.running()[0]
+        broker.cloud.set_state(instance, InstanceState.TERMINATED)
+        async with running_broker(settings(), tmp_path, cloud=broker.cloud) as again:
+            assert await again.ask("GET_WORKER client=a") != address
+            await asyncio.sleep(1300)
+            assert again.daemon.context.store.leases() == []
+            assert again.daemon.context.store.launched_orders() == []
+
+    run_virtual(main())

@@ -1,0 +1,469 @@
+"""The line protocol: any bytes in any pieces, commands there and back, replies that nobody can mistake."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from broker.core import errors, protocol
+from broker.core.errors import (
+    BadRequest,
+    BrokerError,
+    CloudError,
+    Code,
+    Denied,
+    Draining,
+    LimitReached,
+    NoCapacity,
+    SettingsError,
+    UnknownCommand,
+    WaitTimedOut,
+    WorkerNotFound,
+)
+from broker.core.protocol import (
+    CLIENT_NAME,
+    LINE_BYTES_MAX,
+    NAMES,
+    WAIT_SECONDS_MAX,
+    WORD,
+    Command,
+    CommandReader,
+    GetWorker,
+    ListAll,
+    Malformed,
+    Ping,
+    Release,
+    Status,
+    TerminateAll,
+    encode,
+    name_of,
+    parse_line,
+    read_address,
+    read_reply,
+)
+from tests.core.generated import FEW, MANY
+
+KINDS = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, BrokerError)]
+TOO_LONG = (Malformed, f"ERROR: a command is at most {LINE_BYTES_MAX} bytes [BAD_REQUEST]", "unknown", True)
+
+
+def told(command: Command) -> object:
+    """A command as something that can be compared: exceptions are equal to nothing but themselves."""
+    if isinstance(command, Malformed):
+        return (Malformed, command.error.wire(), command.name, command.fatal)
+    return command
+
+
+def heard(chunks: Sequence[bytes], *, eof: bool = True) -> list[object]:
+    reader = CommandReader()
+    commands = [command for chunk in chunks for command in reader.receive(chunk)]
+    return [told(command) for command in [*commands, *(reader.receive_eof() if eof else [])]]
+
+
+# --- one line -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "command"),
+    [
+        ("GET_WORKER", GetWorker()),
+        ("", GetWorker()),
+        ("\r", GetWorker()),
+        (" \t ", GetWorker()),
+        ("  GET_WORKER  \r", GetWorker()),
+        ("GET_WORKER\tcores=64", GetWorker(cores=64)),
+        ("GET_WORKER pool=gpu type=c7i.16xlarge region=us-east-1", GetWorker("gpu", None, "c7i.16xlarge", "us-east-1")),
+        ("GET_WORKER wait=0", GetWorker(wait=0.0)),
+        ("GET_WORKER wait=1.5", GetWorker(wait=1.5)),
+        ("GET_WORKER wait=86400", GetWorker(wait=86_400.0)),
+        ("GET_WORKER cores=1", GetWorker(cores=1)),
+        ("GET_WORKER cores=100000", GetWorker(cores=100_000)),
+        ("GET_WORKER exclusive=yes", GetWorker(exclusive=True)),
+        ("GET_WORKER exclusive=no", GetWorker()),
+        ("GET_WORKER client=ann@lab/7", GetWorker(client="ann@lab/7")),
+        ("PING 10.0.0.1", Ping("10.0.0.1")),
+        ("PING fe80::1 client=ann", Ping("fe80::1", "ann")),
+        ("RELEASE 10.0.0.1", Release("10.0.0.1")),
+        ("RELEASE 10.0.0.1 force", Release("10.0.0.1", force=True)),
+        ("RELEASE 10.0.0.1 client=ann force", Release("10.0.0.1", True, "ann")),
+        ("STATUS", Status()),
+        ("LIST_ALL \r", ListAll()),
+        ("TERMINATE_ALL", TerminateAll()),
+    ],
+)  # fmt: skip
+def test_a_line_is_a_command(text: str, command: Command) -> None:
+    assert parse_line(text.encode()) == command
+
+
+@pytest.mark.parametrize(
+    ("text", "reply", "name"),
+    [
+        ("get_worker", "ERROR: Unknown command", "unknown"),
+        ("GET_WORKERS", "ERROR: Unknown command", "unknown"),
+        ("GET / HTTP/1.1", "ERROR: Unknown command", "unknown"),
+        ("\0", "ERROR: Unknown command", "unknown"),
+        ("STATUS now", "ERROR: STATUS takes no arguments [BAD_REQUEST]", "STATUS"),
+        ("PING", "ERROR: PING needs the worker's address: PING <ip> [BAD_REQUEST]", "PING"),
+        ("PING client=ann", "ERROR: PING needs the worker's address: PING <ip> [BAD_REQUEST]", "PING"),
+        ("PING 10.0.0.1/8", "ERROR: PING: that is no address [BAD_REQUEST]", "PING"),
+        ("PING 10.0.0.1 now", "ERROR: PING has no key 'now'; it has client [BAD_REQUEST]", "PING"),
+        ("RELEASE", "ERROR: RELEASE needs the worker's address: RELEASE <ip> [BAD_REQUEST]", "RELEASE"),
+        ("PING 10.0.0.1 client=a=b", "ERROR: client= is 1 to 64 letters, digits and . _ @ : / + - [BAD_REQUEST]", "PING"),
+        ("PING 10.0.0.1 client=a client=b", "ERROR: client= is given twice [BAD_REQUEST]", "PING"),
+        ("GET_WORKER client=", "ERROR: client= needs a value [BAD_REQUEST]", "GET_WORKER"),
+        ("GET_WORKER client", "ERROR: client= needs a value [BAD_REQUEST]", "GET_WORKER"),
+        ("GET_WORKER pool=a/b", "ERROR: pool= is a word of letters, digits and . _ : - [BAD_REQUEST]", "GET_WORKER"),
+        ("GET_WORKER cores=0", "ERROR: cores= is a whole number from 1 to 100000 [BAD_REQUEST]", "GET_WORKER"),
+        ("GET_WORKER cores=100001", "ERROR: cores= is a whole number from 1 to 100000 [BAD_REQUEST]", "GET_WORKER"),
+        ("GET_WORKER cores=9999999", "ERROR: cores= is a whole number from 1 to 100000 [BAD_REQUEST]", "GET_WORKER"),
+        ("GET_WORKER cores=many", "ERROR: cores= is a whole number from 1 to 100000 [BAD_REQUEST]", "GET_WORKER"),
+        ("GET_WORKER wait=soon", "ERROR: wait= is a number of seconds from 0 to 86400 [BAD_REQUEST]", "GET_WORKER"),
+        ("GET_WORKER wait=-1", "ERROR: wait= is a number of seconds from 0 to 86400 [BAD_REQUEST]", "GET_WORKER"),
+        ("GET_WORKER wait=nan", "ERROR: wait= is a number of seconds from 0 to 86400 [BAD_REQUEST]", "GET_WORKER"),
+        ("GET_WORKER wait=inf", "ERROR: wait= is a number of seconds from 0 to 86400 [BAD_REQUEST]", "GET_WORKER"),
+        ("GET_WORKER exclusive=1", "ERROR: exclusive= is yes or no [BAD_REQUEST]", "GET_WORKER"),
+        ("GET_WORKER pool=café", "ERROR: a command is printable ASCII [BAD_REQUEST]", "GET_WORKER"),
+        ("GET_WORKER pool=\x1b", "ERROR: a command is printable ASCII [BAD_REQUEST]", "GET_WORKER"),
+    ],
+)  # fmt: skip
+def test_a_line_that_is_no_command_says_why(text: str, reply: str, name: str) -> None:
+    command = parse_line(text.encode())
+    assert told(command) == (Malformed, reply, name, False)
+    assert name_of(command) == name
+
+
+def test_an_unknown_key_is_named_and_so_are_the_known_ones() -> None:
+    command = parse_line(b"GET_WORKER core=64")
+    assert isinstance(command, Malformed)
+    assert command.error.message == (
+        "GET_WORKER has no key 'core'; it has pool, cores, type, region, wait, exclusive, client"
+    )
+
+
+def test_a_key_as_long_as_a_line_does_not_come_back_whole() -> None:
+    command = parse_line(b"GET_WORKER " + b"k" * 500 + b"=1")
+    assert isinstance(command, Malformed)
+    assert f"'{'k' * 37}...'" in command.error.message
+
+
+def test_a_remembered_error_keeps_none_of_the_frames_that_found_it() -> None:
+    """A thousand bad lines are remembered; with their frames they would hold 26 MiB instead of one."""
+    command = parse_line(b"PING no/address")
+    assert isinstance(command, Malformed)
+    assert command.error.__traceback__ is None
+    assert command.error.__context__ is None
+
+
+@given(st.binary(max_size=200))
+@MANY
+def test_any_line_is_a_command_or_one_clear_error(line: bytes) -> None:
+    command = parse_line(line)
+    assert name_of(command) in {*NAMES.values(), "unknown"}
+    if isinstance(command, Malformed):
+        assert re.fullmatch(r"ERROR: [ -~]+", command.error.wire())
+
+
+# --- a stream of bytes ------------------------------------------------------------------------------------
+
+FRAGMENTS = st.sampled_from(
+    [
+        b"GET_WORKER", b"GET_WORKER cores=64", b"PING 10.0.0.1", b"RELEASE 10.0.0.1 force", b"STATUS", b"PING",
+        b"GET / HTTP/1.1", b"x" * (LINE_BYTES_MAX - 1), b"x" * LINE_BYTES_MAX, b"x" * (LINE_BYTES_MAX + 1),
+        b" " * LINE_BYTES_MAX, b"\n", b"\n\n", b"\r\n", b"\r\r\n", b"\r", b" ", b"\t", b"\0", b"\xff",
+    ]
+)  # fmt: skip
+STREAMS = st.lists(FRAGMENTS | st.just(b"\n") | st.binary(max_size=20), max_size=12).map(b"".join)
+
+
+def read_naively(stream: bytes) -> list[object]:
+    """All the bytes at once, line by line, as the protocol's description reads."""
+    *lines, rest = stream.split(b"\n")
+    found: list[object] = []
+    heard_nonsense = False
+    for line in [*lines, rest]:
+        if len(line.removesuffix(b"\r")) > LINE_BYTES_MAX:
+            return [*found, TOO_LONG]
+        blank = not line.strip(b" \t\r")
+        if line is rest and blank:
+            break
+        command = Malformed(UnknownCommand()) if blank and heard_nonsense else parse_line(line)
+        heard_nonsense = heard_nonsense or isinstance(command, Malformed)
+        found.append(told(command))
+    return found
+
+
+@given(stream=STREAMS, cuts=st.lists(st.integers(0, 3000), max_size=8))
+@example(stream=b"x" * LINE_BYTES_MAX + b"\r\n", cuts=[LINE_BYTES_MAX, LINE_BYTES_MAX + 1])
+@example(stream=b"x" * LINE_BYTES_MAX + b"\r\r\n", cuts=[LINE_BYTES_MAX + 1])
+@example(stream=b"STATUS\n" + b"x" * (LINE_BYTES_MAX + 1) + b"\nSTATUS\n", cuts=[7, 8])
+@MANY
+def test_however_bytes_are_cut_the_commands_are_the_same(stream: bytes, cuts: list[int]) -> None:
+    places = sorted({0, len(stream), *(cut for cut in cuts if cut < len(stream))})
+    chunks = [stream[start:end] for start, end in zip(places, places[1:], strict=False)]
+    commands = heard(chunks)
+    assert commands == read_naively(stream)
+    assert commands == heard([stream])
+
+
+@given(STREAMS)
+@FEW
+def test_byte_by_byte_the_commands_are_the_same(stream: bytes) -> None:
+    assert heard([bytes([byte]) for byte in stream]) == read_naively(stream)
+
+
+@given(st.lists(st.binary(max_size=300), max_size=20))
+@FEW
+def test_nothing_follows_a_line_that_is_too_long(chunks: list[bytes]) -> None:
+    reader = CommandReader()
+    assert [told(command) for command in reader.receive(b"x" * (LINE_BYTES_MAX + 1))] == [TOO_LONG]
+    assert [reader.receive(chunk) for chunk in chunks] == [[] for _ in chunks]
+    assert not reader.partial
+    assert reader.receive_eof() == []
+
+
+def test_the_longest_line_is_still_read() -> None:
+    line = b"PING 10.0.0.1" + b" " * (LINE_BYTES_MAX - len(b"PING 10.0.0.1"))
+    assert heard([line + b"\r\n"]) == [Ping("10.0.0.1")]
+    assert heard([line + b" \r\n"]) == [TOO_LONG]
+
+
+def test_commands_before_a_line_that_is_too_long_are_answered_first() -> None:
+    assert heard([b"STATUS\nLIST_ALL\n" + b"x" * 2000]) == [Status(), ListAll(), TOO_LONG]
+
+
+def test_a_command_that_has_begun_is_known_to_be_unfinished() -> None:
+    reader = CommandReader()
+    assert not reader.partial
+    assert reader.receive(b"STA") == []
+    assert reader.partial
+    assert reader.receive(b"TUS\n") == [Status()]
+    assert not reader.partial
+
+
+def test_the_end_of_the_stream_ends_the_last_line() -> None:
+    assert heard([b"STATUS\nPING 10.0.0.1"]) == [Status(), Ping("10.0.0.1")]
+    assert heard([b"STATUS\nPING 10.0.0.1"], eof=False) == [Status()]
+
+
+@pytest.mark.parametrize("nothing", [[], [b""], [b" "], [b"\r"], [b"\t \r"]])
+def test_a_connection_that_says_nothing_asks_for_nothing(nothing: list[bytes]) -> None:
+    assert heard(nothing) == []
+
+
+def test_the_blank_line_that_ends_a_health_check_buys_no_machine() -> None:
+    check = b"GET /healthz HTTP/1.1\r\nHost: broker\r\n\r\n"
+    unknown = (Malformed, "ERROR: Unknown command", "unknown", False)
+    assert heard([check]) == [unknown] * 3
+    assert heard([b"\n" + check]) == [GetWorker(), *[unknown] * 3]
+
+
+def test_after_a_slip_a_full_command_is_still_heard() -> None:
+    assert heard([b"PING\nGET_WORKER\n"])[1] == GetWorker()
+
+
+# --- commands, as clients write them ------------------------------------------------------------------------
+
+WORDS = st.from_regex(WORD, fullmatch=True)
+CLIENTS = st.none() | st.from_regex(CLIENT_NAME, fullmatch=True)
+SENDABLE = st.one_of(
+    st.builds(
+        GetWorker,
+        pool=st.none() | WORDS,
+        cores=st.none() | st.integers(1, 100_000),
+        type=st.none() | WORDS,
+        region=st.none() | WORDS,
+        wait=st.none() | st.floats(0, WAIT_SECONDS_MAX),
+        exclusive=st.booleans(),
+        client=CLIENTS,
+    ),
+    st.builds(Ping, address=WORDS, client=CLIENTS),
+    st.builds(Release, address=WORDS, force=st.booleans(), client=CLIENTS),
+    st.sampled_from([Status(), ListAll(), TerminateAll()]),
+)
+ANYTHING: st.SearchStrategy[Any] = (
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=80)
+)
+DOUBTFUL = st.one_of(
+    st.builds(
+        GetWorker, pool=ANYTHING, cores=ANYTHING, type=ANYTHING, wait=ANYTHING, exclusive=ANYTHING, client=ANYTHING
+    ),
+    st.builds(Ping, address=st.text(max_size=300), client=ANYTHING),
+    st.builds(Release, address=st.text(max_size=300), force=st.booleans(), client=ANYTHING),
+)  # fmt: skip
+
+
+@given(SENDABLE)
+@MANY
+def test_what_a_client_sends_is_what_the_broker_hears(command: Any) -> None:
+    sent = encode(command)
+    assert sent.isascii()
+    assert sent.count(b"\n") == 1
+    assert sent.endswith(b"\n")
+    assert len(sent) <= LINE_BYTES_MAX
+    assert heard([sent]) == [command]
+
+
+@given(DOUBTFUL)
+@example(Ping("10.0.0.1\nTERMINATE_ALL"))
+@example(Ping("10.0.0.1 client=mallory"))
+@example(Ping("10.0.0.1\r"))
+@example(Release("10.0.0.1 force"))
+@example(GetWorker(client="ann\n"))
+@example(GetWorker(wait=float("nan")))
+@example(GetWorker(cores=True))
+@MANY
+def test_a_value_that_cannot_be_sent_is_refused_and_never_becomes_another_command(command: Any) -> None:
+    try:
+        sent = encode(command)
+    except BadRequest:
+        return
+    assert heard([sent]) == [command]
+
+
+def test_the_longest_possible_command_fits_into_a_line() -> None:
+    word, name = "w" * 255, "c" * 64
+    sent = encode(GetWorker(word, 100_000, word, word, 12345.000000000002, True, name))
+    assert len(sent) <= LINE_BYTES_MAX
+
+
+def test_a_command_is_written_as_a_person_would_write_it() -> None:
+    assert encode(GetWorker("gpu", 64, wait=30.0, exclusive=True)) == b"GET_WORKER pool=gpu cores=64 wait=30 exclusive=yes\n"  # fmt: skip # noqa: E501
+    assert encode(Release("10.0.0.1", True, "ann")) == b"RELEASE 10.0.0.1 force client=ann\n"
+    assert encode(GetWorker(wait=0.1 + 0.2)) == b"GET_WORKER wait=0.30000000000000004\n"
+
+
+def test_every_command_has_a_word_and_a_key_for_each_of_its_fields() -> None:
+    assert set(NAMES.values()) == set(protocol.PARSERS)
+    assert all(is_dataclass(kind) for kind in NAMES)
+    assert {field.name for field in fields(GetWorker)} == set(protocol.GET_WORKER_KEYS)
+
+
+# --- replies ----------------------------------------------------------------------------------------------
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    max_leaves=10,
+)
+ADDRESSES = st.ip_addresses().map(str) | st.sampled_from(
+    ["127.0.0.7", "ec2-203-0-113-25.compute-1.amazonaws.com", "ip-10-0-0-1.ec2.internal", "fe80::1"]
+)
+MESSAGES = st.text(max_size=500) | ADDRESSES | st.sampled_from(["", "10.0.0.1 [LIMIT]", "ERROR: x [CLOUD]"])
+
+
+def as_text(reply: bytes) -> str:
+    """One reply, checked to be one line of ASCII."""
+    assert reply.endswith(b"\n")
+    text = reply[:-1].decode("ascii")
+    assert text.isprintable()
+    return text
+
+
+def raised(kind: type[BrokerError], message: str) -> BrokerError:
+    return kind([message]) if kind is SettingsError else kind(message)  # type: ignore[arg-type]
+
+
+@given(kind=st.sampled_from(KINDS), message=MESSAGES)
+@MANY
+def test_no_error_line_ever_looks_like_an_address(kind: type[BrokerError], message: str) -> None:
+    reply = as_text(protocol.error_line(raised(kind, message)))
+    assert reply.startswith("ERROR: ")
+    with pytest.raises(BrokerError):
+        read_address(reply)
+
+
+@given(JSON)
+@FEW
+def test_json_is_one_line_that_is_no_address_and_says_what_it_said(value: object) -> None:
+    reply = as_text(protocol.json_line([value]))
+    assert json.loads(reply) == [value]
+    with pytest.raises(BrokerError, match="is no address"):
+        read_address(reply)
+
+
+@given(ADDRESSES)
+@FEW
+def test_an_address_arrives(address: str) -> None:
+    assert read_address(as_text(protocol.line(address))) == address
+    assert read_address(f" {address}\r") == address
+
+
+def test_ok_is_a_line_and_no_address() -> None:
+    assert read_reply(as_text(protocol.OK)) == "OK"
+    with pytest.raises(BrokerError, match="'OK', which is no address"):
+        read_address("OK")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "localhost", "256.1.1.1", "1.2.3", "1.2.3.4.5", "10.0.0.1:2560", "10.0.0.1 10.0.0.2", "a b.com",
+        "broker.", ".com", "a..com", "[::1]", "ERROR:10.0.0.1", "ERRORS.com:80", "10.0.0.1\x00",
+    ],
+)  # fmt: skip
+def test_what_is_no_address_is_not_taken_for_one(text: str) -> None:
+    with pytest.raises(BrokerError, match="is no address"):
+        read_address(text)
+
+
+@given(st.text(max_size=200))
+@FEW
+def test_any_answer_is_an_address_or_an_error(reply: str) -> None:
+    try:
+        address = read_address(reply)
+    except BrokerError:
+        return
+    assert address in reply
+
+
+@pytest.mark.parametrize(
+    ("reply", "kind", "message"),
+    [
+        ("ERROR: Unknown command", UnknownCommand, "Unknown command"),
+        ("ERROR: Worker not found", WorkerNotFound, "Worker not found"),
+        ("ERROR: no room [NO_CAPACITY]", NoCapacity, "no room"),
+        ("ERROR: full [LIMIT]", LimitReached, "full"),
+        ("ERROR: late [TIMEOUT]", WaitTimedOut, "late"),
+        ("ERROR: held [DENIED]", Denied, "held"),
+        ("ERROR: later [DRAINING]", Draining, "later"),
+        ("ERROR: no answer [CLOUD]", CloudError, "no answer"),
+        ("ERROR: no key [BAD_REQUEST]", BadRequest, "no key"),
+        ("ERROR: it said [LIMIT] [CLOUD]", CloudError, "it said [LIMIT]"),
+        ("ERROR: not for you [AUTH]", BrokerError, "not for you"),
+        ("ERROR: news [FROM_THE_FUTURE]", BrokerError, "news"),
+        ("ERROR: a sentence", BrokerError, "a sentence"),
+        ("ERROR: ", BrokerError, "the broker reports an error without a reason"),
+        ("ERROR", BrokerError, "the broker reports an error without a reason"),
+    ],
+)  # fmt: skip
+def test_an_error_line_is_raised_as_what_it_stands_for(
+    reply: str, kind: type[BrokerError], message: str
+) -> None:
+    with pytest.raises(BrokerError) as caught:
+        read_reply(reply)
+    assert (type(caught.value), caught.value.message) == (kind, message)
+
+
+@given(kind=st.sampled_from(KINDS), message=MESSAGES)
+@FEW
+def test_an_error_keeps_its_code_and_its_words_on_the_way(kind: type[BrokerError], message: str) -> None:
+    error = raised(kind, message)
+    with pytest.raises(BrokerError) as caught:
+        read_reply(error.wire())
+    if error.code in protocol.ERRORS and error.message.strip():
+        assert caught.value.code == error.code
+        assert caught.value.wire() == error.wire()
+
+
+def test_every_code_that_the_broker_says_today_has_its_error() -> None:
+    said = {kind.code for kind in KINDS if kind.code is not None}
+    assert said == set(protocol.ERRORS)
+    assert set(Code) - said == {Code.AUTH, Code.BUDGET}, "these two belong to parts that are not built yet"
+    assert all(kind.code == code for code, kind in protocol.ERRORS.items())
