@@ -36,8 +36,9 @@ class Plan:
     idle_seconds: float
 
 
-FULL = Plan(rounds=7, seconds=0.5, warmup_seconds=0.2, idle_rounds=3, idle_seconds=2.0)
-QUICK = Plan(rounds=3, seconds=0.4, warmup_seconds=0.2, idle_rounds=1, idle_seconds=1.0)
+# Many short turns rather than a few long ones: a machine changes its pace from one second to the next.
+FULL = Plan(rounds=15, seconds=0.3, warmup_seconds=0.1, idle_rounds=5, idle_seconds=1.5)
+QUICK = Plan(rounds=5, seconds=0.3, warmup_seconds=0.1, idle_rounds=1, idle_seconds=1.5)
 
 
 def say(line: str) -> None:

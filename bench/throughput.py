@@ -1,6 +1,6 @@
 """Requests per second of a warm GET_WORKER, beside the peers.
 
-Peers take turns in short slices (A B C D, A B C D, …) and are compared only with the slices of the same turn:
+Peers take turns in short slices (A B C D, B C D A, …) and are compared only with the slices of the same turn:
 a machine that slows down for a while slows them all, and the median of those ratios forgets the odd turn.
 A peer with one wrong reply anywhere in a shape has no number for that shape.
 """
@@ -8,6 +8,7 @@ A peer with one wrong reply anywhere in a shape has no number for that shape.
 from __future__ import annotations
 
 import statistics
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -102,15 +103,18 @@ class Throughput:
 def measure(running: list[Peer], cores: Cores, rounds: int, seconds: float, warmup_seconds: float,
             say: Callable[[str], None]) -> Throughput:  # fmt: skip
     result = Throughput()
+    order = deque(running)
     for shape in SHAPES:
 
         def turn(shape: Shape = shape) -> dict[str, Slice]:
+            order.rotate(-1)  # nobody is always the first
             played = {
                 peer.name: load.run(peer, shape.mode, cores, connections=shape.connections,
                                     depth=shape.depth, seconds=seconds, warmup_seconds=warmup_seconds)
-                for peer in running
+                for peer in order
             }  # fmt: skip
-            say(f"{shape.title}: " + ", ".join(f"{name} {one.rps:,.0f}/s" for name, one in played.items()))
+            rates = (f"{peer.name} {played[peer.name].rps:,.0f}/s" for peer in running)
+            say(f"{shape.title}: {', '.join(rates)}")
             return played
 
         kept, dropped = turns.play(rounds, turn, lambda played: played.values())

@@ -43,7 +43,7 @@ from broker.store import Store
 from broker.web.app import Health, make_app
 from broker.web.metrics import CommandStats, Metrics
 
-OPEN_SECONDS_MAX = 10.0  # at the start, for each cloud: one that is silent must not keep the ports closed
+OPEN_SECONDS_MAX = 5.0  # at the start, for each cloud: one that is silent must not keep the ports closed
 ANSWER_SECONDS_MAX = 5.0  # at shutdown, for commands that have their answer already
 SETTLE_SECONDS_MAX = (
     20.0  # at shutdown, for launch calls under way: an answer that is read is an order resolved

@@ -86,13 +86,10 @@ class Service:
 
     # --- commands ----------------------------------------------------------------------------------
 
-    def warm(self, client: str) -> bytes | None:
+    def warm(self, client: str, now: float) -> bytes | None:
         """The reply to a plain GET_WORKER of a client that was served a moment ago, or None."""
         hit = self._warm.get(client)
-        if hit is None or hit.generation != self._registry.generation:
-            return None
-        now = self._now()
-        if now > hit.proved_until:
+        if hit is None or hit.generation != self._registry.generation or now > hit.proved_until:
             return None
         self._registry.renew(hit.lease, now)
         return hit.reply
@@ -102,7 +99,7 @@ class Service:
         try:
             match command:
                 case GetWorker(pool=None, cores=None, type=None, region=None, exclusive=False):
-                    return self.warm(command.client or peer)
+                    return self.warm(command.client or peer, self._now())
                 case Malformed():
                     return protocol.error_line(command.error)
                 case _ if not self._context.clouds.recovered():

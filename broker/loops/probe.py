@@ -42,8 +42,8 @@ async def connects(address: str, port: int) -> bool:
 class ProbeLoop:
     """See the module. `connect` is the network: address, port → whether somebody accepts.
 
-    Each look is a task of its own, and `wake` has the loop tick when one is over: a silent worker, which takes
-    seconds to give up on, holds up nobody else's readiness.
+    Each look is a task of its own, and `wake` has the loop tick when one is over: a silent worker, which
+    takes seconds to give up on, holds up nobody else's readiness.
     """
 
     name = "probe"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
+from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics
 from prometheus_client.core import (
@@ -29,40 +30,42 @@ LAUNCH_BUCKETS = (1.0, 5.0, 10.0, 20.0, 30.0, 45.0, 60.0, 90.0, 120.0, 180.0, 30
 USD_MICROS = 1_000_000
 
 
-disable_created_metrics()  # type: ignore[no-untyped-call]  # a `_created` series for each counter doubles the page and helps nobody here
+# A `_created` series for each counter would double the page and help nobody.
+disable_created_metrics()  # type: ignore[no-untyped-call]
+
+
+class Answers:
+    """The answers to one command: how many, how many of them errors, how fast."""
+
+    __slots__ = ("buckets", "errors", "seconds", "total")
+
+    def __init__(self) -> None:
+        self.total = self.errors = 0
+        self.seconds = 0.0
+        self.buckets = [0] * (len(COMMAND_BUCKETS) + 1)
+
+    def histogram(self) -> list[tuple[str, float]]:
+        """Cumulative buckets, as Prometheus wants them."""
+        bounds = [*map(str, COMMAND_BUCKETS), "+Inf"]
+        return list(zip(bounds, map(float, accumulate(self.buckets)), strict=True))
 
 
 class CommandStats:
-    """How often each command was answered, how, and how fast."""
-
-    __slots__ = ("_buckets", "_sums", "outcomes")
+    """What was answered, by command. The command is a word of the protocol, or "unknown"."""
 
     def __init__(self) -> None:
-        self.outcomes: dict[tuple[str, bool], int] = {}
-        self._buckets: dict[str, list[int]] = {}
-        self._sums: dict[str, float] = {}
+        self.by_command: dict[str, Answers] = {}
 
-    def record(self, command: str, failed: bool, seconds: float) -> None:
-        """`command` is a word of the protocol, or "unknown"."""
-        key = (command, failed)
-        buckets = self._buckets.get(command)
-        if buckets is None:
-            buckets = self._buckets[command] = [0] * (len(COMMAND_BUCKETS) + 1)
-            self._sums[command] = 0.0
-        self.outcomes[key] = self.outcomes.get(key, 0) + 1
-        buckets[bisect_left(COMMAND_BUCKETS, seconds)] += 1
-        self._sums[command] += seconds
-
-    def histogram(self, command: str) -> tuple[list[tuple[str, float]], float]:
-        """Cumulative buckets and the sum, as Prometheus wants them."""
-        cumulative, total = [], 0
-        for bound, count in zip([*COMMAND_BUCKETS, "+Inf"], self._buckets[command], strict=True):
-            total += count
-            cumulative.append((str(bound), float(total)))
-        return cumulative, self._sums[command]
-
-    def commands(self) -> list[str]:
-        return sorted(self._buckets)
+    def record(self, command: str, failed: bool, seconds: float, count: int = 1) -> None:
+        """`count` answers that took so many seconds each."""
+        answers = self.by_command.get(command)
+        if answers is None:
+            answers = self.by_command[command] = Answers()
+        answers.total += count
+        if failed:
+            answers.errors += count
+        answers.seconds += seconds * count
+        answers.buckets[bisect_left(COMMAND_BUCKETS, seconds)] += count
 
 
 class Metrics(Collector):
@@ -184,14 +187,13 @@ class Metrics(Collector):
         total = CounterMetricFamily(
             "compute_broker_commands", "Commands answered.", labels=["command", "outcome"]
         )
-        for (command, failed), count in sorted(self.commands.outcomes.items()):
-            total.add_metric([command, "error" if failed else "ok"], count)
         seconds = HistogramMetricFamily(
             "compute_broker_command_seconds", "From a command to its reply.", labels=["command"]
         )
-        for command in self.commands.commands():
-            buckets, total_seconds = self.commands.histogram(command)
-            seconds.add_metric([command], buckets, total_seconds)
+        for command, answers in sorted(self.commands.by_command.items()):
+            total.add_metric([command, "ok"], answers.total - answers.errors)
+            total.add_metric([command, "error"], answers.errors)
+            seconds.add_metric([command], answers.histogram(), answers.seconds)
         yield from (total, seconds)
 
 

@@ -18,7 +18,9 @@ from tests.support.fault_proxy import EVERY_ACTION, FOREVER
 
 MANY = 1_000  # more calls than any test makes
 AT_ONCE_SECONDS_MAX = 5.0  # far below every pause that would be a wait for better days
-OUTAGE_SECONDS_MAX = 60.0  # until it counts as one: three scans that fail, five seconds apart, with SDK retries
+OUTAGE_SECONDS_MAX = (
+    60.0  # until it counts as one: three scans that fail, five seconds apart, with SDK retries
+)
 
 POOLS = (
     "lost-by-close", "lost-by-reset", "lost-twice", "listed", "reset", "throttled", "second-type", "no-type", "forbidden",
@@ -328,6 +330,8 @@ def test_without_the_cloud_warm_workers_are_handed_out_and_launches_fail_at_once
     assert broker.ask("GET_WORKER pool=warm", seconds_max=2.0) == warm
     assert lab.launch_calls(cold) == []
     lab.proxy.heal()
-    address = eventually(lambda: not (reply := broker.ask(f"GET_WORKER pool={cold}")).startswith("E") and reply)
+    address = eventually(
+        lambda: not (reply := broker.ask(f"GET_WORKER pool={cold}")).startswith("E") and reply
+    )
     assert lab.works(str(address))
     assert lab.state(lab.machine_at(warm).instance_id) == "running"

@@ -30,7 +30,9 @@ from typing import Any, Self, TypeVar
 import psutil
 from prometheus_client.parser import text_string_to_metric_families
 
-SECONDS_MAX = 20.0  # what takes longer has failed: most things take a few milliseconds, on a busy machine more
+SECONDS_MAX = (
+    20.0  # what takes longer has failed: most things take a few milliseconds, on a busy machine more
+)
 START_SECONDS_MAX = 60.0  # the SDK reads its description of EC2; a loaded machine may take its time
 STOP_SECONDS_MAX = 30.0  # the broker waits up to 20 s for launch calls that are under way
 LOOK_SECONDS = 0.02
@@ -44,13 +46,15 @@ def eventually(condition: Callable[[], T], seconds_max: float = SECONDS_MAX, wha
     deadline_at = time.monotonic() + seconds_max
     while not (value := condition()):
         if time.monotonic() > deadline_at:
-            raise AssertionError(f"not within {seconds_max:g} s: {what or 'a condition'}; last seen: {value!r}")
+            raise AssertionError(
+                f"not within {seconds_max:g} s: {what or 'a condition'}; last seen: {value!r}"
+            )
         time.sleep(LOOK_SECONDS)
     return value
 
 
 class Conversation:
-    """One client connection: bytes out, lines in. Closed by `with` or by its broker's `close`."""
+    """One client connection: bytes out, lines in. Closed by `with`, or by its broker's `hang_up` or `close`."""
 
     def __init__(self, host: str, port: int) -> None:
         self._socket = socket.create_connection((host, port), SECONDS_MAX)
@@ -216,8 +220,7 @@ class BrokerProcess:
 
     def close(self) -> None:
         """Ends everything that was started, whatever state it is in."""
-        for conversation in self._conversations:
-            conversation.close()
+        self.hang_up()
         if self.running:
             self._signal(signal.SIGKILL)
         if self._process is not None:
@@ -242,6 +245,12 @@ class BrokerProcess:
         conversation = Conversation(self.host, self.port)
         self._conversations.append(conversation)
         return conversation
+
+    def hang_up(self) -> None:
+        """Closes every connection that `connect` and `asking` have made."""
+        for conversation in self._conversations:
+            conversation.close()
+        self._conversations.clear()
 
     def asking(self, line: str) -> Conversation:
         """A connection that has asked; its reply is read when the test wants it."""
@@ -302,7 +311,9 @@ class BrokerProcess:
     def faults(self) -> list[str]:
         """What no run of a healthy broker logs, whatever the cloud and the clients do: errors, tracebacks."""
         runs = [path.read_text("utf-8", "replace") for path in sorted(self.directory.glob("stderr-*.log"))]
-        errors = [json.dumps(entry) for run in runs for entry in _parsed(run) if entry.get("level") == "error"]
+        errors = [
+            json.dumps(entry) for run in runs for entry in _parsed(run) if entry.get("level") == "error"
+        ]
         return errors + [line for run in runs for line in run.splitlines() if line.startswith("Traceback")]
 
     def _heard_of(self, event: str) -> bool:
@@ -373,7 +384,9 @@ def _reserved_port() -> socket.socket:
 
 
 def _toml(tables: Mapping[str, Mapping[str, object]]) -> str:
-    sections = [(name, [f"{key} = {_value(v)}" for key, v in table.items()]) for name, table in tables.items()]
+    sections = [
+        (name, [f"{key} = {_value(v)}" for key, v in table.items()]) for name, table in tables.items()
+    ]
     return "\n".join("\n".join([f"[{name}]", *lines, ""]) for name, lines in sections)
 
 

@@ -1,0 +1,382 @@
+"""Decisions: who must go and when to look again, what to order and what to say instead."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from broker.core.errors import LimitReached
+from broker.core.model import Worker, WorkerState
+from broker.core.policy import (
+    BREAKER_SECONDS,
+    BREAKER_SECONDS_MAX,
+    HOUR_SECONDS,
+    SUSPECT_SECONDS_MAX,
+    Demand,
+    LaunchGuard,
+    LaunchPlan,
+    Reason,
+    Verdict,
+    born_at,
+    judge,
+    plan_launches,
+)
+from broker.core.registry import Registry
+from broker.core.settings import PoolSettings
+from tests.core.generated import FEW
+from tests.core.make import PORT, instance, lease, order, pool
+
+POOL = pool(idle_timeout="15m", max_lifetime="8h", boot_deadline="10m", launches_per_hour=20, max_workers=4)
+IDLE, LIFETIME, BOOT = POOL.idle_timeout, POOL.max_lifetime, POOL.boot_deadline
+
+
+def booting(registry: Registry, now: float, number: int = 1) -> Worker:
+    registry.order(order(f"o-{number}"), PORT, now)
+    return registry.launched(f"o-{number}", instance(f"i-{number}", f"10.0.0.{number}"), now)
+
+
+def ready(registry: Registry, now: float, number: int = 1) -> Worker:
+    return registry.ready(booting(registry, now, number).id, now)
+
+
+def hold(registry: Registry, worker: Worker, now: float, client: str = "ann", ttl: float = IDLE) -> None:
+    registry.grant(lease(worker.id, client, ttl), now)
+
+
+def verdict(registry: Registry, worker: Worker, now: float, settings: PoolSettings = POOL) -> Verdict:
+    """As the reap loop asks: what has expired has ended, and the worker is what it is now."""
+    registry.expire_leases(worker.id, now)
+    current = registry.get(worker.id)
+    assert current is not None
+    return judge(registry, current, settings, now)
+
+
+# --- who must go ----------------------------------------------------------------------------------------
+
+
+def test_a_worker_that_nobody_uses_goes_after_the_idle_timeout_and_not_before() -> None:
+    registry = Registry()
+    worker = ready(registry, 100.0)
+    assert verdict(registry, worker, 100.0) == Verdict(next_look_at=100.0 + IDLE)
+    assert verdict(registry, worker, 99.0 + IDLE) == Verdict(next_look_at=100.0 + IDLE)
+    assert verdict(registry, worker, 100.0 + IDLE) == Verdict(drain=Reason.IDLE)
+
+
+def test_every_use_starts_the_idle_time_again() -> None:
+    registry = Registry()
+    worker = ready(registry, 0.0)
+    hold(registry, worker, 500.0)
+    registry.end_lease(worker.id, "ann", "released", 501.0)
+    assert verdict(registry, worker, IDLE) == Verdict(next_look_at=500.0 + IDLE)
+
+
+def test_a_busy_worker_stays_for_as_long_as_its_client_uses_it() -> None:
+    registry = Registry()
+    worker = ready(registry, 0.0)
+    for now in (0.0, 800.0, 1600.0, 2400.0):
+        hold(registry, worker, now)
+        assert verdict(registry, worker, now) == Verdict(next_look_at=now + IDLE)
+    assert verdict(registry, worker, 2400.0 + IDLE) == Verdict(drain=Reason.IDLE), "its client went silent"
+
+
+def test_the_next_look_at_a_busy_worker_is_when_the_first_of_its_leases_ends() -> None:
+    registry = Registry()
+    worker = ready(registry, 0.0)
+    hold(registry, worker, 0.0, "ann", ttl=300.0)
+    hold(registry, worker, 0.0, "bob", ttl=200.0)
+    assert verdict(registry, worker, 1.0) == Verdict(next_look_at=200.0)
+
+
+def test_an_old_worker_goes_once_nobody_holds_it() -> None:
+    registry = Registry()
+    worker = ready(registry, 0.0)
+    hold(registry, worker, LIFETIME - 100.0)
+    assert verdict(registry, worker, LIFETIME - 100.0) == Verdict(next_look_at=LIFETIME)
+    hold(registry, worker, LIFETIME)
+    assert verdict(registry, worker, LIFETIME) == Verdict(retire=True, next_look_at=LIFETIME + IDLE)
+    registry.end_lease(worker.id, "ann", "released", LIFETIME + 1.0)
+    assert verdict(registry, worker, LIFETIME + 1.0) == Verdict(drain=Reason.MAX_LIFETIME)
+
+
+def test_a_worker_that_stopped_answering_goes_sooner_than_an_idle_one() -> None:
+    registry = Registry()
+    worker = ready(registry, 0.0)
+    registry.suspect(worker.id, "no answer", 50.0)
+    silent_at = 50.0 + SUSPECT_SECONDS_MAX
+    assert verdict(registry, worker, 51.0) == Verdict(next_look_at=silent_at)
+    assert verdict(registry, worker, silent_at) == Verdict(drain=Reason.UNRESPONSIVE)
+
+
+def test_a_worker_that_stopped_answering_stays_while_somebody_holds_it() -> None:
+    registry = Registry()
+    worker = ready(registry, 0.0)
+    hold(registry, worker, 0.0)
+    registry.suspect(worker.id, "no answer", 50.0)
+    assert verdict(registry, worker, 60.0 + SUSPECT_SECONDS_MAX) == Verdict(next_look_at=IDLE)
+
+
+def test_a_machine_that_does_not_come_up_is_given_up() -> None:
+    registry = Registry()
+    worker = booting(registry, 100.0)
+    assert verdict(registry, worker, 99.0 + BOOT) == Verdict(next_look_at=100.0 + BOOT)
+    assert verdict(registry, worker, 100.0 + BOOT) == Verdict(drain=Reason.BOOT_TIMEOUT)
+
+
+def test_a_machine_taken_over_with_its_clients_is_theirs_to_give_up() -> None:
+    registry = Registry()
+    worker = registry.adopt(instance(), "default", PORT, 0.0)
+    hold(registry, worker, 0.0, "ann", ttl=BOOT + 100.0)
+    hold(registry, worker, 0.0, "bob", ttl=10.0)
+    assert verdict(registry, worker, BOOT) == Verdict(next_look_at=BOOT + 100.0)
+    assert verdict(registry, worker, BOOT + 100.0) == Verdict(drain=Reason.BOOT_TIMEOUT)
+
+
+def test_a_short_hold_does_not_shorten_the_boot() -> None:
+    registry = Registry()
+    worker = registry.adopt(instance(), "default", PORT, 0.0)
+    hold(registry, worker, 0.0, ttl=10.0)
+    assert verdict(registry, worker, 1.0) == Verdict(next_look_at=BOOT)
+
+
+def test_a_worker_on_its_way_in_or_out_has_no_deadline_here() -> None:
+    registry = Registry()
+    ordered = registry.order(order("o-9"), PORT, 0.0)
+    leaving = ready(registry, 0.0)
+    assert verdict(registry, ordered, 1e9) == Verdict()
+    registry.drain(leaving.id, "idle", 1.0)
+    assert verdict(registry, leaving, 1e9) == Verdict()
+    registry.terminating(leaving.id, 2.0)
+    assert verdict(registry, leaving, 1e9) == Verdict()
+
+
+@given(
+    uses=st.lists(st.tuples(st.floats(0, 20_000), st.floats(1, 5_000)), max_size=6),
+    suspect_at=st.none() | st.floats(0, 20_000),
+    now=st.floats(0, 60_000),
+)
+@FEW
+def test_no_busy_worker_is_drained_and_every_look_lies_ahead(
+    uses: list[tuple[float, float]], suspect_at: float | None, now: float
+) -> None:
+    registry = Registry()
+    worker = ready(registry, 0.0)
+    for number, (at, ttl_seconds) in enumerate(sorted(uses)):
+        hold(registry, worker, at, f"client-{number}", ttl_seconds)
+    if suspect_at is not None:
+        registry.suspect(worker.id, "no answer", suspect_at)
+    decided = verdict(registry, worker, now)
+    if registry.busy(worker.id):
+        assert decided.drain is None
+    assert (decided.drain is None) is (decided.next_look_at is not None)
+    assert decided.next_look_at is None or decided.next_look_at > now, "or the loop would spin"
+
+
+def test_a_machine_found_after_a_restart_is_as_old_as_the_cloud_says() -> None:
+    assert born_at(POOL, age_seconds=3600.0, now=10_000.0) == 6_400.0
+    assert born_at(POOL, age_seconds=0.0, now=10_000.0) == 10_000.0
+
+
+def test_a_machine_found_after_a_restart_has_an_idle_timeout_of_life_left() -> None:
+    found_at = 10_000.0
+    assert born_at(POOL, age_seconds=1e9, now=found_at) + LIFETIME == found_at + IDLE
+
+
+def test_a_wall_clock_that_is_behind_makes_no_machine_younger_than_now() -> None:
+    assert born_at(POOL, age_seconds=-3600.0, now=10_000.0) == 10_000.0
+    assert born_at(pool(max_lifetime="5m", idle_timeout="15m"), age_seconds=900.0, now=0.0) == 0.0
+
+
+# --- the guard against runaway launches -----------------------------------------------------------------
+
+
+def failing(guard: LaunchGuard, times: int, now: float, settings: PoolSettings = POOL) -> None:
+    for _ in range(times):
+        guard.boot_failed(settings, now)
+
+
+def test_attempts_of_the_last_hour_count_and_older_ones_do_not() -> None:
+    guard, settings = LaunchGuard(), pool(launches_per_hour=2)
+    guard.attempted(0.0)
+    assert guard.refusal(settings, 1.0) is None
+    guard.attempted(10.0)
+    refusal = guard.refusal(settings, HOUR_SECONDS - 1.0)
+    assert isinstance(refusal, LimitReached)
+    assert refusal.message == "the pool's launches_per_hour = 2 is reached"
+    assert guard.refusal(settings, HOUR_SECONDS) is None
+    assert list(guard.attempts) == [10.0]
+
+
+def test_failed_boots_in_a_row_pause_launches_and_say_why() -> None:
+    guard = LaunchGuard()
+    failing(guard, POOL.boot_failures_max - 1, 0.0)
+    assert guard.refusal(POOL, 0.0) is None
+    failing(guard, 1, 100.0)
+    refusal = guard.refusal(POOL, 100.0)
+    assert isinstance(refusal, LimitReached)
+    assert refusal.message == (
+        "3 machines in a row did not become ready; launches pause for 600 s more. "
+        "Is the image or its user data broken?"
+    )
+    assert guard.refusal(POOL, 99.0 + BREAKER_SECONDS) is not None
+    assert guard.refusal(POOL, 100.0 + BREAKER_SECONDS) is None
+
+
+def test_a_machine_that_comes_up_between_failures_keeps_the_breaker_closed() -> None:
+    guard = LaunchGuard()
+    for _ in range(10):
+        failing(guard, POOL.boot_failures_max - 1, 0.0)
+        guard.booted()
+    assert guard.refusal(POOL, 0.0) is None
+
+
+def test_each_further_pause_is_twice_as_long_up_to_a_maximum() -> None:
+    guard, pauses = LaunchGuard(), []
+    for _ in range(7):
+        failing(guard, POOL.boot_failures_max, 0.0)
+        pauses.append(guard.closed_until_at)
+    assert pauses == [600.0, 1200.0, 2400.0, 4800.0, 9600.0, BREAKER_SECONDS_MAX, BREAKER_SECONDS_MAX]
+    guard.booted()
+    failing(guard, POOL.boot_failures_max, 0.0)
+    assert guard.closed_until_at == BREAKER_SECONDS
+
+
+def test_an_image_that_stays_broken_for_a_year_does_not_break_the_broker() -> None:
+    guard, settings = LaunchGuard(), pool(boot_failures_max=1)
+    failing(guard, 5_000, 0.0, settings)
+    assert guard.closed_until_at == BREAKER_SECONDS_MAX
+
+
+# --- what to order --------------------------------------------------------------------------------------
+
+
+def planned(
+    registry: Registry, demand: Demand, settings: PoolSettings = POOL, guard: LaunchGuard | None = None
+) -> LaunchPlan:
+    return plan_launches(registry, "default", settings, demand, guard or LaunchGuard(), now=0.0)
+
+
+def says(plan: LaunchPlan) -> str | None:
+    """What waiting clients are told at once."""
+    assert plan.orders == 0 or plan.refusal is None
+    return None if plan.refusal is None else plan.refusal.message
+
+
+def test_nobody_waits_and_nothing_is_ordered() -> None:
+    assert planned(Registry(), Demand()) == LaunchPlan()
+
+
+def test_a_thousand_clients_that_share_need_one_machine() -> None:
+    assert planned(Registry(), Demand(sharing=1000)) == LaunchPlan(orders=1)
+
+
+def test_clients_that_share_nothing_need_one_machine_each() -> None:
+    assert planned(Registry(), Demand(exclusive=3)) == LaunchPlan(orders=3)
+    assert planned(Registry(), Demand(sharing=5, exclusive=2)) == LaunchPlan(orders=3)
+
+
+def test_machines_on_order_and_booting_are_supply_already() -> None:
+    registry = Registry()
+    registry.order(order("o-1"), PORT, 0.0)
+    booting(registry, 0.0, number=2)
+    assert planned(registry, Demand(sharing=9)) == LaunchPlan()
+    assert planned(registry, Demand(exclusive=2)) == LaunchPlan()
+    assert planned(registry, Demand(exclusive=3)) == LaunchPlan(orders=1)
+
+
+def test_a_ready_machine_is_no_supply_for_those_who_still_wait() -> None:
+    registry = Registry()
+    ready(registry, 0.0)
+    assert planned(registry, Demand(exclusive=1)) == LaunchPlan(orders=1)
+
+
+def test_the_cap_counts_every_machine_that_is_not_gone() -> None:
+    registry = Registry()
+    ready(registry, 0.0, 1)
+    registry.suspect(ready(registry, 0.0, 2).id, "no answer", 0.0)
+    registry.drain(ready(registry, 0.0, 3).id, "idle", 0.0)
+    assert planned(registry, Demand(exclusive=9)) == LaunchPlan(orders=1)
+    registry.drain(ready(registry, 0.0, 4).id, "idle", 0.0)
+    registry.terminating("o-4", 0.0)
+    assert planned(registry, Demand(exclusive=9)).obstacle == "the pool's max_workers = 4 is reached"
+    registry.gone("o-4", "terminated", 0.0)
+    assert planned(registry, Demand(exclusive=9)) == LaunchPlan(orders=1)
+
+
+def test_another_pools_machines_do_not_count() -> None:
+    registry = Registry()
+    for number in range(9):
+        registry.order(order(f"o-{number}", pool="other"), PORT, 0.0)
+    assert planned(registry, Demand(sharing=1)) == LaunchPlan(orders=1)
+
+
+def test_no_more_is_ordered_than_the_hour_allows() -> None:
+    guard = LaunchGuard()
+    for _ in range(2):
+        guard.attempted(0.0)
+    settings = pool(launches_per_hour=3)
+    assert planned(Registry(), Demand(exclusive=3), settings, guard) == LaunchPlan(orders=1)
+
+
+def test_clients_are_refused_at_once_when_there_is_nothing_to_wait_for() -> None:
+    assert says(planned(Registry(), Demand(sharing=1), pool(max_workers=0))) == (
+        "the pool's max_workers = 0 is reached"
+    )
+    assert says(planned(Registry(), Demand(sharing=1), pool(launches_per_hour=0))) == (
+        "the pool's launches_per_hour = 0 is reached"
+    )
+
+
+def test_clients_wait_for_a_machine_that_may_become_free_and_hear_why() -> None:
+    registry = Registry()
+    ready(registry, 0.0)
+    plan = planned(registry, Demand(exclusive=1), pool(max_workers=1))
+    assert plan == LaunchPlan(obstacle="the pool's max_workers = 1 is reached")
+
+
+def test_while_the_breaker_is_open_nothing_is_ordered() -> None:
+    guard = LaunchGuard()
+    failing(guard, POOL.boot_failures_max, 0.0)
+    assert "did not become ready" in (says(planned(Registry(), Demand(sharing=1), POOL, guard)) or "")
+
+
+COUNTS = st.integers(0, 8)
+
+
+@given(
+    ordered=COUNTS, warm=COUNTS, sharing=COUNTS, exclusive=COUNTS, attempts=COUNTS, cap=COUNTS, hourly=COUNTS
+)
+@FEW
+def test_no_plan_ever_exceeds_a_limit(
+    ordered: int, warm: int, sharing: int, exclusive: int, attempts: int, cap: int, hourly: int
+) -> None:
+    registry, guard = Registry(), LaunchGuard()
+    settings = pool(max_workers=cap, launches_per_hour=hourly)
+    for number in range(ordered):
+        registry.order(order(f"on-order-{number}"), PORT, 0.0)
+    for number in range(warm):
+        ready(registry, 0.0, number)
+    for _ in range(attempts):
+        guard.attempted(0.0)
+    plan = planned(registry, Demand(sharing, exclusive), settings, guard)
+    assert 0 <= plan.orders <= Demand(sharing, exclusive).workers_wanted()
+    if plan.orders:
+        assert len(registry) + plan.orders <= cap
+        assert attempts + plan.orders <= hourly
+    assert [bool(plan.orders), plan.refusal is not None, bool(plan.obstacle)].count(True) <= 1
+    assert plan.refusal is None or registry.count("default", *WorkerState) == 0
+
+
+def test_why_a_worker_is_drained_is_a_closed_list_of_short_words() -> None:
+    """They are values of a metric's label, which dashboards hold on to."""
+    assert {str(reason) for reason in Reason} == {
+        "idle", "released", "max-lifetime", "boot-timeout", "unresponsive", "terminate-all", "reclaimed",
+        "stopped", "surplus", "pool-removed",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("sharing", "exclusive", "wanted"), [(0, 0, 0), (1, 0, 1), (7, 0, 1), (0, 2, 2), (3, 2, 3)]
+)
+def test_demand_is_counted_in_machines(sharing: int, exclusive: int, wanted: int) -> None:
+    assert Demand(sharing, exclusive).workers_wanted() == wanted
