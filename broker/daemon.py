@@ -23,6 +23,7 @@ from broker.clouds import Cloud, Clouds
 from broker.context import Context
 from broker.core.errors import BrokerError, CloudUnreachable, SettingsError
 from broker.core.model import Event, InstanceState, WorkerChanged, WorkerSeen, WorkerState
+from broker.core.policy import HOUR_SECONDS
 from broker.core.registry import BOOKED, Registry
 from broker.core.settings import BrokerSettings, Settings, require_private, split_address
 from broker.logs import EventLog, Log
@@ -194,7 +195,10 @@ class Daemon:
             self.context.store.close()
 
     def _remember(self) -> None:
-        """Open orders and leases of an earlier run."""
+        """Open orders, leases and launch attempts of an earlier run."""
+        now, now_unix = self.clock.monotonic(), self.clock.wall()
+        for pool, placed_unix in self.context.store.attempts_since(now_unix - HOUR_SECONDS):
+            self.context.guard(pool).attempted(now - max(0.0, now_unix - placed_unix))
         for order in self.context.store.open_orders():
             self.orders.reopen(order)
         for launched in self.context.store.launched_orders():

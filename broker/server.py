@@ -223,7 +223,7 @@ class Server:
         self.observe = observe
         self.now = clock.monotonic
         self.wake = wake
-        self.connections: set[Connection] = set()
+        self.connections: dict[Connection, None] = {}  # in the order they came: a history can be played again
         self.connections_max = settings.connections_max  # lowered when the system allows fewer open files
         self._failed = failed
         self._servers: list[asyncio.Server] = []
@@ -251,14 +251,14 @@ class Server:
     def admit(self, connection: Connection) -> bool:
         if len(self.connections) >= self.connections_max:
             return False
-        self.connections.add(connection)
+        self.connections[connection] = None
         if not self._sweeping:
             self._sweeping = True
             self.wake()
         return True
 
     def dismiss(self, connection: Connection) -> None:
-        self.connections.discard(connection)
+        self.connections.pop(connection, None)
 
     async def answer(self, command: Command, peer: str) -> bytes:
         """The reply, whatever happens: a fault of ours costs one command, not the connection."""

@@ -405,13 +405,20 @@ class Service:
             task.exception()  # retrieved: whoever waits for it has it too
 
     async def _written(self, lease: Lease) -> None:
-        """Wait until the lease is on disk. A full disk does not keep a client from a worker that is there."""
+        """Wait until the lease is on disk.
+
+        A full disk does not keep a client from a shared worker. An exclusive one is not given away on a lease
+        that a restart would forget: raises StoreError, and the lease ends.
+        """
         task = self._writing.get(lease.id)
-        if task is not None:
-            try:
-                await asyncio.shield(task)
-            except StoreError:
-                return
+        if task is None:
+            return
+        try:
+            await asyncio.shield(task)
+        except StoreError:
+            if lease.exclusive:
+                self._registry.end_lease(lease.worker_id, lease.client, "not written", self._now())
+                raise
 
 
 def _future() -> asyncio.Future[Lease]:

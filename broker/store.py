@@ -152,6 +152,16 @@ class Store:
             for order_id, pool, offering, parameters, created in rows
         ]
 
+    def attempts_since(self, unix: float) -> list[tuple[str, float]]:
+        """(pool, when on the wall clock) of every order placed since then, whatever came of it."""
+        return (
+            self._connections[True]
+            .execute(
+                "SELECT pool, created_unix FROM orders WHERE created_unix >= ? ORDER BY created_unix", (unix,)
+            )
+            .fetchall()
+        )
+
     def launched_orders(self) -> list[LaunchedOrder]:
         """Orders whose machine had not been seen to end when the last broker stopped."""
         rows = self._connections[True].execute(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sqlite3
 from pathlib import Path
 from typing import Any
 
@@ -561,3 +562,60 @@ def test_settings_that_cannot_work_do_not_keep_running_machines_alive_for_ever(t
             assert cloud.running() == []
 
     run_virtual(main())
+
+
+def test_a_restart_does_not_forget_the_launches_of_the_last_hour(tmp_path: Path) -> None:
+    async def main() -> None:
+        chosen = settings(launches_per_hour=2)
+        async with running_broker(chosen, tmp_path) as broker:
+            for _ in range(2):
+                address = await broker.ask("GET_WORKER")
+                await broker.ask(f"RELEASE {address}")
+                await asyncio.sleep(60)
+        async with running_broker(chosen, tmp_path, cloud=broker.cloud) as again:
+            assert "launches_per_hour = 2 is reached" in await again.ask("GET_WORKER")
+            await asyncio.sleep(3600)
+            assert "ERROR" not in await again.ask("GET_WORKER")
+
+    run_virtual(main())
+
+
+class FullDisk:
+    """Every write of a store fails while this is in place."""
+
+    def __init__(self, broker: RunningBroker, patch: pytest.MonkeyPatch) -> None:
+        def fail(*_: object) -> None:
+            raise sqlite3.OperationalError("database or disk is full")
+
+        patch.setattr(broker.daemon.context.store, "_commit", fail)
+
+
+def test_on_a_full_disk_nothing_is_launched_and_shared_workers_are_still_handed_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def story(broker: RunningBroker) -> None:
+        address = await broker.ask("GET_WORKER client=a")
+        FullDisk(broker, monkeypatch)
+        assert await broker.ask("GET_WORKER client=b") == address
+        reply = await broker.ask("GET_WORKER client=c exclusive=yes")
+        assert reply.startswith("ERROR: cannot write")
+        assert reply.endswith("is the disk full? [LIMIT]")
+        assert broker.cloud.count("launch") == 1
+        monkeypatch.undo()
+        assert "ERROR" not in await broker.ask("GET_WORKER client=c exclusive=yes")
+
+    live(tmp_path, story)
+
+
+def test_on_a_full_disk_an_exclusive_worker_is_not_given_away_on_a_lease_that_would_be_forgotten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def story(broker: RunningBroker) -> None:
+        address = await broker.ask("GET_WORKER client=a")
+        waiting = asyncio.create_task(broker.ask("GET_WORKER client=b"))
+        await asyncio.sleep(1)
+        FullDisk(broker, monkeypatch)
+        await broker.ask(f"RELEASE {address} client=a")
+        assert (await waiting).endswith("is the disk full? [LIMIT]")
+
+    live(tmp_path, story, chosen=settings(sharing="exclusive", max_workers=1))

@@ -53,7 +53,7 @@ def _words(value: object) -> object:
 Seconds = Annotated[
     float,
     BeforeValidator(duration_seconds),
-    Field(ge=0, le=DURATION_SECONDS_MAX, json_schema_extra={"type": "string"}),
+    Field(ge=0, le=DURATION_SECONDS_MAX, json_schema_extra={"type": ["string", "number"]}),
 ]
 PositiveSeconds = Annotated[Seconds, Field(gt=0)]
 SocketAddress = Annotated[str, BeforeValidator(_socket_address)]

@@ -42,6 +42,10 @@ class Dice:
     def roll(self) -> float:
         return self._roll()
 
+    def fork(self) -> Dice:
+        """A stream of its own, for what must not depend on how often this one is asked."""
+        return Dice(random.Random(int(self._roll() * 2**53)))  # noqa: S311
+
     def chance(self, probability: float) -> bool:
         """No roll for what never happens: a fault that is switched off changes nothing else."""
         return probability > 0 and self._roll() < probability

@@ -108,9 +108,11 @@ class TclPlayer:
         return reply[:-1].decode()
 
     async def end(self) -> None:
-        if self._process is not None:
+        """End of input ends it."""
+        if self._process is not None and self._process.stdin is not None:
+            self._process.stdin.close()
             async with asyncio.timeout(SECONDS_MAX):
-                await self._process.communicate()
+                await self._process.wait()
 
     async def _started(self) -> asyncio.subprocess.Process:
         return await asyncio.create_subprocess_exec(

@@ -1,0 +1,464 @@
+"""The settings: what is written is understood, and what is not is said all at once, each problem with its key."""
+
+from __future__ import annotations
+
+import math
+import re
+from datetime import date, datetime
+from typing import Any
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from broker.core.errors import SettingsError
+from broker.core.settings import (
+    DURATION_SECONDS_MAX,
+    BrokerSettings,
+    ExposedError,
+    PoolSettings,
+    Section,
+    Settings,
+    duration_seconds,
+    parse,
+    require_private,
+    schema,
+    split_address,
+)
+from tests.core.generated import FEW, MANY
+
+SECTIONS = [BrokerSettings, PoolSettings]
+KEYS = [(section, key) for section in SECTIONS for key in section.model_fields]
+EC2 = {"provider": "ec2", "image": "ami-0123456789abcdef0", "instance_types": ["c7i.16xlarge"]}
+
+
+def problems(document: dict[str, Any], environ: dict[str, str] | None = None) -> tuple[str, ...]:
+    with pytest.raises(SettingsError) as caught:
+        parse(document, environ or {})
+    return caught.value.problems
+
+
+def pool(environ: dict[str, str] | None = None, /, **values: Any) -> PoolSettings:
+    return parse({"pool": {"default": values}}, environ or {}).pool["default"]
+
+
+def broker(**values: Any) -> BrokerSettings:
+    return parse({"broker": values}, {}).broker
+
+
+# --- what is there without a file -----------------------------------------------------------------------
+
+
+def test_nothing_at_all_is_the_embedded_default() -> None:
+    settings = parse({}, {})
+    assert settings == Settings()
+    assert (settings.broker.id, settings.broker.listen, settings.broker.http) == (
+        "local", "127.0.0.1:9000", "127.0.0.1:9100",
+    )  # fmt: skip
+    assert list(settings.pool) == ["default"]
+    default = settings.pool["default"]
+    assert (default.provider, default.worker_port, default.exclusive) == ("local", 2560, False)
+    assert (default.idle_timeout, default.max_lifetime, default.max_workers) == (900.0, 28_800.0, 4)
+    assert default.price_usd_micros_per_hour == 0
+
+
+def test_the_default_pool_exists_whatever_pools_there_are() -> None:
+    settings = parse({"pool": {"gpu": {"max_workers": 1}}}, {})
+    assert {name: it.max_workers for name, it in settings.pool.items()} == {"default": 4, "gpu": 1}
+
+
+def test_the_defaults_would_be_accepted_if_somebody_wrote_them() -> None:
+    settings = parse({}, {})
+    assert parse(settings.model_dump(mode="json", exclude_none=True), {}) == settings
+
+
+@pytest.mark.parametrize(("section", "key"), KEYS, ids=lambda value: str(getattr(value, "__name__", value)))
+def test_every_key_says_in_a_sentence_what_it_does(section: type[Section], key: str) -> None:
+    description = section.model_fields[key].description or ""
+    assert re.match(r"[A-Z]|(ec2|local|shared|tcp|auto): ", description)
+    assert description.endswith(".")
+
+
+@pytest.mark.parametrize(("section", "key"), KEYS, ids=lambda value: str(getattr(value, "__name__", value)))
+def test_the_schema_knows_every_key_with_its_description_and_default(
+    section: type[Section], key: str
+) -> None:
+    told = schema()["$defs"][section.__name__]["properties"][key]
+    assert told["description"] == section.model_fields[key].description
+    assert "default" in told
+
+
+def test_the_schema_takes_a_duration_as_words_or_as_seconds() -> None:
+    told = schema()["$defs"]["PoolSettings"]["properties"]["idle_timeout"]
+    assert set(told["type"]) == {"string", "number"}
+
+
+@pytest.mark.parametrize("place", [("broker", "id"), ("broker", "listen")])
+def test_settings_do_not_change(place: tuple[str, str]) -> None:
+    settings = parse({}, {})
+    with pytest.raises(ValidationError, match="frozen"):
+        setattr(settings.broker, place[1], "other")
+    with pytest.raises(ValidationError, match="frozen"):
+        settings.broker = BrokerSettings.model_validate({})
+
+
+def test_the_file_of_the_documentation_is_understood() -> None:
+    settings = parse(
+        {
+            "broker": {"id": "lab", "state_dir": "/var/lib/compute-broker", "listen": "127.0.0.1:9000"},
+            "pool": {
+                "default": {
+                    **EC2,
+                    "region": "us-east-1",
+                    "market": "spot",
+                    "security_group_ids": ["sg-1", "sg-2"],
+                    "readiness": "tcp",
+                    "idle_timeout": "15m",
+                    "max_lifetime": "8h",
+                    "sharing": "exclusive",
+                    "price_usd_per_hour": 1.0832,
+                    "tags": {"owner": "ann"},
+                }
+            },
+        },
+        {},
+    )
+    lab = settings.pool["default"]
+    assert (lab.instance_types, lab.security_group_ids) == (("c7i.16xlarge",), ("sg-1", "sg-2"))
+    assert (lab.exclusive, lab.price_usd_micros_per_hour, lab.tags) == (True, 1_083_200, {"owner": "ann"})
+
+
+# --- durations --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("written", "seconds"),
+    [
+        ("500ms", 0.5), ("30s", 30.0), ("15m", 900.0), ("8h", 28_800.0), ("2d", 172_800.0), ("1.5h", 5_400.0),
+        ("90", 90.0), (" 90 ", 90.0), (90, 90.0), (0.25, 0.25), ("0", 0.0), (0, 0.0), (5e-05, 5e-05),
+    ],
+)  # fmt: skip
+def test_a_duration_is_read_in_its_unit(written: object, seconds: float) -> None:
+    assert duration_seconds(written) == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize(
+    "written",
+    ["", "soon", "15 m", "15M", "1h30m", "-1s", -1, ".5s", "1,5h", True, None, [], math.inf, math.nan, "inf"],
+)
+def test_what_is_no_duration_says_how_to_write_one(written: object) -> None:
+    with pytest.raises(ValueError, match='is no duration: write "30s", "15m", "8h" or a number of seconds'):
+        duration_seconds(written)
+
+
+@given(st.floats(0, DURATION_SECONDS_MAX))
+@FEW
+def test_seconds_are_seconds_however_few(seconds: float) -> None:
+    assert duration_seconds(seconds) == seconds
+    assert pool(wait=seconds).wait == seconds
+
+
+def test_a_duration_has_a_maximum_of_ten_years() -> None:
+    assert pool(max_lifetime="3650d").max_lifetime == DURATION_SECONDS_MAX
+    for long in ("3651d", "9" * 400 + "d", 10**400):
+        assert problems({"pool": {"default": {"max_lifetime": long}}}) == (
+            "pool.default.max_lifetime: input should be less than or equal to 315360000",
+        )
+
+
+def test_some_durations_may_be_nothing_and_others_may_not() -> None:
+    assert pool(wait=0, readiness_max_age="0s").wait == 0.0
+    assert problems({"pool": {"default": {"idle_timeout": 0}}}) == (
+        "pool.default.idle_timeout: input should be greater than 0",
+    )
+
+
+# --- addresses --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("written", "host", "port"),
+    [
+        ("127.0.0.1:9000", "127.0.0.1", 9000), ("127.8.9.10:1", "127.8.9.10", 1), ("localhost:0", "localhost", 0),
+        ("[::1]:65535", "::1", 65535),
+    ],
+)  # fmt: skip
+def test_an_address_on_loopback_may_be_listened_on(written: str, host: str, port: int) -> None:
+    assert split_address(broker(listen=written, http=written).listen) == (host, port)
+
+
+@pytest.mark.parametrize(
+    "written",
+    ["", "9000", 9000, ":9000", "127.0.0.1", "127.0.0.1:", "127.0.0.1:http", "127.0.0.1:65536", "a:-1", "a:²", True],
+)  # fmt: skip
+def test_what_is_no_address_says_how_to_write_one(written: object) -> None:
+    assert problems({"broker": {"listen": written}}) == (
+        'broker.listen: is no address: write "127.0.0.1:9000"',
+    )
+
+
+EXPOSED = [
+    "0.0.0.0:9000",
+    "[::]:9000",
+    "10.0.0.5:9000",
+    "broker.example:9000",
+    "127.0.0.1.example:9000",
+    "0:9000",
+]
+
+
+@pytest.mark.parametrize("written", EXPOSED)
+@pytest.mark.parametrize("key", ["listen", "http"])
+def test_nobody_listens_beyond_loopback_by_accident(key: str, written: str) -> None:
+    (problem,) = problems({"broker": {key: written}})
+    assert problem.startswith("broker")
+    assert f'{key} = "{written}" is reachable from other machines' in problem
+    assert "insecure_listen = true" in problem
+
+
+@pytest.mark.parametrize("written", EXPOSED)
+def test_whoever_says_so_may_listen_beyond_loopback(written: str) -> None:
+    assert broker(listen=written, http=written, insecure_listen=True).listen == written
+
+
+def test_a_socket_that_somebody_else_opened_is_held_to_the_same() -> None:
+    require_private("a socket on 0.0.0.0", "0.0.0.0", insecure_listen=True)
+    require_private("a socket on ::1", "::1", insecure_listen=False)
+    with pytest.raises(ExposedError, match=r"a socket on 0\.0\.0\.0 is reachable from other machines"):
+        require_private("a socket on 0.0.0.0", "0.0.0.0", insecure_listen=False)
+
+
+# --- the environment ----------------------------------------------------------------------------------------
+
+
+def variable(*path: str) -> str:
+    return "__".join(("COMPUTE_BROKER", *path))
+
+
+def test_a_variable_beats_the_file() -> None:
+    environ = {variable("POOL", "DEFAULT", "MAX_WORKERS"): "3", variable("BROKER", "ID"): "lab"}
+    settings = parse({"broker": {"id": "file"}, "pool": {"default": {"max_workers": 9, "wait": 5}}}, environ)
+    assert (settings.broker.id, settings.pool["default"].max_workers, settings.pool["default"].wait) == (
+        "lab", 3, 5.0,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("key", "written", "value"),
+    [
+        ("IDLE_TIMEOUT", "15m", 900.0),
+        ("PRICE_USD_PER_HOUR", "0.5", 0.5),
+        ("ADOPT_NAME_TAG", "true", True),
+        ("SHARING", "exclusive", "exclusive"),
+        ("INSTANCE_TYPES", "c7i.large, c6i.large,", ("c7i.large", "c6i.large")),
+        ("SECURITY_GROUP_IDS", "sg-1", ("sg-1",)),
+        ("COMMAND", "/usr/bin/worker  --port 2560", ("/usr/bin/worker", "--port", "2560")),
+        ("REGION", "eu-west-1", "eu-west-1"),
+    ],
+)
+def test_a_variable_is_read_as_what_its_key_wants(key: str, written: str, value: object) -> None:
+    assert getattr(pool({variable("POOL", "DEFAULT", key): written}), key.lower()) == value
+
+
+def test_a_pools_dashes_are_underscores_in_a_variables_name() -> None:
+    environ = {variable("POOL", "GPU_BIG", "MAX_WORKERS"): "7"}
+    assert parse({"pool": {"gpu-big": {"wait": 1}}}, environ).pool["gpu-big"].max_workers == 7
+    assert parse({}, environ).pool["gpu-big"].max_workers == 7, "a pool may be made of variables alone"
+
+
+def test_a_pool_whose_name_is_wrong_is_not_made_a_second_time() -> None:
+    found = problems({"pool": {"gpu_big": {}}}, {variable("POOL", "GPU_BIG", "MAX_WORKERS"): "7"})
+    assert [problem.partition(":")[0] for problem in found] == ["pool.gpu_big"]
+
+
+def test_other_peoples_variables_are_none_of_our_business() -> None:
+    environ = {
+        "COMPUTE_BROKER_CONFIG": "/x",
+        "COMPUTE_BROKER_HOST": "y",
+        "PATH": "z",
+        "compute_broker__a": "1",
+    }
+    assert parse({}, environ) == parse({}, {})
+
+
+@pytest.mark.parametrize(
+    "path",
+    [("",), ("BROKER",), ("POOL",), ("POOL", "DEFAULT"), ("MAX_WORKERS",), ("POOL", "DEFAULT", "TAGS", "OWNER")],
+)  # fmt: skip
+def test_a_variable_of_ours_that_names_no_setting_is_a_problem(path: tuple[str, ...]) -> None:
+    name = variable(*path)
+    assert problems({}, {name: "1"}) == (
+        f"{name}: names no setting; write COMPUTE_BROKER__POOL__DEFAULT__MAX_WORKERS for instance",
+    )
+
+
+@pytest.mark.parametrize(
+    ("document", "key"),
+    [({"broker": 5}, "broker"), ({"pool": 5}, "pool"), ({"pool": {"default": 5}}, "pool.default")],
+)
+def test_a_variable_does_not_hide_that_the_file_has_no_table_there(
+    document: dict[str, Any], key: str
+) -> None:
+    environ = {variable("BROKER", "ID"): "lab", variable("POOL", "DEFAULT", "MAX_WORKERS"): "3"}
+    assert [problem.partition(":")[0] for problem in problems(document, environ)] == [key]
+
+
+def test_a_document_is_not_changed_by_the_variables() -> None:
+    document: dict[str, Any] = {"pool": {"default": {"max_workers": 1}}}
+    parse(document, {variable("POOL", "DEFAULT", "MAX_WORKERS"): "3"})
+    assert document == {"pool": {"default": {"max_workers": 1}}}
+
+
+# --- problems -----------------------------------------------------------------------------------------------
+
+
+def test_every_problem_is_said_at_once_with_its_key() -> None:
+    found = problems(
+        {
+            "brokr": {},
+            "broker": {"id": "no spaces", "log_level": "loud", "listen": "here", "nonsense": 1},
+            "pool": {"default": {"idle_timeout": "soon", "worker_port": 0}, "GPU": {}},
+        },
+        {variable("NONSENSE"): "1", variable("POOL", "DEFAULT", "MAX_WORKERS"): "many"},
+    )
+    assert {problem.partition(":")[0] for problem in found} == {
+        "brokr", "broker.id", "broker.log_level", "broker.listen", "broker.nonsense", "pool.GPU",
+        "pool.default.idle_timeout", "pool.default.worker_port", "pool.default.max_workers", variable("NONSENSE"),
+    }  # fmt: skip
+
+
+@pytest.mark.xfail(
+    reason="rules that look at two keys are asked only when every key alone is right", strict=True
+)
+def test_a_problem_between_two_keys_is_said_beside_the_others() -> None:
+    found = problems(
+        {
+            "broker": {"listen": "0.0.0.0:9000", "http": "0.0.0.0:9100", "log_level": "loud"},
+            "pool": {"gpu": {"provider": "ec2", "max_worker": 1, "tags": {"Name": "x"}}},
+        }
+    )
+    for said in ("listen =", "http =", "log_level", "image", "instance_types", "max_worker", "tags"):
+        assert any(said in problem for problem in found), said
+
+
+@pytest.mark.parametrize(
+    ("document", "problem"),
+    [
+        ({"pool": {"default": {"max_worker": 3}}}, "pool.default.max_worker: there is no such setting; did you mean max_workers?"),
+        ({"pool": {"gpu": {"instance_type": []}}}, "pool.gpu.instance_type: there is no such setting; did you mean instance_types?"),
+        ({"broker": {"listen_on": "x"}}, "broker.listen_on: there is no such setting; did you mean listen?"),
+        ({"pools": {}}, "pools: there is no such setting; did you mean pool?"),
+        ({"xyz": {}}, "xyz: there is no such setting"),
+        ({"broker": {"xyz": 1}}, "broker.xyz: there is no such setting"),
+    ],
+)  # fmt: skip
+def test_a_slip_of_the_pen_is_told_what_was_meant(document: dict[str, Any], problem: str) -> None:
+    assert problems(document) == (problem,)
+
+
+@pytest.mark.parametrize(
+    ("values", "problem"),
+    [
+        ({"provider": "gcp"}, "provider: input should be 'local' or 'ec2'"),
+        ({"max_workers": -1}, "max_workers: input should be greater than or equal to 0"),
+        ({"max_workers": 2.5}, "max_workers: input should be a valid integer, got a number with a fractional part"),
+        ({"worker_port": 65536}, "worker_port: input should be less than or equal to 65535"),
+        ({"boot_failures_max": 0}, "boot_failures_max: input should be greater than or equal to 1"),
+        ({"price_usd_per_hour": math.inf}, "price_usd_per_hour: input should be a finite number"),
+        ({"price_usd_per_hour": -0.1}, "price_usd_per_hour: input should be greater than or equal to 0"),
+        ({"instance_types": [5]}, "instance_types.0: input should be a valid string"),
+        ({"tags": "owner"}, "tags: input should be a valid dictionary"),
+        ({"name_tag": ""}, "name_tag: string should have at least 1 character"),
+    ],
+)  # fmt: skip
+def test_a_value_that_is_wrong_says_what_would_be_right(values: dict[str, Any], problem: str) -> None:
+    assert problems({"pool": {"default": values}}) == (f"pool.default.{problem}",)
+
+
+@pytest.mark.parametrize("name", ["Gpu", "1st", "gpu_big", "-", "", "x" * 33, "gpu\n"])
+def test_a_pools_name_is_fit_for_a_protocol_word_and_a_metric_label(name: str) -> None:
+    assert problems({"pool": {name: {}}})[0].startswith(f"pool.{name}: string should match pattern")
+
+
+@pytest.mark.parametrize("name", ["", "no spaces", "-lab", "x" * 33, "lab\n"])
+def test_a_brokers_id_is_fit_for_a_tag(name: str) -> None:
+    assert problems({"broker": {"id": name}})[0].startswith("broker.id: string should match pattern")
+
+
+@pytest.mark.parametrize(
+    ("missing", "said"),
+    [({"image"}, "image"), ({"instance_types"}, "instance_types"), ({"image", "instance_types"}, "image and instance_types")],
+)  # fmt: skip
+def test_an_ec2_pool_says_what_it_lacks(missing: set[str], said: str) -> None:
+    values = {key: value for key, value in EC2.items() if key not in missing}
+    assert problems({"pool": {"gpu": values}}) == (f'pool.gpu: provider = "ec2" needs {said}',)
+
+
+def test_a_script_comes_from_one_place() -> None:
+    assert problems({"pool": {"default": {"user_data": "#!", "user_data_file": "x"}}}) == (
+        "pool.default: user_data and user_data_file exclude each other",
+    )
+
+
+@pytest.mark.parametrize("key", ["Name", "compute-broker:pool", "compute-broker:x", "aws:x", "AWS:x"])
+def test_tags_that_are_the_brokers_or_amazons_cannot_be_set(key: str) -> None:
+    assert problems({"pool": {"default": {"tags": {key: "x", "fine": "y"}}}}) == (
+        f"pool.default: tags may not contain {key}: the broker or AWS keeps these",
+    )
+
+
+def test_ten_places_for_tags_are_left_to_the_broker() -> None:
+    forty = {f"tag-{number}": "x" for number in range(40)}
+    assert pool(tags=forty).tags == forty
+    assert problems({"pool": {"default": {"tags": {**forty, "one-more": "x"}}}}) == (
+        "pool.default: tags holds more than 40 entries",
+    )
+
+
+SCALARS = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=20), st.just(10**400),
+    st.just(date(2026, 1, 31)), st.just(datetime(2026, 1, 31, 8)), st.sampled_from(["ec2", "0.0.0.0:1", "5m", "a:1"]),
+)  # fmt: skip
+VALUES = SCALARS | st.lists(SCALARS, max_size=2) | st.dictionaries(st.text(max_size=5), SCALARS, max_size=2)
+
+
+def tables(section: type[Section]) -> st.SearchStrategy[Any]:
+    keys = st.sampled_from(list(section.model_fields)) | st.text(max_size=10)
+    return st.dictionaries(keys, VALUES, max_size=4) | SCALARS
+
+
+DOCUMENTS = st.fixed_dictionaries(
+    {},
+    optional={
+        "broker": tables(BrokerSettings),
+        "pool": st.dictionaries(st.sampled_from(["default", "gpu", "Bad"]), tables(PoolSettings), max_size=2) | SCALARS,
+        "else": VALUES,
+    },
+)  # fmt: skip
+VARIABLES = st.dictionaries(
+    st.sampled_from(
+        [variable("BROKER", "LISTEN"), variable("POOL", "GPU", "MAX_WORKERS"), variable("POOL"), variable("", "", "")]
+    ),
+    st.text(max_size=10),
+    max_size=2,
+)  # fmt: skip
+
+
+@given(document=DOCUMENTS, environ=VARIABLES)
+@example(document={"pool": {"default": {"price_usd_per_hour": math.nan}}}, environ={})
+@MANY
+def test_whatever_is_written_there_are_settings_or_problems_with_their_keys(
+    document: dict[str, Any], environ: dict[str, str]
+) -> None:
+    try:
+        settings = parse(document, environ)
+    except SettingsError as error:
+        assert error.problems
+        for problem in error.problems:
+            assert re.match(r"(broker|pool|else|COMPUTE_BROKER__)[^:]*: .", problem, re.DOTALL), problem
+        return
+    assert "default" in settings.pool
+    for it in settings.pool.values():
+        assert it.price_usd_micros_per_hour >= 0
+        assert 0 < it.idle_timeout <= DURATION_SECONDS_MAX
