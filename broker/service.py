@@ -393,9 +393,7 @@ class Service:
             raise WaitTimedOut("the broker has just started and is still looking for its workers") from None
 
     def _write_lease(self, lease: Lease, worker: Worker) -> None:
-        task = asyncio.ensure_future(
-            self._context.store.lease_granted(lease, worker.instance_id or worker.id)
-        )
+        task = asyncio.ensure_future(self._context.store.lease_granted(lease, worker))
         self._writing[lease.id] = task
         task.add_done_callback(lambda done: self._lease_written(lease.id, done))
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from broker.core.errors import StoreError
-from broker.core.model import Lease, Market, Offering, Order
+from broker.core.model import Lease, Market, Offering, Order, Worker
 
 CLOSED_ORDERS_MAX = 1000  # history for a person who asks what happened; older ones are dropped
 BUSY_TIMEOUT_SECONDS = 5.0  # another process looking into the file must not fail a write
@@ -35,8 +35,8 @@ CREATE TABLE IF NOT EXISTS orders (
 ) STRICT;
 CREATE INDEX IF NOT EXISTS orders_state ON orders (state);
 CREATE TABLE IF NOT EXISTS leases (
-    id TEXT PRIMARY KEY, instance_id TEXT NOT NULL, client TEXT NOT NULL,
-    ttl_seconds REAL NOT NULL, exclusive INTEGER NOT NULL
+    id TEXT PRIMARY KEY, instance_id TEXT NOT NULL, pool TEXT NOT NULL, address TEXT NOT NULL,
+    client TEXT NOT NULL, ttl_seconds REAL NOT NULL, exclusive INTEGER NOT NULL
 ) STRICT;
 """
 
@@ -47,6 +47,8 @@ class StoredLease:
 
     lease: Lease
     instance_id: str
+    pool: str
+    address: str  # what the client was given, and will ask for
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,12 +177,20 @@ class Store:
 
     # --- leases ------------------------------------------------------------------------------------
 
-    async def lease_granted(self, lease: Lease, instance_id: str) -> None:
+    async def lease_granted(self, lease: Lease, worker: Worker) -> None:
         """Returns when a broker that is killed now would find the lease again."""
         await self._write(
             False,
-            "INSERT OR REPLACE INTO leases VALUES (?, ?, ?, ?, ?)",
-            (lease.id, instance_id, lease.client, lease.ttl_seconds, int(lease.exclusive)),
+            "INSERT OR REPLACE INTO leases VALUES (?, ?, ?, ?, ?, ?, ?)",
+            (
+                lease.id,
+                worker.instance_id,
+                worker.pool,
+                worker.address or "",
+                lease.client,
+                lease.ttl_seconds,
+                int(lease.exclusive),
+            ),
         )
 
     async def lease_ended(self, lease_id: str) -> None:
@@ -189,11 +199,11 @@ class Store:
     def leases(self) -> list[StoredLease]:
         """Every lease that had not ended when the last broker stopped. `worker_id` is the instance's."""
         rows = self._connections[False].execute(
-            "SELECT id, instance_id, client, ttl_seconds, exclusive FROM leases ORDER BY rowid"
+            "SELECT id, instance_id, pool, address, client, ttl_seconds, exclusive FROM leases ORDER BY rowid"
         )
         return [
-            StoredLease(Lease(lease_id, instance_id, client, ttl, bool(exclusive)), instance_id)
-            for lease_id, instance_id, client, ttl, exclusive in rows
+            StoredLease(Lease(id_, instance_id, client, ttl, bool(exclusive)), instance_id, pool, address)
+            for id_, instance_id, pool, address, client, ttl, exclusive in rows
         ]
 
     # --- inside ------------------------------------------------------------------------------------

@@ -11,9 +11,18 @@ import json
 import re
 from collections.abc import Mapping
 from difflib import get_close_matches
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from broker.core.errors import SettingsError
 
@@ -22,6 +31,7 @@ DURATION = re.compile(r"(?P<amount>\d+(\.\d+)?(e[+-]?\d+)?)(?P<unit>ms|s|m|h|d)?
 DURATION_SECONDS_MAX = 10 * 365 * 86_400  # no timeout means longer, and tags cannot tell a date after 9999
 UNIT_SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, None: 1.0}
 LOOPBACK = re.compile(r"127(\.\d{1,3}){3}|localhost|::1")
+TAGS_MAX = 40  # EC2 allows 50 on a resource (EC2 user guide, Tag restrictions); ours are six
 TAG_KEY_RESERVED = re.compile(r"compute-broker:.*|aws:.*|Name", re.IGNORECASE)
 
 
@@ -99,12 +109,12 @@ class BrokerSettings(Section):
     state_dir: str = Field(
         "~/.local/state/compute-broker", description="Open orders, leases and local workers are kept here."
     )
+    insecure_listen: bool = Field(
+        False, description="Allow listening beyond loopback although the protocol has no authentication."
+    )
     listen: SocketAddress = Field("127.0.0.1:9000", description="Where clients connect.")
     http: SocketAddress = Field(
         "127.0.0.1:9100", description="Where /metrics, /healthz and /readyz are served."
-    )
-    insecure_listen: bool = Field(
-        False, description="Allow listening beyond loopback although the protocol has no authentication."
     )
     connections_max: int = Field(12_000, ge=1, description="More clients than this are told so and closed.")
     line_timeout: PositiveSeconds = Field(
@@ -121,12 +131,12 @@ class BrokerSettings(Section):
         "auto", description="auto: JSON unless stderr is a terminal."
     )
 
-    @model_validator(mode="after")
-    def _no_accidental_exposure(self) -> Self:
-        for key in ("listen", "http"):
-            host, _ = split_address(getattr(self, key))
-            require_private(f'{key} = "{getattr(self, key)}"', host, self.insecure_listen)
-        return self
+    @field_validator("listen", "http")
+    @classmethod
+    def _no_accidental_exposure(cls, address: str, info: ValidationInfo) -> str:
+        host, _ = split_address(address)
+        require_private(f'"{address}"', host, bool(info.data.get("insecure_listen")))
+        return address
 
 
 class PoolSettings(Section):
@@ -181,9 +191,11 @@ class PoolSettings(Section):
     region: str | None = Field(None, description="ec2: the region; otherwise the AWS configuration decides.")
     profile: str | None = Field(None, description="ec2: the profile in the AWS configuration files.")
     image: str | None = Field(
-        None, description="ec2: an AMI id, or the name of an SSM parameter that holds one."
+        None,
+        validate_default=True,
+        description="ec2: an AMI id, or the name of an SSM parameter that holds one.",
     )
-    instance_types: Names = Field((), description="ec2: in order of preference.")
+    instance_types: Names = Field((), validate_default=True, description="ec2: in order of preference.")
     market: Literal["spot", "on-demand"] = Field("spot", description="ec2: how machines are bought.")
     address: Literal["public", "private", "dns"] = Field(
         "public", description="ec2: which address clients get."
@@ -203,22 +215,31 @@ class PoolSettings(Section):
         False, description="ec2: take over machines with this Name tag that no broker has tagged as its own."
     )
 
-    @model_validator(mode="after")
-    def _complete(self) -> Self:
-        if self.provider == "ec2":
-            missing = [key for key in ("image", "instance_types") if not getattr(self, key)]
-            if missing:
-                raise ValueError(f'provider = "ec2" needs {" and ".join(missing)}')
-        if self.user_data is not None and self.user_data_file is not None:
+    # Rules about two keys belong to the later one, so that they are said beside every other problem.
+
+    @field_validator("image", "instance_types")
+    @classmethod
+    def _ec2_cannot_buy_without(cls, value: Any, info: ValidationInfo) -> Any:
+        if info.data.get("provider") == "ec2" and not value:
+            raise ValueError('provider = "ec2" needs it')
+        return value
+
+    @field_validator("user_data_file")
+    @classmethod
+    def _one_script(cls, path: str | None, info: ValidationInfo) -> str | None:
+        if path is not None and info.data.get("user_data") is not None:
             raise ValueError("user_data and user_data_file exclude each other")
-        reserved = [key for key in self.tags if TAG_KEY_RESERVED.fullmatch(key)]
+        return path
+
+    @field_validator("tags")
+    @classmethod
+    def _tags_of_ones_own(cls, tags: dict[str, str]) -> dict[str, str]:
+        reserved = [key for key in tags if TAG_KEY_RESERVED.fullmatch(key)]
         if reserved:
-            raise ValueError(f"tags may not contain {', '.join(reserved)}: the broker or AWS keeps these")
-        if (
-            len(self.tags) > 40
-        ):  # EC2 allows 50 tags on a resource (EC2 user guide, Tag restrictions); ours are six
-            raise ValueError("tags holds more than 40 entries")
-        return self
+            raise ValueError(f"may not contain {', '.join(reserved)}: the broker or AWS keeps these")
+        if len(tags) > TAGS_MAX:
+            raise ValueError(f"holds more than {TAGS_MAX} entries")
+        return tags
 
     @property
     def exclusive(self) -> bool:

@@ -254,35 +254,48 @@ class ReconcileLoop:
                 self._orders.close(entry.order, NEVER_LAUNCHED)
 
     def _expect(self, cloud: Cloud) -> None:
-        """Machines that were launched shortly before the start and that the listing does not show yet.
+        """Machines that were there before the start and that the listing does not show (yet).
 
-        They are entered all the same: otherwise somebody who waits would be given a second one.
+        Those launched a short while ago are entered all the same, otherwise somebody who waits would be given
+        a second one; so are those that somebody holds, otherwise their PING would be answered with an error.
         """
         for launched in list(self._context.expected.values()):
             order = launched.order
-            if self._context.cloud(order.pool) is not cloud:
-                continue
-            del self._context.expected[launched.instance_id]
-            if self._registry.by_instance(launched.instance_id) is None:
-                self._expect_one(cloud, launched)
+            if self._context.cloud(order.pool) is cloud:
+                del self._context.expected[launched.instance_id]
+                self._expect_launched(cloud, launched)
+        for leases in list(self._context.stored_leases.values()):
+            held = leases[0]
+            unseen = held.instance_id not in cloud.instance_ids
+            if self._context.cloud(held.pool) is cloud and unseen and held.address:
+                pending = Instance(held.instance_id, InstanceState.PENDING, held.address)
+                self._enter_unseen(pending, held.pool, None)
 
-    def _expect_one(self, cloud: Cloud, launched: LaunchedOrder) -> None:
-        order, offering = launched.order, launched.order.offering
+    def _expect_launched(self, cloud: Cloud, launched: LaunchedOrder) -> None:
+        if self._registry.by_instance(launched.instance_id) is not None:
+            return
+        order, offering, held = launched.order, launched.order.offering, self._context.stored_leases
         old = self._context.clock.wall() - order.created_unix > EXPECTED_SECONDS
-        if old or launched.instance_id in cloud.instance_ids:  # listed, and not taken in: it has ended
+        listed = launched.instance_id in cloud.instance_ids  # and not taken in: so it has ended
+        if listed or (old and launched.instance_id not in held):
             self._context.store.soon(self._context.store.order_closed(order.id, "gone"))
             return
         unseen = Instance(
             launched.instance_id,
             InstanceState.PENDING,
+            next((lease.address for lease in held.get(launched.instance_id, ())), None) or None,
             instance_type=offering.instance_type,
             region=offering.region,
             zone=offering.zone,
             market=offering.market,
             cores=offering.cores,
         )
-        port, now = self._context.pool(order.pool).worker_port, self._context.now()
-        self._restore_leases(self._registry.adopt(unseen, order.pool, port, now, order_id=order.id))
+        self._enter_unseen(unseen, order.pool, order.id)
+
+    def _enter_unseen(self, unseen: Instance, pool: str, order_id: str | None) -> None:
+        port = self._context.pool(pool).worker_port
+        worker = self._registry.adopt(unseen, pool, port, self._context.now(), order_id=order_id)
+        self._restore_leases(worker)
 
     def _drop_stored_leases(self, started_at: float) -> None:
         """A lease whose machine no listing has shown for a good while has ended with it."""

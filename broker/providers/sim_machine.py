@@ -161,8 +161,10 @@ class Addresses:
         self.tenures.setdefault(address, []).append(Tenure(machine, at))
         return address, used is not None
 
-    def take_back(self, address: str, at: float) -> None:
-        if self._holders.pop(address, None) is not None:
+    def take_back(self, address: str, machine: Machine, at: float) -> None:
+        """Nothing happens to an address that is somebody else's by now."""
+        if self._holders.get(address) is machine:
+            del self._holders[address]
             self.tenures[address][-1].until_at = at
             self._free.append((at, address))
 

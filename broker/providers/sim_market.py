@@ -16,8 +16,10 @@ from broker.providers.sim_machine import Machine
 from broker.providers.sim_sky import Refused, Sky
 from broker.providers.sim_weather import Fault
 
-KIND = re.compile(r"(?P<family>[a-z][a-z0-9-]*)\.(?P<size>nano|micro|small|medium|large|(?P<n>\d*)xlarge)")
-SMALL_VCPUS = {"nano": 2, "micro": 2, "small": 2, "medium": 1, "large": 2}
+KIND = re.compile(
+    r"[a-z][a-z0-9-]*\.(?P<size>nano|micro|small|medium|large|(?P<x>\d*)xlarge|metal(-(?P<m>\d+)xl)?)"
+)
+NAMED_VCPUS = {"nano": 2, "micro": 2, "small": 2, "medium": 1, "large": 2, "xlarge": 4, "metal": 96}
 USD_MICROS_PER_VCPU_HOUR = 45_000  # about what c7i costs in us-east-1; the exact figure does not matter
 SPOT_SHARE = (0.25, 0.6)  # of the on-demand price
 
@@ -100,7 +102,7 @@ class Market:
     def __init__(self, sky: Sky, zones: Sequence[str], machines: Callable[[], Iterable[Machine]]) -> None:
         self.zones = tuple(zones)
         self._sky, self._machines = sky, machines
-        self._goods = sky.market.fork()
+        self._prices = sky.goods.fork()
         self._standing: dict[tuple[str, ...], float] = {}  # a refusal → until when
         self._dry: dict[tuple[str, bool, str], float] = {}  # an offering without stock → until when
         self._supported: dict[tuple[str, bool, str], bool] = {}
@@ -111,7 +113,7 @@ class Market:
         if not spot:
             return price
         if (kind, zone) not in self._spot_share:
-            self._spot_share[kind, zone] = self._goods.within(SPOT_SHARE)
+            self._spot_share[kind, zone] = self._prices.within(SPOT_SHARE)
         return round(price * self._spot_share[kind, zone])
 
     # --- refusing ----------------------------------------------------------------------------------
@@ -156,8 +158,8 @@ class Market:
         for code, probability in weather.refusals:
             if REFUSALS[code].early is not early or not _applies(code, wish):
                 continue
-            if self._sky.market.chance(probability):
-                self.refuse(code, self._sky.market.within(weather.refusal_seconds), wish)
+            if self._sky.goods.chance(probability):
+                self.refuse(code, self._sky.goods.within(weather.refusal_seconds), wish)
                 raise self._refused(code)
 
     def _within_quota(self, wish: Wish) -> int:
@@ -184,11 +186,11 @@ class Market:
 
     def _is_supported(self, offering: tuple[str, bool, str]) -> bool:
         if offering not in self._supported:
-            self._supported[offering] = not self._sky.market.chance(self._sky.weather.unsupported)
+            self._supported[offering] = not self._sky.goods.chance(self._sky.weather.unsupported)
         return self._supported[offering]
 
     def _is_dry(self, offering: tuple[str, bool, str]) -> bool:
-        at, weather, dice = self._sky.at, self._sky.weather, self._sky.market
+        at, weather, dice = self._sky.at, self._sky.weather, self._sky.goods
         if self._dry.get(offering, at) > at:
             return True
         if dice.chance(weather.stockout_everywhere):
@@ -205,7 +207,7 @@ class Market:
     def _shuffled(self) -> list[str]:
         rest, mixed = list(self.zones), []
         while rest:
-            mixed.append(self._sky.market.pick(rest))
+            mixed.append(self._sky.goods.pick(rest))
             rest.remove(mixed[-1])
         return mixed
 
@@ -229,4 +231,5 @@ def vcpus_of(kind: str) -> int | None:
     match = KIND.fullmatch(kind)
     if match is None:
         return None
-    return 4 * int(match["n"] or 1) if match["size"].endswith("xlarge") else SMALL_VCPUS[match["size"]]
+    times = match["x"] or match["m"]
+    return 4 * int(times) if times else NAMED_VCPUS[match["size"]]

@@ -106,7 +106,7 @@ class Sky:
     ) -> None:
         self.weather = weather
         self.agenda = Agenda(now)
-        self.roads, self.views, self.fates, self.market = (Dice(rng) for _ in range(4))
+        self.roads, self.views, self.fates, self.goods = (Dice(rng) for _ in range(4))
         self.faults: Counter[str] = Counter()
         self.report: Report | None = None
         self.era = 0

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypedDict
 
 from broker.core import tags
 from tests.support import ec2_wire
@@ -23,8 +24,8 @@ from tests.support.worker_stand_in import ANSWER_PREFIX, WorkerFleet, evaluate
 BROKER_ID = "lab"
 TYPES = ("c7i.large", "c6i.large")
 
-# Quick, so that a test waits for the broker and not for its patience. A hand-out trusts no proof that is older
-# than itself: what a test has just done to a machine counts for the very next client.
+# Quick, so that a test waits for the broker and not for its patience. A hand-out trusts no proof that is
+# older than itself: what a test has just done to a machine counts for the very next client.
 BROKER: Mapping[str, object] = {"id": BROKER_ID, "reconcile_interval": "300ms"}
 POOL: Mapping[str, object] = {
     "provider": "ec2",
@@ -35,6 +36,14 @@ POOL: Mapping[str, object] = {
 }
 
 Table = Mapping[str, object]
+
+
+class Delays(TypedDict, total=False):
+    """Arguments of `FaultProxy.after_launch`."""
+
+    hidden: int
+    pending: int
+    unaddressed: int
 
 
 @dataclass(frozen=True)

@@ -11,21 +11,26 @@ from collections.abc import Iterator
 import pytest
 
 from broker.clouds import SCAN_FAILURES_MAX
-from tests.acceptance.lab import TYPES, Lab, is_capable_error, laboratory
+from tests.acceptance.lab import TYPES, Delays, Lab, is_capable_error, laboratory
 from tests.support.broker_process import BrokerProcess, eventually
 from tests.support.cloud import MotoServer
 from tests.support.fault_proxy import EVERY_ACTION, FOREVER
 
 MANY = 1_000  # more calls than any test makes
+STAGES: dict[str, Delays] = {
+    "hidden": {"hidden": FOREVER},
+    "pending": {"pending": FOREVER},
+    "unaddressed": {"unaddressed": FOREVER},
+}
 AT_ONCE_SECONDS_MAX = 5.0  # far below every pause that would be a wait for better days
 OUTAGE_SECONDS_MAX = (
     60.0  # until it counts as one: three scans that fail, five seconds apart, with SDK retries
 )
 
 POOLS = (
-    "lost-by-close", "lost-by-reset", "lost-twice", "listed", "reset", "throttled", "second-type", "no-type", "forbidden",
-    "wrong-image", "hidden", "pending", "unaddressed", "stalled", "reclaimed", "unasked", "dead-port",
-    "reused-address", "omitted", "stubborn", "warm", "slow", "reading", "cold-authfailure",
+    "lost-by-close", "lost-by-reset", "lost-twice", "listed", "reset", "throttled", "second-type", "no-type",
+    "forbidden", "wrong-image", "hidden", "pending", "unaddressed", "stalled", "reclaimed", "unasked",
+    "dead-port", "reused-address", "omitted", "stubborn", "warm", "slow", "reading", "cold-authfailure",
     "cold-reset",
 )  # fmt: skip
 
@@ -165,13 +170,12 @@ def test_a_wrong_image_is_named_with_the_setting_to_correct(lab: Lab, broker: Br
 # ---------------------------------------------------------------- machines that are not ready yet
 
 
-@pytest.mark.parametrize("stage", ["hidden", "pending", "unaddressed"])
+@pytest.mark.parametrize("stage", STAGES)
 def test_a_machine_that_is_not_there_yet_is_waited_for_and_not_bought_twice(
     lab: Lab, broker: BrokerProcess, stage: str
 ) -> None:
-    lab.proxy.after_launch(**{stage: FOREVER})
+    lab.proxy.after_launch(**STAGES[stage])
     askers = [broker.asking(f"GET_WORKER pool={stage} client=ada")]
-    lab.proxy.wait_for_calls("RunInstances", len(lab.proxy.calls_of("RunInstances")))
     eventually(lambda: lab.machines(stage))
     lab.wait_for_scans(3)
     askers.append(broker.asking(f"GET_WORKER pool={stage} client=bob"))

@@ -58,24 +58,20 @@ def assert_not_ready(broker: BrokerProcess, words: str) -> None:
 
 
 def test_a_cloud_that_says_nothing_at_all_keeps_neither_the_broker_nor_its_clients_waiting(lab: Lab) -> None:
-    lab.proxy.stall(EVERY_ACTION, times=MANY)
-    broker = lab.broker_to_be()
-    broker.spawn()
+    silence = lab.proxy.stall(EVERY_ACTION, times=MANY)
+    broker, unwanted = lab.broker_to_be(), lab.broker_to_be(broker={"id": "unwanted"})
+    for one in (broker, unwanted):
+        one.spawn()
+    silence.wait_hit(2)
+    unwanted.ask_to_end()
     eventually(lambda: broker.events("listening"), TOLD_SECONDS_MAX, "the broker listens")
     assert_not_ready(broker, "no answer")
     for command in ("PING 127.1.2.3", "GET_WORKER"):
         assert is_capable_error(broker.ask(command, seconds_max=2.0), "CLOUD")
+    assert unwanted.exit_code(TOLD_SECONDS_MAX) == 0
     lab.proxy.heal()
     eventually(lambda: broker.http("/readyz")[0] == 200)
     assert broker.ask("GET_WORKER") == lab.address(lab.only())
-
-
-def test_a_broker_that_waits_for_its_cloud_can_be_stopped(lab: Lab) -> None:
-    silence = lab.proxy.stall(EVERY_ACTION, times=MANY)
-    broker = lab.broker_to_be()
-    broker.spawn()
-    silence.wait_hit()
-    broker.terminate()
 
 
 def test_a_client_that_comes_before_the_first_listing_waits_for_it_and_nothing_is_launched_before(

@@ -14,14 +14,15 @@ REFUSED, USAGE = 1, 2
 SECONDS_MAX = 30.0
 
 # Everything that is wrong with it, and what the operator must read about it.
-BAD_TABLES = {
+BAD_TABLES: dict[str, dict[str, object]] = {
     "broker": {"id": "a b", "listen": "9000", "reconcile_intervall": "30s", "log_level": "loud"},
     "pool.default": {"max_workers": -1, "idle_timeout": "soon", "sharing": "maybe"},
     "pool.gpu": {"provider": "ec2"},
 }
 BAD_KEYS = (
-    "broker.id", "broker.listen", "broker.reconcile_intervall", "did you mean reconcile_interval", "broker.log_level",
-    "pool.default.max_workers", "pool.default.idle_timeout", "pool.default.sharing", "pool.gpu", "image",
+    "broker.id", "broker.listen", "broker.reconcile_intervall", "did you mean reconcile_interval",
+    "broker.log_level", "pool.default.max_workers", "pool.default.idle_timeout", "pool.default.sharing",
+    "pool.gpu", "image",
 )  # fmt: skip
 
 

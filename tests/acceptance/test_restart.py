@@ -1,15 +1,18 @@
-"""kill -9 at every stage of a worker's life, and a new broker on the same state: nothing is lost or doubled."""
+"""kill -9 at every stage of a worker's life, a new broker on the same state: nothing is lost or doubled."""
 
 from __future__ import annotations
 
 import pytest
 
 from broker import remote_eval
-from tests.acceptance.lab import Lab, is_capable_error
+from tests.acceptance.lab import Delays, Lab, is_capable_error
 from tests.support.broker_process import BrokerProcess, BrokerProcesses, eventually
 from tests.support.fault_proxy import FOREVER
 
-BOOT_STAGES = {"pending": {"pending": FOREVER}, "without an address": {"unaddressed": FOREVER}}
+BOOT_STAGES: dict[str, Delays] = {
+    "pending": {"pending": FOREVER},
+    "without an address": {"unaddressed": FOREVER},
+}
 
 
 def restart(broker: BrokerProcess) -> None:
@@ -26,49 +29,40 @@ def booting_order(lab: Lab, broker: BrokerProcess) -> str:
 # ---------------------------------------------------------------- with a machine that runs
 
 
-def test_a_killed_brokers_running_worker_is_handed_out_again_by_the_next(lab: Lab) -> None:
+def test_a_killed_brokers_running_worker_is_handed_out_again_by_the_next_and_ends_with_its_release(
+    lab: Lab,
+) -> None:
     broker = lab.broker()
     address = broker.ask("GET_WORKER client=ada")
     restart(broker)
     assert broker.ask(f"PING {address} client=ada") == "OK"
-    assert broker.ask("GET_WORKER client=ada") == address
     assert broker.ask("GET_WORKER client=bob") == address
+    assert broker.ask(f"RELEASE {address} client=bob") == "OK"
+    assert broker.ask("GET_WORKER client=ada") == address
     assert lab.works(address)
-    assert len(lab.launch_calls()) == 1
     assert lab.only().state == "running"
+    assert broker.ask(f"RELEASE {address} client=ada") == "OK"
+    lab.wait_until_terminated()
+    assert len(lab.launch_calls()) == 1
 
 
 def test_a_lease_outlives_the_broker_so_nobody_else_gets_an_exclusive_worker(lab: Lab) -> None:
-    broker = lab.broker(sharing="exclusive", max_workers=1)
-    address = broker.ask("GET_WORKER client=ada")
+    alone = {"sharing": "exclusive"}
+    broker = lab.broker_to_be(pools={"default": alone, "full": {**alone, "max_workers": 1}}).start()
+    address, only = broker.ask("GET_WORKER client=ada"), broker.ask("GET_WORKER pool=full client=ada")
     restart(broker)
-    refusal = broker.ask("GET_WORKER client=bob wait=1")
+    refusal = broker.ask("GET_WORKER pool=full client=bob wait=0.5")
     assert is_capable_error(refusal, "TIMEOUT")
     assert "max_workers = 1" in refusal
-    assert broker.ask(f"PING {address} client=bob") == "ERROR: the worker is held by another client [DENIED]"
-    assert broker.ask(f"RELEASE {address} client=bob") == "OK"
-    assert broker.ask("GET_WORKER client=ada") == address
-    assert [worker["leases"] for worker in broker.status()] == [1]
-    assert lab.only().state == "running"
-
-
-def test_after_a_restart_another_client_of_an_exclusive_pool_gets_a_machine_of_its_own(lab: Lab) -> None:
-    broker = lab.broker(sharing="exclusive", max_workers=2)
-    address = broker.ask("GET_WORKER client=ada")
-    restart(broker)
+    assert broker.ask(f"PING {only} client=bob") == "ERROR: the worker is held by another client [DENIED]"
+    assert broker.ask(f"RELEASE {only} client=bob") == "OK"
+    assert broker.ask("GET_WORKER pool=full client=ada") == only
     another = broker.ask("GET_WORKER client=bob")
     assert another != address
     assert broker.ask("GET_WORKER client=ada") == address
     assert {lab.address(one) for one in lab.running()} == {address, another}
-
-
-def test_a_worker_released_after_the_restart_ends(lab: Lab) -> None:
-    broker = lab.broker()
-    address = broker.ask("GET_WORKER client=ada")
-    restart(broker)
-    assert broker.ask(f"RELEASE {address} client=ada") == "OK"
-    lab.wait_until_terminated()
-    assert len(lab.launch_calls()) == 1
+    assert [worker["leases"] for worker in broker.status()] == [1, 1, 1]
+    assert lab.only("full").state == "running"
 
 
 def test_a_release_that_was_answered_but_not_carried_out_leaves_no_machine_behind(lab: Lab) -> None:
@@ -145,15 +139,17 @@ def test_a_machine_that_no_listing_shows_yet_is_had_by_sending_the_same_order_ag
     assert len(set(lab.tokens())) == 1
 
 
-def test_an_order_on_disk_whose_call_was_never_carried_out_is_sent_again_as_it_was(lab: Lab) -> None:
+def test_an_order_on_disk_whose_call_was_never_carried_out_is_sent_again_when_somebody_asks(
+    lab: Lab,
+) -> None:
     broker = lab.broker()
     lab.proxy.reset("RunInstances")  # the broker pauses for a second now, before it calls again
     broker.asking("GET_WORKER")
     lab.proxy.wait_for_calls("RunInstances")
-    broker.kill()
-    assert lab.machines() == []
-    broker.start()
+    restart(broker)
+    lab.wait_for_scans(4)
     assert [worker["state"] for worker in broker.status()] == ["ordered"]
+    assert (len(lab.launch_calls()), lab.machines()) == (1, []), "a restart by itself launches nothing"
     assert broker.ask("GET_WORKER") == lab.address(lab.only())
     first, second = lab.launch_calls()
     assert first.params == second.params
@@ -172,21 +168,10 @@ def test_a_call_that_arrives_after_its_broker_has_died_launches_no_second_machin
     assert address == lab.address(lab.only())
 
 
-def test_a_restart_launches_nothing_by_itself(lab: Lab) -> None:
-    broker = lab.broker()
-    lab.proxy.reset("RunInstances", times=1)
-    broker.asking("GET_WORKER")
-    lab.proxy.wait_for_calls("RunInstances")
-    restart(broker)
-    lab.wait_for_scans(5)
-    assert len(lab.launch_calls()) == 1
-    assert lab.machines() == []
-
-
 def test_a_broker_killed_again_and_again_during_one_launch_still_has_one_machine(lab: Lab) -> None:
     broker = lab.broker()
     lab.proxy.after_launch(hidden=FOREVER)
-    for _ in range(3):
+    for _ in range(2):
         launch = lab.proxy.stall("RunInstances", after_carrying_out=True)
         broker.asking("GET_WORKER")
         launch.wait_hit()

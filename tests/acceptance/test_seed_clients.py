@@ -10,7 +10,6 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -87,7 +86,7 @@ ANSWER = "Worker says: 42/naïve"
 
 
 @pytest.fixture
-def broker(brokers: BrokerProcesses) -> Iterator[BrokerProcess]:
+def broker(brokers: BrokerProcesses) -> BrokerProcess:
     """The embedded default, on ports of its own."""
     return brokers.start({})
 

@@ -2,11 +2,41 @@
 
 from __future__ import annotations
 
-from tests.acceptance.lab import Lab, is_capable_error
-from tests.support.broker_process import BrokerProcess
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+
+from tests.acceptance.lab import Lab, is_capable_error, laboratory
+from tests.support.broker_process import STOP_SECONDS_MAX, BrokerProcess, Conversation
+from tests.support.cloud import MotoServer
 from tests.support.fault_proxy import FOREVER
 
 IN_ORDER_SECONDS_MAX = 10.0  # when nothing is under way
+
+
+@dataclass(frozen=True)
+class Unanswered:
+    """A broker that was told to end while the cloud does not answer its launch."""
+
+    lab: Lab
+    broker: BrokerProcess
+    waiting: Conversation
+    asked_to_end_at: float
+
+
+@pytest.fixture(scope="module", autouse=True)
+def unanswered(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Unanswered]:
+    """Begun first and looked at last, in a cloud of its own: it takes 20 s and needs nobody meanwhile."""
+    with MotoServer(images=False) as moto, laboratory(moto, tmp_path_factory.mktemp("unanswered")) as lab:
+        broker = lab.broker()
+        lab.proxy.after_launch(hidden=FOREVER)  # no listing tells of the machine either
+        launch = lab.proxy.stall("RunInstances", after_carrying_out=True)
+        waiting = broker.asking("GET_WORKER")
+        launch.wait_hit()
+        broker.ask_to_end()
+        yield Unanswered(lab, broker, waiting, time.monotonic())
 
 
 def stopped(broker: BrokerProcess) -> dict[str, object]:
@@ -60,22 +90,6 @@ def test_a_launch_under_way_is_waited_for_and_its_machine_known(lab: Lab) -> Non
     assert lab.only().state == "running"
 
 
-def test_a_launch_that_is_never_answered_is_left_to_the_next_broker_as_an_open_order(lab: Lab) -> None:
-    broker = lab.broker()
-    lab.proxy.after_launch(hidden=FOREVER)  # no listing tells of the machine either
-    launch = lab.proxy.stall("RunInstances", after_carrying_out=True)
-    waiting = broker.asking("GET_WORKER")
-    launch.wait_hit()
-    broker.terminate()  # bounded: an operator, and systemd, wait so long and no longer
-    assert is_capable_error(waiting.line(), "DRAINING")
-    assert stopped(broker)["open_orders"] == lab.tokens()
-    assert lab.only().state == "running"
-    lab.proxy.settle()
-    broker.start()
-    assert broker.ask("GET_WORKER") == lab.address(lab.only())
-    assert len(set(lab.tokens())) == 1
-
-
 def test_what_was_asked_before_the_end_is_answered_before_the_end(lab: Lab) -> None:
     broker = lab.broker()
     address = broker.ask("GET_WORKER client=ada")
@@ -84,3 +98,18 @@ def test_what_was_asked_before_the_end_is_answered_before_the_end(lab: Lab) -> N
     terminate.wait_hit()
     broker.terminate(IN_ORDER_SECONDS_MAX)
     assert releasing.rest() == ["OK"]
+
+
+def test_a_launch_that_is_never_answered_is_left_to_the_next_broker_as_an_open_order(
+    unanswered: Unanswered,
+) -> None:
+    lab, broker = unanswered.lab, unanswered.broker
+    assert is_capable_error(unanswered.waiting.line(), "DRAINING")
+    seconds_left = unanswered.asked_to_end_at + STOP_SECONDS_MAX - time.monotonic()
+    assert broker.exit_code(max(0.1, seconds_left)) == 0
+    assert stopped(broker)["open_orders"] == lab.tokens()
+    assert lab.only().state == "running"
+    lab.proxy.settle()
+    broker.start()
+    assert broker.ask("GET_WORKER") == lab.address(lab.only())
+    assert len(set(lab.tokens())) == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from datetime import datetime
 
 from broker.core import tags
 from tests.acceptance.lab import BROKER_ID, Lab
@@ -13,27 +14,25 @@ IDLE_SECONDS = 3.0
 PING_SECONDS = 0.2  # so much more often than needed that a busy machine does not end a worker
 
 
-def test_a_worker_that_nobody_uses_is_terminated_after_its_idle_timeout(lab: Lab) -> None:
-    broker = lab.broker(idle_timeout=f"{IDLE_SECONDS:g}s")
-    address = broker.ask("GET_WORKER")
-    used_at = time.monotonic()
-    lab.wait_until_terminated()
-    assert time.monotonic() - used_at > IDLE_SECONDS * 0.9
-    assert broker.ask(f"PING {address}") == "ERROR: Worker not found"
-    assert broker.metric("compute_broker_terminations_total", reason="idle") == 1
-    assert broker.ask("GET_WORKER") != address
-
-
-def test_pings_keep_a_worker_past_its_idle_timeout_until_they_stop(lab: Lab) -> None:
-    broker = lab.broker(idle_timeout=f"{IDLE_SECONDS:g}s")
-    address = broker.ask("GET_WORKER client=ada")
-    ends_at = time.monotonic() + 1.6 * IDLE_SECONDS
-    while time.monotonic() < ends_at:
-        assert broker.ask(f"PING {address} client=ada") == "OK"
+def test_an_idle_worker_is_terminated_in_time_and_pings_keep_a_worker_until_they_stop(lab: Lab) -> None:
+    idle = {"idle_timeout": f"{IDLE_SECONDS:g}s"}
+    broker = lab.broker_to_be(pools={"default": idle, "pinged": idle}).start()
+    unused, kept = broker.ask("GET_WORKER client=ada"), broker.ask("GET_WORKER pool=pinged client=ada")
+    asked_at = time.monotonic()
+    while time.monotonic() < asked_at + 1.6 * IDLE_SECONDS:
+        assert broker.ask(f"PING {kept} client=ada") == "OK"
         time.sleep(PING_SECONDS)
-    assert lab.only().state == "running"
-    assert broker.ask("GET_WORKER client=bob") == address
     lab.wait_until_terminated()
+    used_at = broker.wait_for_event("lease granted")["timestamp"]
+    drained_at = broker.wait_for_event("worker draining")["timestamp"]
+    lived = datetime.fromisoformat(drained_at) - datetime.fromisoformat(used_at)
+    assert lived.total_seconds() > 0.99 * IDLE_SECONDS
+    assert broker.ask(f"PING {unused} client=ada") == "ERROR: Worker not found"
+    assert broker.metric("compute_broker_terminations_total", pool="default", reason="idle") == 1
+    assert lab.only("pinged").state == "running"
+    assert broker.ask("GET_WORKER pool=pinged client=bob") == kept
+    lab.wait_until_terminated("pinged")
+    assert broker.ask("GET_WORKER client=bob") != unused
 
 
 def test_terminate_all_ends_what_is_ours_and_nothing_else(lab: Lab) -> None:

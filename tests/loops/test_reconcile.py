@@ -288,3 +288,24 @@ def test_a_machine_that_ended_while_the_broker_was_down_is_not_waited_for(tmp_pa
             assert again.daemon.context.store.launched_orders() == []
 
     run_virtual(main())
+
+
+def test_after_a_restart_the_ping_of_a_holder_is_answered_even_if_the_first_listing_misses_its_worker(
+    tmp_path: Path,
+) -> None:
+    async def main() -> None:
+        async with running_broker(settings(sharing="exclusive"), tmp_path) as broker:
+            address = await broker.ask("GET_WORKER client=a")
+            for _ in range(10):
+                await asyncio.sleep(120)
+                await broker.ask(f"PING {address} client=a")
+            machine = next(iter(broker.cloud.machines.values()))
+        machine.hidden = True
+        async with running_broker(settings(sharing="exclusive"), tmp_path, cloud=broker.cloud) as again:
+            assert await again.ask(f"PING {address} client=a") == "OK"
+            assert await again.ask("GET_WORKER client=b") != address
+            machine.hidden = False
+            await asyncio.sleep(60)
+            assert await again.ask("GET_WORKER client=a") == address
+
+    run_virtual(main())

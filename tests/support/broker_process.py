@@ -54,7 +54,7 @@ def eventually(condition: Callable[[], T], seconds_max: float = SECONDS_MAX, wha
 
 
 class Conversation:
-    """One client connection: bytes out, lines in. Closed by `with`, or by its broker's `hang_up` or `close`."""
+    """One client connection: bytes out, lines in. Ends by `with`, or by its broker's `hang_up` or `close`."""
 
     def __init__(self, host: str, port: int) -> None:
         self._socket = socket.create_connection((host, port), SECONDS_MAX)
@@ -304,9 +304,9 @@ class BrokerProcess:
     def wait_for_event(self, name: str, count: int = 1, seconds_max: float = SECONDS_MAX) -> dict[str, Any]:
         """The `count`th entry of this name, once it is in the log."""
         found = eventually(
-            lambda: len(events := self.events(name)) >= count and events, seconds_max, f'"{name}" in the log'
+            lambda: self.events(name)[count - 1 :], seconds_max, f'{count} × "{name}" in the log'
         )
-        return found[count - 1]
+        return found[0]
 
     def faults(self) -> list[str]:
         """What no run of a healthy broker logs, whatever the cloud and the clients do: errors, tracebacks."""
@@ -332,7 +332,8 @@ class BrokerProcess:
 class BrokerProcesses:
     """The brokers of one test: each in a directory of its own, all ended with it.
 
-    Leaving checks what holds for every test: whatever the cloud and the clients did, no broker logged a fault.
+    Leaving checks what holds for every test: whatever the cloud and the clients did, no broker logged
+    a fault.
     """
 
     def __init__(self, directory: Path) -> None:

@@ -15,7 +15,12 @@ CORPUS = Path(__file__).parent / "corpus"
 SPOKEN = re.compile(r"(?P<who>[CS])(?P<number>[2-9]?)(?P<mark>[:+])(?: (?P<text>.*))?")
 HEADER = re.compile(r"(?P<about>broker|cloud|pool [a-z][a-z0-9-]*): (?P<pairs>\S+=\S+( \S+=\S+)*)")
 DIRECTION = re.compile(r"\* (?P<verb>[a-z]+)(?: (?P<amount>\d+))?")
-DIRECTIONS = {"waiting": True, "seconds": True, "boot": False, "stop": False}  # verb → whether it has a number
+DIRECTIONS = {
+    "waiting": True,
+    "seconds": True,
+    "boot": False,
+    "stop": False,
+}  # verb → whether it has a number
 PLACEHOLDER = re.compile(r"\{(?P<kind>[a-z]+)(?P<number>\d*)\}")
 KINDS = {  # placeholder → what it may stand for
     "ip": r"\d{1,3}(?:\.\d{1,3}){3}",
