@@ -49,7 +49,8 @@ class RegistryResult:
 
     microseconds: dict[str, list[float]] = field(default_factory=dict)
     tick_ms_worst: float = 0.0
-    intake_seconds: float = 0.0
+    intake_seconds: float = 0.0  # by the clock
+    intake_cpu_seconds: float = 0.0  # of the processor, in the same intake
 
     def verdicts(self) -> list[Verdict]:
         worst = max(self.microseconds, key=self.growth)
@@ -58,8 +59,10 @@ class RegistryResult:
                     self.tick_ms_worst, "ms"),
             at_most(f"growth of the registry's operations, {SIZES[0]:,} → {SIZES[-1]:,} workers ({worst})",
                     GROWTH_MAX, self.growth(worst), "x"),
-            at_most(f"a start that finds {intake.MACHINES:,} machines, the best of {INTAKES}",
-                    INTAKE_SECONDS_MAX, self.intake_seconds, "s"),
+            Verdict(f"a start that finds {intake.MACHINES:,} machines, the best of {INTAKES}",
+                    f"≤ {INTAKE_SECONDS_MAX:g} s",
+                    f"{self.intake_seconds:.2f} s ({self.intake_cpu_seconds:.2f} s of CPU)",
+                    self.intake_seconds <= INTAKE_SECONDS_MAX),
         ]  # fmt: skip
 
     def growth(self, operation: str) -> float:
@@ -81,7 +84,7 @@ def measure(say: Callable[[str], None]) -> RegistryResult:
             result.microseconds.setdefault(name, []).append(microseconds)
         say(f"registry operations with {size:,} workers: done")
     result.tick_ms_worst = asyncio.run(reap_tick_ms())
-    result.intake_seconds = min(intake.seconds() for _ in range(INTAKES))
+    result.intake_seconds, result.intake_cpu_seconds = min(intake.seconds() for _ in range(INTAKES))
     return result
 
 
@@ -110,7 +113,7 @@ def operations(registry: Registry) -> dict[str, float]:
 
     def one_round() -> dict[str, float]:
         return {
-            "find by address": min(find_all(), find_all()),  # the first time brings them into the caches
+            "find by address": min(find_all() for _ in range(5)),  # the first fills the caches
             "lend": each_lease(lambda lease: registry.grant(lease, NOW)),
             "warm hand-out": each_lease(lambda lease: _hand_out(registry, lease)),
             "end a lease": each_lease(lambda it: registry.end_lease(it.worker_id, it.client, "done", NOW)),

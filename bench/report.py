@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import median
 
+from bench import idle
 from bench.idle import IdleResult
 from bench.load import Slice
 from bench.machine import Machine
@@ -65,7 +66,7 @@ class Report:
             f"**The machine was not quiet** beside the idle connections of {one.peer}: other programs took "
             f"up to {one.others_cpu_share:.0%} of a core, and latencies show it."
             for one in self.idle
-            if one.others_cpu_share > QUIET_SHARE_MAX
+            if one.others_cpu_share > idle.QUIET_SHARE_MAX
         ]
         if self.throughput:
             warnings += _disturbance(self.throughput)

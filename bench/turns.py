@@ -23,16 +23,18 @@ def disturbance(slices: Iterable[Slice]) -> float:
 
 
 def play(
-    rounds: int, turn: Callable[[], Turn], slices_of: Callable[[Turn], Iterable[Slice]]
+    rounds: int,
+    turn: Callable[[], Turn],
+    slices_of: Callable[[Turn], Iterable[Slice]],
+    quiet_share_max: float = QUIET_SHARE_MAX,
 ) -> tuple[list[Turn], int]:
     """The `rounds` turns that count, and how many others were played."""
     played: list[tuple[float, int, Turn]] = []
-    while len(played) < rounds * TURNS_MAX_FACTOR and _quiet(played) < rounds:
+    quiet = 0
+    while len(played) < rounds * TURNS_MAX_FACTOR and quiet < rounds:
         one = turn()
-        played.append((disturbance(slices_of(one)), len(played), one))
+        share = disturbance(slices_of(one))
+        played.append((share, len(played), one))
+        quiet += share <= quiet_share_max
     kept = sorted(played)[:rounds]
     return [one for _, _, one in kept], len(played) - len(kept)
-
-
-def _quiet(played: list[tuple[float, int, Turn]]) -> int:
-    return sum(share <= QUIET_SHARE_MAX for share, _, _ in played)

@@ -168,6 +168,10 @@ class Daemon:
             self.service.heard,  # last: it may change the books, and the others shall hear that afterwards
         ]
 
+    def observe(self, observer: Callable[[Event], None]) -> None:
+        """Have somebody more hear every event, before the service acts on it."""
+        self._observers.insert(0, observer)
+
     # --- life ----------------------------------------------------------------------------------------
 
     async def run(self, stop: asyncio.Event, *, listening: Callable[[], None] = lambda: None) -> None:

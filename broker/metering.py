@@ -85,6 +85,7 @@ class Meter:
             self._runs[worker.id] = Run(worker.pool, at, price, worker.id in self._ordered)
         elif (gone or not worker.running) and worker.id in self._runs:
             run = self._runs.pop(worker.id)
+            self._ordered.discard(worker.id)  # a stale `pending` must not cost the minimum a second time
             self._running_seconds[run.pool] += at - run.since_at
             self._cost_usd_micros[run.pool] += run.cost_usd_micros(at)
         if gone:

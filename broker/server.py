@@ -26,6 +26,7 @@ from broker.service import Service
 
 BACKLOG = 1024  # connections the kernel holds while we are busy: a lab's whole cluster may start at once
 QUEUED_MAX = 1000  # commands of one connection that wait behind a slow one; beyond them its bytes wait too
+REPLIES_BYTES_MAX = 64 * 1024  # written at once; what is asked beyond it waits until the client has read that
 SWEEP_SECONDS = 1.0  # how often deadlines are looked at: one look at all is cheaper than a timer for each
 PLAIN_GET = b"GET_WORKER\n"
 
@@ -36,8 +37,8 @@ class Connection(asyncio.Protocol):
     """One client."""
 
     __slots__ = (
-        "_client_closed", "_paused", "_peer", "_queue", "_reader", "_reading", "_server", "_task",
-        "_transport", "active_at", "partial_at", "unread_at",
+        "_client_closed", "_paused", "_peer", "_queue", "_reader", "_reading", "_resumed", "_server",
+        "_task", "_transport", "active_at", "partial_at", "unread_at",
     )  # fmt: skip
 
     def __init__(self, server: Server) -> None:
@@ -51,8 +52,9 @@ class Connection(asyncio.Protocol):
         self._client_closed = False
         self._paused = False
         self._reading = True
+        self._resumed: asyncio.Future[None] | None = None  # what the work waits for while `_paused`
         self.partial_at: float | None = None  # since when a command is unfinished
-        self.unread_at = 0.0  # since when the client does not read its replies, while `_paused`
+        self.unread_at: float | None = None  # since when the client does not read what it was told
         self.active_at = server.now()
 
     # --- what the transport calls --------------------------------------------------------------------
@@ -97,6 +99,9 @@ class Connection(asyncio.Protocol):
 
     def resume_writing(self) -> None:
         self._paused = False
+        self.unread_at = None
+        if self._resumed is not None and not self._resumed.done():
+            self._resumed.set_result(None)
         self._read_or_pause()
 
     # --- the work ------------------------------------------------------------------------------------
@@ -125,14 +130,16 @@ class Connection(asyncio.Protocol):
     def _take(self, commands: Sequence[Command], started: float) -> None:
         replies: list[bytes] = []
         answered: list[Command] = []
-        service, peer = self._server.service, self.peer if commands else ""
+        server, peer, size = self._server, self.peer if commands else "", 0
         for command in commands:
-            reply = service.answer_now(command, peer) if self._task is None else None
+            at_once = self._task is None and size < REPLIES_BYTES_MAX
+            reply = server.answer_now(command, peer) if at_once else None
             if reply is None:
                 self._enqueue(command)
             else:
                 replies.append(reply)
                 answered.append(command)
+                size += len(reply)
                 if isinstance(command, Malformed) and command.fatal:
                     self._client_closed = True
         if replies:
@@ -168,9 +175,17 @@ class Connection(asyncio.Protocol):
             if isinstance(command, Malformed) and command.fatal:
                 self._client_closed = True
             self._read_or_pause()
+            await self._next_turn()
         self._task = None
         if self._client_closed:
             self._transport.close()
+
+    async def _next_turn(self) -> None:
+        """Between two commands: others have their turn, and the client is to read before it is told more."""
+        await asyncio.sleep(0)
+        if self._paused:
+            self._resumed = asyncio.get_running_loop().create_future()
+            await self._resumed
 
     def _read_or_pause(self) -> None:
         """Read on only while the client reads its replies and its commands find a place in the queue."""
@@ -186,8 +201,13 @@ class Connection(asyncio.Protocol):
 
     def check(self, now: float, settings: BrokerSettings) -> None:
         """Close the connection when one of its deadlines has passed."""
-        if self._paused and now - self.unread_at > settings.line_timeout:
+        closing = self._transport.is_closing()  # and still not closed: something has not been read
+        if closing and self.unread_at is None:
+            self.unread_at = now
+        if self.unread_at is not None and now - self.unread_at > settings.line_timeout:
             self._transport.abort()  # it does not read: there is no telling it anything
+        elif closing:
+            pass
         elif (
             self.partial_at is not None
             and self._task is None
@@ -260,13 +280,23 @@ class Server:
     def dismiss(self, connection: Connection) -> None:
         self.connections.pop(connection, None)
 
+    def answer_now(self, command: Command, peer: str) -> bytes | None:
+        """The reply, if it needs no waiting. A fault of ours costs one command, not the connection."""
+        try:
+            return self.service.answer_now(command, peer)
+        except Exception as error:
+            return self._fault(command, error)
+
     async def answer(self, command: Command, peer: str) -> bytes:
-        """The reply, whatever happens: a fault of ours costs one command, not the connection."""
+        """The reply, whatever happens: here too a fault costs one command."""
         try:
             return await self.service.answer(command, peer)
         except Exception as error:
-            self._failed(name_of(command), error)
-            return b"ERROR: the broker met a fault of its own; its log has the details [CLOUD]\n"
+            return self._fault(command, error)
+
+    def _fault(self, command: Command, error: Exception) -> bytes:
+        self._failed(name_of(command), error)
+        return b"ERROR: the broker met a fault of its own; its log has the details [CLOUD]\n"
 
     async def tick(self) -> float | None:
         """The sweep, a loop for the runner: look at every connection's deadlines."""

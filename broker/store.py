@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
+import itertools
 import json
 import os
 import sqlite3
@@ -77,6 +78,7 @@ class Store:
         self._thread = ThreadPoolExecutor(1, "store") if threaded else None
         self._waiting: dict[bool, list[_Write]] = {True: [], False: []}
         self._writers: dict[bool, asyncio.Task[None] | None] = {True: None, False: None}
+        self._soon: set[asyncio.Task[None]] = set()
         self._connections: dict[bool, sqlite3.Connection] = {}
         self._lock: int | None = None
 
@@ -102,9 +104,8 @@ class Store:
 
     async def settle(self) -> None:
         """Returns when nothing waits to be written any more."""
-        writers = [writer for writer in self._writers.values() if writer is not None and not writer.done()]
-        if writers:
-            await asyncio.wait(writers)
+        while tasks := [t for t in (*self._soon, *self._writers.values()) if t is not None and not t.done()]:
+            await asyncio.wait(tasks)
 
     def close(self) -> None:
         """Write what waits, close the file, give back the lock."""
@@ -113,6 +114,12 @@ class Store:
         for connection in self._connections.values():
             connection.close()
         self._connections.clear()
+        self.release_lock()
+
+    def die(self) -> None:
+        """What a kill does to this object: nothing is written any more, and the lock is free. For simulations."""
+        for connection in self._connections.values():
+            connection.close()
         self.release_lock()
 
     def release_lock(self) -> None:
@@ -211,9 +218,11 @@ class Store:
     def soon(self, write: Any) -> None:
         """Have a write done without waiting for it; a failure is reported, not raised."""
         task = asyncio.ensure_future(write)
+        self._soon.add(task)
         task.add_done_callback(self._reported)
 
     def _reported(self, task: asyncio.Task[None]) -> None:
+        self._soon.discard(task)
         if not task.cancelled() and task.exception() is not None:
             self._report(str(task.exception()))
 
@@ -253,6 +262,8 @@ class Store:
                 connection.execute(write.sql, write.values)
 
     def _connect(self) -> None:
+        os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+        os.chmod(self.path, 0o600)  # before SQLite makes its log, which gets the mode of the file
         for durable in (True, False):
             connection = sqlite3.connect(
                 self.path, timeout=BUSY_TIMEOUT_SECONDS, isolation_level=None, check_same_thread=False
@@ -266,14 +277,16 @@ class Store:
             "DELETE FROM orders WHERE state = 'closed' AND rowid <= (SELECT max(rowid) FROM orders) - ?",
             (CLOSED_ORDERS_MAX,),
         )
-        connection.execute("PRAGMA quick_check").fetchall()
-        os.chmod(self.path, 0o600)
+        for (finding,) in connection.execute("PRAGMA quick_check"):
+            if finding != "ok":
+                raise sqlite3.DatabaseError(finding)
 
     def _set_aside(self, error: sqlite3.DatabaseError) -> None:
         for connection in self._connections.values():
             connection.close()
         self._connections.clear()
-        broken = self.path.with_name(f"broker.db.broken-{os.getpid()}")
+        names = (self.path.with_name(f"broker.db.broken-{number}") for number in itertools.count(1))
+        broken = next(name for name in names if not name.exists())
         for suffix in ("", "-wal", "-shm"):
             part = Path(f"{self.path}{suffix}")
             if part.exists():

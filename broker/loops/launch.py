@@ -60,9 +60,13 @@ class LaunchLoop:
         return len(self._in_flight)
 
     async def settle(self, timeout_seconds: float) -> None:
-        """At shutdown: collect the answers that are under way. Orders without one stay open on disk."""
-        if self._in_flight:
-            await asyncio.wait(self._in_flight.values(), timeout=timeout_seconds)
+        """At shutdown: collect the answers that are under way. Orders without one stay open on disk.
+
+        An order whose machine a listing has shown needs no answer any more.
+        """
+        awaited = [task for order_id, task in self._in_flight.items() if self._orders.get(order_id)]
+        if awaited:
+            await asyncio.wait(awaited, timeout=timeout_seconds)
 
     async def tick(self) -> float | None:
         for name in self._context.settings.pool:

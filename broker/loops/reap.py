@@ -20,6 +20,7 @@ from broker.core.policy import judge
 PAUSE_SECONDS_MIN = 2.0  # after a failed Terminate, doubling
 PAUSE_SECONDS_MAX = 60.0
 AGAIN_SECONDS = 120.0  # a machine may take so long to shut down before Terminate is sent once more
+UNJUDGED_SECONDS = 60.0  # a worker over which a tick has failed is looked at again
 STUCK_SECONDS = 900.0  # after that somebody should look
 
 Report = Callable[[str, dict[str, object]], None]
@@ -41,7 +42,10 @@ class ReapLoop:
 
     async def tick(self) -> float | None:
         now = self._context.now()
-        for worker in self._registry.due(now):
+        to_judge = self._registry.due(now)
+        for worker in to_judge:  # before the first is judged: a fault over one must not make others immortal
+            self._registry.look_again(worker.id, now + UNJUDGED_SECONDS)
+        for worker in to_judge:
             self._judge(worker, now)
         by_cloud: dict[int, list[Worker]] = defaultdict(list)
         clouds: dict[int, Cloud] = {}
@@ -113,8 +117,10 @@ class ReapLoop:
 
     def _next_at(self) -> float | None:
         moments = [at for at in [self._registry.next_look_at()] if at is not None]
+        # No sooner than that, or a Terminate that fails again keeps this loop spinning through its pause.
+        floor = max(self._context.now() + PAUSE_SECONDS_MIN, *self._not_before.values(), 0.0)
         if self._registry.in_state(WorkerState.DRAINING):
-            moments.append(max(self._context.now() + PAUSE_SECONDS_MIN, *self._not_before.values(), 0.0))
+            moments.append(floor)
         terminating = self._registry.in_state(WorkerState.TERMINATING)
-        moments += [self._sent_at.get(w.id, w.since_at) + AGAIN_SECONDS for w in terminating]
+        moments += [max(floor, self._sent_at.get(w.id, w.since_at) + AGAIN_SECONDS) for w in terminating]
         return min(moments, default=None)

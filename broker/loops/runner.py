@@ -57,6 +57,11 @@ class LoopRunner:
                 next_at = await self._loop.tick()
             except Exception as error:
                 await self._pause(error)
+            except asyncio.CancelledError:
+                task = asyncio.current_task()
+                if task is None or task.cancelling():
+                    raise  # it is this loop that shall end, not something that its tick waited for
+                await self._pause(RuntimeError("something that the tick waited for was cancelled"))
             else:
                 self.failures = 0
                 self._ticking_since = None

@@ -1,4 +1,4 @@
-"""How many calls the simulated EC2 takes: a bucket of tokens for each API, and one for what it launches or ends.
+"""How many calls the simulated EC2 takes: a bucket of tokens for each API, and one for the machines in them.
 
 Sizes are those that Karpenter's simulation of EC2 uses (`kwok/ec2/ratelimiting.go`); AWS publishes the
 principle, buckets by account, region and API (AWS: EC2 developer guide, "Request throttling").

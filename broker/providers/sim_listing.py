@@ -8,7 +8,6 @@ settled with its first page; what each looks like, page by page.
 from __future__ import annotations
 
 import itertools
-import math
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +24,6 @@ Parameters = Mapping[str, Any]
 
 PAGE_ITEMS_MIN, PAGE_ITEMS_MAX = 5, 1000
 LISTINGS_KEPT_MAX = 64  # whose later pages can still be asked for
-FLICKERING_SHOWN = 0.5  # of the looks that may flicker when the weather does not say
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +60,10 @@ class Lister:
         if not ids:
             found = self._shortened([one for one in found if self._shows(one, view_at)])
         return self._page(Listing(tuple(found), items, lag_seconds), 0)
+
+    def heal(self) -> None:
+        self.omit.clear()
+        self.lags.clear()
 
     # --- what is seen ------------------------------------------------------------------------------
 
@@ -175,10 +177,6 @@ def refuse_malformed(ids: Iterable[str]) -> None:
 
 
 def not_found(ids: Sequence[str]) -> Refused:
-    several = len(ids) > 1
     names = ", ".join(ids)
-    words = f"The instance IDs '{names}' do not exist" if several else f"The instance ID '{names}' does not exist"
-    return Refused("InvalidInstanceID.NotFound", words)
-
-
-NEVER_SECONDS = math.inf
+    words = f"IDs '{names}' do not exist" if len(ids) > 1 else f"ID '{names}' does not exist"
+    return Refused("InvalidInstanceID.NotFound", f"The instance {words}")

@@ -1,4 +1,4 @@
-"""A machine of the simulated EC2, as it truly is: what ran when, for whom, under which token, and what it cost.
+"""A machine of the simulated EC2 as it truly is: what ran when, for whom, under which token, at what cost.
 
 The record is complete: every state with its moment, so that an outdated listing can show what was, and the
 bill can be read off afterwards. Only the simulated cloud changes it; everybody may read it.

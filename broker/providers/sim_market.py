@@ -9,6 +9,7 @@ earlier call with this token has launched anything.
 from __future__ import annotations
 
 import re
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -38,9 +39,9 @@ class Refusal:
 
 REFUSALS: dict[str, Refusal] = {
     "UnauthorizedOperation": Refusal(
-        "You are not authorized to perform this operation. User: arn:aws:iam::123456789012:user/broker is not "
-        "authorized to perform: ec2:RunInstances on resource: arn:aws:ec2:*:123456789012:instance/* because "
-        "no identity-based policy allows the ec2:RunInstances action.",
+        "You are not authorized to perform this operation. User: arn:aws:iam::123456789012:user/broker is "
+        "not authorized to perform: ec2:RunInstances on resource: arn:aws:ec2:*:123456789012:instance/* "
+        "because no identity-based policy allows the ec2:RunInstances action.",
         403,
         early=True,
     ),
@@ -79,7 +80,11 @@ REFUSALS: dict[str, Refusal] = {
     ),
 }
 SPOT_ONLY = frozenset(
-    {"SpotMaxPriceTooLow", "MaxSpotInstanceCountExceeded", "AuthFailure.ServiceLinkedRoleCreationNotPermitted"}
+    {
+        "SpotMaxPriceTooLow",
+        "MaxSpotInstanceCountExceeded",
+        "AuthFailure.ServiceLinkedRoleCreationNotPermitted",
+    }
 )
 ON_DEMAND_ONLY = frozenset({"VcpuLimitExceeded"})
 
@@ -119,7 +124,7 @@ class Market:
     # --- refusing ----------------------------------------------------------------------------------
 
     def refuse(self, code: str, seconds: float, wish: Wish | None = None) -> None:
-        """From now on, for so long, launches are refused with this code; only such ones when a wish is named."""
+        """For so long launches are refused with this code; with a wish, only such launches."""
         self._standing[self._key(code, wish)] = self._sky.at + seconds
 
     def run_dry(self, kind: str, spot: bool, zone: str, seconds: float) -> None:
@@ -233,3 +238,8 @@ def vcpus_of(kind: str) -> int | None:
         return None
     times = match["x"] or match["m"]
     return 4 * int(times) if times else NAMED_VCPUS[match["size"]]
+
+
+def zone_of_subnet(subnet_id: str, zones: Sequence[str]) -> str:
+    """Every subnet exists, and lies where its name puts it."""
+    return zones[zlib.crc32(subnet_id.encode()) % len(zones)]

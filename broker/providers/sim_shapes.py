@@ -13,7 +13,7 @@ from functools import lru_cache
 from typing import Any
 
 from broker.core.model import InstanceState
-from broker.providers.sim_machine import ENDING, Machine
+from broker.providers.sim_machine import Machine
 from broker.providers.sim_sky import Refused
 
 Shape = dict[str, Any]
@@ -147,7 +147,9 @@ def _test(name: str, values: tuple[str, ...]) -> Test:
         return lambda machine, view_at: any(accepted(key) for key in _tags(machine, view_at))
     if name.startswith("tag:"):
         key = name.removeprefix("tag:")
-        return lambda machine, view_at: (value := _tags(machine, view_at).get(key)) is not None and accepted(value)
+        return lambda machine, view_at: (
+            (value := _tags(machine, view_at).get(key)) is not None and accepted(value)
+        )
     getter = GETTERS.get(name)
     if getter is None:
         raise Refused("InvalidParameterValue", f"The filter '{name}' is invalid")
@@ -160,17 +162,22 @@ def _tags(machine: Machine, view_at: float | None) -> Mapping[str, str]:
 
 def accepter(values: Iterable[str]) -> Callable[[str], bool]:
     """Whether a text is one of these values, which may hold wildcards."""
-    plain: set[str] = set()
+    literal: set[str] = set()
     patterns: list[str] = []
     for value in values:
         if any(wild[0] in "*?" for wild in WILD.findall(value)):
             patterns.append(_pattern(value))
         else:
-            plain.add(WILD.sub(lambda match: match[0][1:], value))
+            literal.add(plain(value))
     if not patterns:
-        return plain.__contains__
+        return literal.__contains__
     wild = re.compile("|".join(patterns), re.DOTALL)
-    return lambda text: text in plain or wild.fullmatch(text) is not None
+    return lambda text: text in literal or wild.fullmatch(text) is not None
+
+
+def plain(value: str) -> str:
+    """A value without wildcards, its backslashes resolved."""
+    return WILD.sub(lambda match: match[0][1:] or match[0], value)
 
 
 def _pattern(value: str) -> str:
@@ -180,7 +187,3 @@ def _pattern(value: str) -> str:
         parts.append({"*": ".*", "?": "."}.get(match[0]) or re.escape(match[0][1:]))
         end = match.end()
     return "".join(parts) + re.escape(value[end:])
-
-
-def is_ending(name: InstanceState) -> bool:
-    return name in ENDING

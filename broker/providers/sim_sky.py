@@ -15,12 +15,16 @@ import math
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 from broker.providers.sim_weather import Fault, Range, Weather
 
 T = TypeVar("T")
-Report = Callable[[float, str, str], None]  # (moment on the cloud's clock, what, details)
+Report = Callable[[float, str, str], None]  # (moment, what, details)
+
+SKEW_SECONDS_MAX = 300.0  # (AWS: EC2 API reference, "Error codes": AuthFailure, RequestExpired)
+SPELLS = (Fault.OUTAGE, Fault.LAUNCH_OUTAGE, Fault.CREDENTIALS_EXPIRED, Fault.CLOCK_SKEWED)
 
 
 class Refused(Exception):
@@ -78,7 +82,7 @@ class Agenda:
             heapq.heappush(self._planned, (max(at, self.at), next(self._numbers), action, arguments))
 
     def catch_up(self, until: float = -math.inf) -> float:
-        """Let everything happen that is due by now (or by `until`, when that is later). Returns the moment."""
+        """Let everything happen that is due by now, or by `until` if that is later. Returns the moment."""
         if self._busy:  # somebody looks at the cloud from within an action, through a report
             return self.at
         until = max(until, self.now(), self.at)
@@ -110,6 +114,7 @@ class Sky:
         self.faults: Counter[str] = Counter()
         self.report: Report | None = None
         self.era = 0
+        self.numbers = itertools.count(1)  # for names that nothing else gives
         self._wall_unix = wall_unix
         self._recurring: list[Recurring] = []
 
@@ -168,3 +173,52 @@ class Recurring:
         if self._per_hour() > 0:
             self._action()
             self.plan()
+
+
+class Spells:
+    """What lasts: outages, expired credentials, a clock that is off. Begins by chance or by a script.
+
+    `caller_unix` is the clock with which calls are signed; None: it is right.
+    """
+
+    def __init__(self, sky: Sky, caller_unix: Callable[[], float] | None) -> None:
+        self._sky, self._caller_unix = sky, caller_unix
+        self._until: dict[Fault, float] = dict.fromkeys(SPELLS, -math.inf)
+        for kind in SPELLS:
+            sky.recur(partial(self._per_hour, kind), partial(self._begin_by_chance, kind))
+
+    def stands(self, kind: Fault) -> bool:
+        if kind is Fault.CLOCK_SKEWED and self._caller_unix is not None:
+            off_seconds = abs(self._caller_unix() - self._sky.unix(self._sky.agenda.now()))
+            if off_seconds > SKEW_SECONDS_MAX:
+                return True
+        return self._sky.at < self._until[kind]
+
+    def begin(self, kind: Fault, seconds: float) -> None:
+        self._until[kind] = max(self._until[kind], self._sky.at + seconds)
+        self._sky.tell(f"begins: {kind}", f"for {seconds:.0f} s")
+
+    def end(self, kind: Fault) -> None:
+        self._until[kind] = -math.inf
+
+    def heal(self) -> None:
+        for kind in SPELLS:
+            self.end(kind)
+
+    def _begin_by_chance(self, kind: Fault) -> None:
+        self.begin(kind, self._sky.fates.within(self._knobs(kind)[1]))
+
+    def _per_hour(self, kind: Fault) -> float:
+        return self._knobs(kind)[0]
+
+    def _knobs(self, kind: Fault) -> tuple[float, Range]:
+        weather = self._sky.weather
+        match kind:
+            case Fault.OUTAGE:
+                return weather.outages_per_hour, weather.outage_seconds
+            case Fault.LAUNCH_OUTAGE:
+                return weather.launch_outages_per_hour, weather.launch_outage_seconds
+            case Fault.CREDENTIALS_EXPIRED:
+                return weather.credentials_expire_per_hour, weather.credentials_expired_seconds
+            case _:
+                return weather.clock_skews_per_hour, weather.clock_skewed_seconds

@@ -48,7 +48,7 @@ class Spot:
         and the end `notice_seconds` after it. None leaves the one or the other out."""
         ahead_seconds = 0.0
         if rebalance_seconds is not None:
-            self._recommend(machine)
+            self.recommend(machine)
             ahead_seconds = rebalance_seconds
         if notice_seconds is not None:
             self._sky.misfortune(ahead_seconds, self._warn, machine, notice_seconds)
@@ -63,12 +63,13 @@ class Spot:
             rebalance_seconds = fates.within(weather.rebalance_ahead_seconds)
             if fates.chance(weather.reclaim_called_off):
                 self._sky.met(Fault.REBALANCE_ONLY, machine.id)
-                self._recommend(machine)
+                self.recommend(machine)
                 return
         notice_seconds = None if fates.chance(weather.reclaim_unannounced) else NOTICE_SECONDS
         self.reclaim(machine, notice_seconds=notice_seconds, rebalance_seconds=rebalance_seconds)
 
-    def _recommend(self, machine: Machine) -> None:
+    def recommend(self, machine: Machine) -> None:
+        """A rebalance recommendation: the machine is at a higher risk."""
         self._sky.met(Fault.REBALANCE, machine.id)
         self._send(machine, REBALANCE, {"instance-id": machine.id})
 

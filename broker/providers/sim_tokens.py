@@ -71,7 +71,9 @@ def token_of(parameters: Mapping[str, Any]) -> str:
     """Raises Refused for what cannot be one."""
     token = str(parameters.get("ClientToken") or "")
     if len(token) > TOKEN_CHARS_MAX or not token.isascii():
-        raise Refused("InvalidParameterValue", f"ClientToken is longer than {TOKEN_CHARS_MAX} ASCII characters")
+        raise Refused(
+            "InvalidParameterValue", f"ClientToken is longer than {TOKEN_CHARS_MAX} ASCII characters"
+        )
     return token
 
 

@@ -73,6 +73,18 @@ class Fault(StrEnum):
     FLEET_SURPLUS = "fleet surplus"
 
 
+def _check(knobs: Road | Weather) -> None:
+    for name, value in _knobs(knobs):
+        if isinstance(value, tuple) and name.endswith("_seconds"):
+            assert 0 <= value[0] <= value[1], f"{name} is no range of seconds: {value}"
+        elif isinstance(value, float) and not name.endswith(("_per_hour", "_seconds", "_max")):
+            assert 0 <= value <= 1, f"{name} is no probability: {value}"
+
+
+def _knobs(knobs: Road | Weather) -> Iterator[tuple[str, Any]]:
+    return ((field.name, getattr(knobs, field.name)) for field in fields(knobs))
+
+
 @dataclass(frozen=True, slots=True)
 class Road:
     """How calls of one sort travel; at most one of the mishaps befalls a call."""
@@ -178,18 +190,6 @@ class Weather:
 
     def __post_init__(self) -> None:
         _check(self)
-
-
-def _check(knobs: Road | Weather) -> None:
-    for name, value in _knobs(knobs):
-        if isinstance(value, tuple) and name.endswith("_seconds"):
-            assert 0 <= value[0] <= value[1], f"{name} is no range of seconds: {value}"
-        elif isinstance(value, float) and not name.endswith(("_per_hour", "_seconds", "_max")):
-            assert 0 <= value <= 1, f"{name} is no probability: {value}"
-
-
-def _knobs(knobs: Road | Weather) -> Iterator[tuple[str, Any]]:
-    return ((field.name, getattr(knobs, field.name)) for field in fields(knobs))
 
 
 CLEAR = Weather()

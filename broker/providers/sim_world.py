@@ -20,6 +20,10 @@ from broker.providers.sim_sky import Sky
 from broker.providers.sim_spot import Spot
 from broker.providers.sim_weather import Fault
 
+USER_INITIATED = (
+    "Client.UserInitiatedShutdown",
+    "Client.UserInitiatedShutdown: User initiated shutdown",
+)
 PUBLIC_FIRST, PUBLIC_COUNT = (198, 18, 0, 0), 131_070  # a network that is never routed (RFC 2544)
 PRIVATE_FIRST, PRIVATE_COUNT = (10, 0, 0, 0), 16_777_214
 STRANGERS_KINDS = ("t3.micro", "m7i.large", "c7i.4xlarge")
@@ -48,7 +52,7 @@ class Purchase:
 
 
 class World:
-    """See the module. `machines`: all that ever were; `listed`: those EC2 still shows; `alive`: not yet ended."""
+    """See the module. `machines` ever were, `listed` are still shown, `alive` have not begun to end."""
 
     def __init__(self, sky: Sky, region: str, zones: tuple[str, ...]) -> None:
         self.sky = sky
@@ -86,7 +90,7 @@ class World:
         )
         machine.enter(InstanceState.PENDING, at)
         self.machines[machine.id] = self.listed[machine.id] = self.alive[machine.id] = machine
-        self.sky.tell("launched", f"{machine.id} {machine.instance_type} {machine.zone} token={machine.token}")
+        self.sky.tell("launched", f"{machine.id} {bought.instance_type} {bought.zone} token={bought.token}")
         self._give_addresses(machine, bought.public)
         self._plan_visibility(machine)
         self._plan_boot(machine)
@@ -218,8 +222,7 @@ class World:
         """Somebody stops it, as an operator may: it keeps existing and is not billed."""
         if not machine.runs:
             return
-        machine.reason_code = "Client.UserInitiatedShutdown"
-        machine.reason = "Client.UserInitiatedShutdown: User initiated shutdown"
+        machine.reason_code, machine.reason = USER_INITIATED
         machine.enter(InstanceState.STOPPING, self.sky.at)
         self.sky.tell("stopping", machine.id)
         self._release(machine)
@@ -266,8 +269,7 @@ class World:
         return machine
 
     def end_by_operator(self, machine: Machine) -> None:
-        code = "Client.UserInitiatedShutdown"
-        self.end(machine, "operator", code, f"{code}: User initiated shutdown")
+        self.end(machine, "operator", *USER_INITIATED)
 
     # --- counting ----------------------------------------------------------------------------------
 

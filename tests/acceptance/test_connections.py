@@ -6,19 +6,23 @@ import json
 import resource
 import socket
 import ssl
+from collections import Counter
 from collections.abc import Iterator
 
 import psutil
 import pytest
 
+from broker.daemon import FILES_SPARE
 from tests.acceptance.lab import Lab, is_capable_error, laboratory
-from tests.support.broker_process import BrokerProcess, eventually
+from tests.support.broker_process import BrokerProcess, BrokerProcesses, eventually
 from tests.support.cloud import MotoServer
 
 CONNECTIONS_MAX = 800
 IDLE = 700
 SCANS = 200
 FILES_LEFT = 10
+FILES_FEW = 300
+AT_ONCE_SECONDS_MAX = 5.0
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +171,7 @@ def test_hundreds_of_idle_connections_do_not_keep_a_client_from_its_worker(
 ) -> None:
     idle = [broker.connect() for _ in range(IDLE)]
     eventually(lambda: connections(broker) == IDLE)
-    assert lab.works(broker.ask("GET_WORKER client=busy", seconds_max=2.0))
+    assert lab.works(broker.ask("GET_WORKER client=busy", AT_ONCE_SECONDS_MAX))
     assert not any(client.answered() for client in idle), "nobody was hung up on"
 
 
@@ -202,6 +206,21 @@ def test_a_broker_that_runs_out_of_file_descriptors_serves_again_when_there_are_
     eventually(lambda: pinged(broker, address) == ["OK"])
     resource.prlimit(broker.pid, resource.RLIMIT_NOFILE, limits)
     assert lab.works(broker.ask("GET_WORKER"))
+
+
+def test_a_broker_that_may_open_few_files_takes_fewer_clients_and_says_so(brokers: BrokerProcesses) -> None:
+    broker = brokers.make({})
+    broker.prefix = ("/bin/sh", "-c", f'ulimit -n {FILES_FEW} && exec "$@"', "sh")
+    broker.start()
+    (warning,) = broker.events("fewer connections than connections_max are possible")
+    assert warning["limit_nofile"] == FILES_FEW
+    crowd = [broker.asking("PING 127.9.9.9") for _ in range(100)]
+    said = Counter(client.line() for client in crowd)
+    assert said.pop("ERROR: Worker not found") == FILES_FEW - FILES_SPARE
+    assert all(is_capable_error(line, "LIMIT") for line in said), said
+    broker.hang_up()
+    eventually(lambda: connections(broker) == 0)
+    assert broker.ask("GET_WORKER").startswith("127."), "there are files left for what a worker needs"
 
 
 def pinged(broker: BrokerProcess, address: str) -> list[str]:

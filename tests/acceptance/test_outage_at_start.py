@@ -9,6 +9,7 @@ from tests.support.broker_process import BrokerProcess, eventually
 from tests.support.fault_proxy import EVERY_ACTION, FaultProxy
 
 MANY = 1_000
+AT_ONCE_SECONDS_MAX = 5.0
 TOLD_SECONDS_MAX = 30.0  # a scan of its own time limit may have to fail first; a client must not hang longer
 
 
@@ -40,7 +41,8 @@ def test_a_broker_whose_cloud_is_away_says_so_and_serves_when_it_is_back(
         "LIST_ALL",
         "TERMINATE_ALL",
     ):
-        refusal = broker.ask(command, TOLD_SECONDS_MAX)
+        looks_itself = command in ("LIST_ALL", "TERMINATE_ALL")
+        refusal = broker.ask(command, TOLD_SECONDS_MAX if looks_itself else AT_ONCE_SECONDS_MAX)
         assert is_capable_error(refusal, "CLOUD"), (command, refusal)
         assert words in refusal
     assert_not_ready(broker, words)
@@ -67,7 +69,7 @@ def test_a_cloud_that_says_nothing_at_all_keeps_neither_the_broker_nor_its_clien
     eventually(lambda: broker.events("listening"), TOLD_SECONDS_MAX, "the broker listens")
     assert_not_ready(broker, "no answer")
     for command in ("PING 127.1.2.3", "GET_WORKER"):
-        assert is_capable_error(broker.ask(command, seconds_max=2.0), "CLOUD")
+        assert is_capable_error(broker.ask(command, AT_ONCE_SECONDS_MAX), "CLOUD")
     assert unwanted.exit_code(TOLD_SECONDS_MAX) == 0
     lab.proxy.heal()
     eventually(lambda: broker.http("/readyz")[0] == 200)

@@ -90,6 +90,14 @@ def test_a_launch_under_way_is_waited_for_and_its_machine_known(lab: Lab) -> Non
     assert lab.only().state == "running"
 
 
+def test_a_launch_whose_machine_a_listing_has_shown_holds_up_nobody(lab: Lab) -> None:
+    broker = lab.broker()
+    lab.proxy.stall("RunInstances", after_carrying_out=True)
+    assert broker.ask("GET_WORKER") == lab.address(lab.only())
+    broker.terminate(IN_ORDER_SECONDS_MAX)
+    assert stopped(broker)["workers_left_running"] == [lab.only().instance_id]
+
+
 def test_what_was_asked_before_the_end_is_answered_before_the_end(lab: Lab) -> None:
     broker = lab.broker()
     address = broker.ask("GET_WORKER client=ada")

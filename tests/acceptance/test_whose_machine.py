@@ -85,6 +85,7 @@ def test_adopt_name_tag_takes_over_the_machine_of_an_older_broker_and_no_other(l
     eventually(lambda: [worker["state"] for worker in broker.status()] == ["ready"])
     address = broker.ask("GET_WORKER")
     assert address == lab.address(older)
+    assert lab.machine_at(address).tags[tags.BROKER] == BROKER_ID, "whoever finds it later knows whose it is"
     assert lab.works(address)
     assert lab.launch_calls() == []
     assert broker.ask(f"RELEASE {address}") == "OK"

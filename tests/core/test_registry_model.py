@@ -312,6 +312,7 @@ class TwoRegistries(RuleBasedStateMachine):
     def nothing_is_kept_of_those_who_are_gone(self) -> None:
         machines = {entry.instance_id for entry in self.naive.entries.values()}
         gone = {*self.seen, *MACHINES} - set(self.naive.entries) - machines
+        gone |= set(CLIENTS) - {client for _, client in self.naive.grants}
         live = {lease.id for worker in self.real for lease in self.real.leases(worker.id)}
         for name, index in vars(self.real).items():
             if isinstance(index, dict):
@@ -360,4 +361,4 @@ def words_of(value: object) -> list[str]:
 
 
 TestTwoRegistries = TwoRegistries.TestCase
-TestTwoRegistries.settings = settings(FEW, max_examples=80, stateful_step_count=50)
+TestTwoRegistries.settings = settings(FEW, max_examples=150, stateful_step_count=60)

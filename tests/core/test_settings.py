@@ -192,8 +192,8 @@ def test_an_address_on_loopback_may_be_listened_on(written: str, host: str, port
 @pytest.mark.parametrize(
     "written",
     [
-        "", "9000", 9000, ":9000", "127.0.0.1", "127.0.0.1:", "127.0.0.1:http", "127.0.0.1:65536", "a:-1", "a:²",
-        True, {},
+        "", "9000", 9000, ":9000", "127.0.0.1", "127.0.0.1:", "127.0.0.1:http", "127.0.0.1:65536", "a:-1",
+        "a:²", True, {},
     ],
 )  # fmt: skip
 def test_what_is_no_address_says_how_to_write_one(written: object) -> None:

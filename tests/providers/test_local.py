@@ -379,7 +379,8 @@ async def test_a_resent_order_finds_its_machine_also_after_a_restart(host: Host)
     second = await host.broker(*PYTHON, ENVIRONMENT_TELLER)
     assert await second.launch(order(second)) == instance
     assert await second.listing() == [instance]
-    assert len(processes_under(str(host.records.directory))) == 1
+    # The kernel fills in a process's environment a moment after its start is reported.
+    await until(lambda: len(processes_under(str(host.records.directory))) == 1)
 
 
 async def test_an_order_resent_with_other_parameters_is_refused(host: Host) -> None:
@@ -415,7 +416,8 @@ async def test_a_launch_whose_caller_gives_up_leads_to_one_machine_all_the_same(
     assert host.calls == {("launch", "cancelled"): 1}
     instance = await provider.launch(order(provider))
     assert await provider.listing() == [instance]
-    assert len(processes_under(str(host.records.directory))) == 1
+    # The kernel fills in a process's environment a moment after its start is reported.
+    await until(lambda: len(processes_under(str(host.records.directory))) == 1)
 
 
 async def test_orders_at_the_same_time_get_a_machine_and_an_address_each(host: Host) -> None:

@@ -145,6 +145,7 @@ class BrokerProcess:
         self.state_dir = Path(str(broker["state_dir"]))
         self.config_file.write_text(_toml({**tables, "broker": broker}), encoding="utf-8")
         self.environ = bare_environment(directory / "home") | dict(environ or {})
+        self.prefix: tuple[str, ...] = ()  # a command that runs the broker in its own place, as nice(1) does
         self._process: subprocess.Popen[bytes] | None = None
         self._runs = 0
         self._conversations: list[Conversation] = []
@@ -176,7 +177,7 @@ class BrokerProcess:
         self._runs += 1
         with self._stderr_file.open("wb") as stderr, self._stdout_file.open("wb") as stdout:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "broker", "serve", "--config", str(self.config_file)],
+                [*self.prefix, sys.executable, "-m", "broker", "serve", "--config", str(self.config_file)],
                 cwd=self.directory,
                 env=self.environ,
                 stdin=subprocess.DEVNULL,

@@ -1,7 +1,8 @@
 """A whole broker for one performance: a real Daemon, a cloud in memory behind it, sockets or none before it.
 
-The same stage stands on virtual time (`ports=False`, connections in memory) and on real loopback sockets. Headers
-of a transcript say how the pools are configured and what the cloud does; directions are carried out here.
+The same stage stands on virtual time (`ports=False`, connections in memory) and on real loopback sockets.
+Headers of a transcript say how the pools are configured and what the cloud does; directions are carried out
+here.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import struct
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, cast
 
@@ -61,6 +62,7 @@ class Stage:
     daemon: Daemon
     cloud: FakeCloud
     stop: asyncio.Event
+    wires: list[SocketWire] = field(default_factory=list)
 
     @property
     def open(self) -> bool:
@@ -71,6 +73,11 @@ class Stage:
     @property
     def port(self) -> int:
         return int(self.daemon.server.addresses[0].rpartition(":")[2])
+
+    async def connect(self) -> SocketWire:
+        """A connection over loopback; closed with the stage."""
+        self.wires.append(await SocketWire.to(self.port))
+        return self.wires[-1]
 
     async def until(self, condition: Callable[[], object], seconds_max: float = SECONDS_MAX) -> None:
         """Let time pass until something holds. Raises TimeoutError."""
@@ -86,11 +93,15 @@ class Stage:
             case "seconds":
                 await asyncio.sleep(direction.amount)
             case "boot":
-                await self.until(self._pending)
-                for instance_id in self._pending():
-                    self.cloud.boot(instance_id)
+                await self.boot()
             case "stop":
                 self.stop.set()
+
+    async def boot(self) -> None:
+        """Wait for a pending machine, and let it boot."""
+        await self.until(self._pending)
+        for instance_id in self._pending():
+            self.cloud.boot(instance_id)
 
     def _pending(self) -> list[str]:
         machines = self.cloud.machines.items()
@@ -129,6 +140,8 @@ async def stage(
     finally:
         here.stop.set()
         await running
+        for wire in here.wires:
+            wire.close()
 
 
 def _arrange(cloud: FakeCloud, key: str, value: str) -> None:
@@ -191,7 +204,11 @@ class SocketWire:
         sock = socket.socket()
         sock.setblocking(False)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        await asyncio.get_running_loop().sock_connect(sock, (PEER, port))
+        try:
+            await asyncio.get_running_loop().sock_connect(sock, (PEER, port))
+        except OSError:
+            sock.close()
+            raise
         return cls(sock)
 
     async def send(self, data: bytes) -> None:
@@ -204,6 +221,9 @@ class SocketWire:
 
     async def vanish(self) -> None:
         self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # with a reset
+        self._sock.close()
+
+    def close(self) -> None:
         self._sock.close()
 
     async def line(self) -> str | None:
@@ -303,7 +323,7 @@ class Performance:
             server = self._stage.daemon.server
             over_sockets = bool(server.addresses)
             self._wires[client] = (
-                await SocketWire.to(self._stage.port) if over_sockets else MemoryWire(Client(server, PEER))
+                await self._stage.connect() if over_sockets else MemoryWire(Client(server, PEER))
             )
         return self._wires[client]
 

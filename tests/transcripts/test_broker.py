@@ -1,4 +1,4 @@
-"""The corpus against the broker itself: without sockets in virtual time, and on loopback on both event loops."""
+"""The corpus against the broker itself: without sockets in virtual time, and over loopback on both loops."""
 
 from __future__ import annotations
 

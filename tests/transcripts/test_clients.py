@@ -1,4 +1,4 @@
-"""The corpus through the client libraries: each command by their `request`, each error back into its sentence."""
+"""The corpus through the client libraries: commands by `request`, each error back into its sentence."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """A dialogue with the broker as text: reading a corpus file, filling in and matching its placeholders.
 
-Pure: whoever plays a transcript brings the connections. README.md beside this file is the format's definition.
+Pure: whoever plays a transcript brings the connections. README.md beside this file defines the format.
 A mistake in a file is an error that names the file and the line, never a line that is skipped.
 """
 
@@ -123,8 +123,8 @@ def read(path: Path) -> Transcript:
             continue
         header = HEADER.fullmatch(text)
         if header and not lines:
-            pairs = (pair.split("=", 1) for pair in header["pairs"].split(" "))
-            headers[header["about"]] = {key: value for key, value in pairs}
+            pairs = (pair.partition("=") for pair in header["pairs"].split(" "))
+            headers[header["about"]] = {key: value for key, _, value in pairs}
             continue
         line = _spoken(text) or _direction(text)
         if line is None:
@@ -176,7 +176,7 @@ class Memory:
         return unescaped(filled) + ("" if says.partial else "\n")
 
     def agrees(self, expected: str, reply: str) -> bool:
-        """Whether a reply is what the transcript has. Placeholders that are met for the first time are filled.
+        """Whether a reply is what the transcript has. Placeholders that are met first here are filled.
 
         Two placeholders never stand for the same: {ip2} is another worker than {ip}.
         """

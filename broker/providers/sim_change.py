@@ -1,0 +1,114 @@
+"""TerminateInstances and CreateTags of the simulated EC2, and who asked for them.
+
+Whoever asks for a change of a machine that is not theirs is written down, whatever becomes of the call:
+that is the one thing a broker must never do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from broker.core import tags
+from broker.core.model import InstanceState
+from broker.providers import sim_shapes
+from broker.providers.sim_calls import CHANGES, Answer, Call, refuse_too_many, tags_of
+from broker.providers.sim_listing import not_found, refuse_malformed
+from broker.providers.sim_machine import Machine
+from broker.providers.sim_sky import Refused
+from broker.providers.sim_weather import Fault
+from broker.providers.sim_world import USER_INITIATED, World
+
+TERMINATED_MAX = 1000  # ids in one call (AWS: EC2 API reference, "TerminateInstances")
+
+
+@dataclass(frozen=True, slots=True)
+class Violation:
+    """Somebody asked for a change of a machine that is not theirs."""
+
+    at: float
+    caller: str
+    api: str
+    instance_id: str
+
+
+class Changer:
+    """See the module. `adoptable_names`: Name tags by which a machine without a broker may be claimed."""
+
+    def __init__(self, world: World) -> None:
+        self.violations: list[Violation] = []
+        self.adoptable_names: tuple[str, ...] = ()
+        self._world, self._sky = world, world.sky
+
+    def watch(self, call: Call) -> None:
+        """A call has arrived: does it touch what is somebody else's?"""
+        if call.api not in CHANGES:
+            return
+        for one in call.instance_ids:
+            machine = self._world.machines.get(one)
+            if machine is not None and machine.owner != call.caller and not self._adopts(call, machine):
+                self.violations.append(Violation(self._sky.at, call.caller, call.api, one))
+                self._sky.tell("VIOLATION", f"{call.caller}: {call.api} of {one}")
+
+    def terminate_instances(self, call: Call) -> Answer:
+        """All of them or none; a protected machine saves only those beside it in its zone. Raises Refused."""
+        ids = list(dict.fromkeys(call.instance_ids))
+        if not 1 <= len(ids) <= TERMINATED_MAX:
+            raise Refused("InvalidParameterValue", f"1 to {TERMINATED_MAX} instances can be terminated")
+        machines = self._known(ids)
+        protected = {one.zone: one.id for one in machines if one.protected and one.alive}
+        answers = [self._terminate(one, call.caller) for one in machines if one.zone not in protected]
+        if protected:
+            names = ", ".join(protected.values())
+            raise Refused(
+                "OperationNotPermitted",
+                f"The instance '{names}' may not be terminated. Modify its 'disableApiTermination' "
+                "instance attribute and try again.",
+            )
+        return {"TerminatingInstances": answers}
+
+    def create_tags(self, call: Call) -> Answer:
+        """Raises Refused."""
+        new = tags_of(call.parameters.get("Tags") or ())
+        machines = self._known(call.instance_ids)
+        for machine in machines:
+            refuse_too_many({**machine.tags, **new})
+        for machine in machines:
+            if self._adopts(call, machine) and tags.BROKER in new:
+                machine.owner = call.caller
+            machine.retag(new, self._sky.at)
+        return {}
+
+    def _terminate(self, machine: Machine, caller: str) -> Answer:
+        before = after = machine.state
+        if machine.alive:
+            after = InstanceState.SHUTTING_DOWN
+            if self._sky.fates.chance(self._sky.weather.terminate_ignored):
+                self._sky.met(Fault.TERMINATE_IGNORED, machine.id)
+            else:
+                self._world.end(machine, caller, *USER_INITIATED)
+        return {
+            "InstanceId": machine.id,
+            "PreviousState": sim_shapes.state(before),
+            "CurrentState": sim_shapes.state(after),
+        }
+
+    def _adopts(self, call: Call, machine: Machine) -> bool:
+        claimable = not machine.owner and tags.BROKER not in machine.tags
+        named = machine.tags.get(tags.NAME) in self.adoptable_names
+        return call.api == "CreateTags" and claimable and named
+
+    def _known(self, ids: Sequence[str]) -> list[Machine]:
+        """The machines of these ids. Raises Refused when EC2 does not know one of them, or not yet."""
+        refuse_malformed(ids)
+        listed = self._world.listed
+        young = [one for one in ids if one in listed and self._is_hidden(listed[one])]
+        for one in young:
+            self._sky.met(Fault.NOT_FOUND, one)
+        unknown = [one for one in ids if one not in listed or one in young]
+        if unknown:
+            raise not_found(unknown)
+        return [listed[one] for one in ids]
+
+    def _is_hidden(self, machine: Machine) -> bool:
+        return machine.hidden_from_writes and self._sky.at < machine.visible_at

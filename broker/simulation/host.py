@@ -1,0 +1,236 @@
+"""The VPS: starts brokers, one at a time, on one state directory and one cloud, and kills them.
+
+A kill is what SIGKILL is: nothing of that broker runs on, nothing is written any more, its connections break.
+Every task that it started, directly or through others, is known by a context variable that tasks inherit.
+What such a task does while it is being torn down has no effect: its store is closed, its cloud is deaf.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+from collections.abc import Callable, Coroutine, Generator, Mapping
+from contextlib import AbstractAsyncContextManager, contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+from broker.clock import Clock
+from broker.core.errors import BrokerError
+from broker.core.model import Event
+from broker.core.settings import Settings
+from broker.daemon import Daemon
+from broker.loops.probe import Connect
+from broker.providers.base import Provider
+from broker.providers.ec2 import Ec2Provider
+from broker.providers.ec2_api import Manners
+from broker.testing import Client, silent_log
+
+OWNER: contextvars.ContextVar[Incarnation | None] = contextvars.ContextVar("owner", default=None)
+Factory = Callable[[Manners], AbstractAsyncContextManager[Any]]
+
+
+class Dead(asyncio.CancelledError):
+    """What a call of a killed broker meets."""
+
+
+class Incarnation:
+    """One broker process: from its start to its end."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.alive = True
+        self.tasks: dict[asyncio.Task[Any], None] = {}
+        self.clients: dict[Client, None] = {}
+        self.daemon: Daemon | None = None
+        self.main: asyncio.Task[None] | None = None
+        self.stop = asyncio.Event()
+
+    @contextmanager
+    def at_work(self) -> Generator[None, None, None]:
+        """Whatever is started in here belongs to this process."""
+        token = OWNER.set(self)
+        try:
+            yield
+        finally:
+            OWNER.reset(token)
+
+
+class _Gate:
+    """The way from one process to the cloud: closed when the process is dead."""
+
+    def __init__(self, client: Any, incarnation: Incarnation, asked: Callable[[str, Any], None]) -> None:
+        self._client, self._incarnation, self._asked = client, incarnation, asked
+
+    def __getattr__(self, method: str) -> Callable[..., Coroutine[Any, Any, Any]]:
+        call = getattr(self._client, method)
+
+        async def through(**parameters: Any) -> Any:
+            if not self._incarnation.alive:
+                raise Dead
+            self._asked(method, parameters)
+            return await call(**parameters)
+
+        return through
+
+
+class Host:
+    """See the module. `factory` makes clients of the cloud's API, `connect` is the network to workers."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        state_dir: Path,
+        clock: Clock,
+        factory: Factory,
+        connect: Connect,
+        *,
+        new_id: Callable[[], str],
+        heard: Callable[[Event], None],
+        asked: Callable[[str, Any], None],
+        ended: Callable[[Incarnation, BaseException | None], None],
+    ) -> None:
+        self._settings, self._state_dir, self._clock = settings, state_dir, clock
+        self._factory, self._connect, self._new_id = factory, connect, new_id
+        self._heard, self._asked, self._ended = heard, asked, ended
+        self._numbers = 0
+        self.now: Incarnation | None = None
+        asyncio.get_running_loop().set_task_factory(_owned_task)
+
+    @property
+    def running(self) -> bool:
+        return self.now is not None and self.now.alive
+
+    def start(self) -> Incarnation:
+        """A new process. Whether its start succeeds is seen later."""
+        self._numbers += 1
+        incarnation = self.now = Incarnation(self._numbers)
+        with incarnation.at_work():
+            incarnation.daemon = self.make(incarnation)
+            incarnation.main = asyncio.create_task(self._live(incarnation), name="daemon")
+        return incarnation
+
+    def make(self, incarnation: Incarnation) -> Daemon:
+        """A broker, wired and not started."""
+        daemon = Daemon(
+            self._settings,
+            state_dir=self._state_dir,
+            clock=self._clock,
+            log=silent_log(),
+            environ={},
+            providers=lambda *_: self._providers(incarnation),
+            connect=self._connect,
+            store_threaded=False,
+            ports=False,
+            new_id=self._new_id,
+        )
+        daemon.observe(lambda event: self._heard(event) if incarnation.alive else None)
+        return daemon
+
+    def open(self, peer: str) -> Client | None:
+        """A connection to the broker; None when nothing listens."""
+        incarnation = self.now
+        if incarnation is None or not incarnation.alive or incarnation.daemon is None:
+            return None
+        with incarnation.at_work():
+            client = Client(incarnation.daemon.server, peer)
+        incarnation.clients[client] = None
+        return client
+
+    @contextmanager
+    def inside(self) -> Generator[None, None, None]:
+        """Bytes that arrive are worked on by the broker, not by whoever sends them."""
+        if self.now is None:
+            yield
+            return
+        with self.now.at_work():
+            yield
+
+    def kill(self) -> list[str]:
+        """SIGKILL. Returns where its tasks stood, as file and line."""
+        incarnation = self.now
+        if incarnation is None or not incarnation.alive:
+            return []
+        incarnation.alive = False
+        assert incarnation.daemon is not None
+        incarnation.daemon.context.store.die()
+        stood = sorted({_where(task) for task in incarnation.tasks if not task.done()})
+        for client in list(incarnation.clients):
+            client.vanish()
+        for task in list(incarnation.tasks):
+            task.cancel()
+        return stood
+
+    async def terminate(self) -> None:
+        """SIGTERM, until the process has ended."""
+        incarnation = self.now
+        if incarnation is None or not incarnation.alive or incarnation.main is None:
+            return
+        incarnation.stop.set()
+        await asyncio.wait([incarnation.main])
+
+    async def _live(self, incarnation: Incarnation) -> None:
+        assert incarnation.daemon is not None
+        error: BaseException | None = None
+        try:
+            await incarnation.daemon.run(incarnation.stop)
+        except asyncio.CancelledError:
+            pass
+        except (BrokerError, BaseExceptionGroup) as trouble:
+            error = trouble
+        finally:
+            if incarnation.alive:
+                incarnation.alive = False
+                for client in list(incarnation.clients):
+                    client.vanish()
+                self._ended(incarnation, error)
+
+    def _providers(self, incarnation: Incarnation) -> Mapping[str, Provider]:
+        def factory(manners: Manners) -> Any:
+            return _Gated(self._factory(manners), incarnation, self._asked)
+
+        provider = Ec2Provider(
+            self._settings.broker.id,
+            self._settings.pool,
+            region="us-east-1",
+            profile=None,
+            clock_wall=self._clock.wall,
+            client_factory=factory,
+        )
+        return dict.fromkeys(self._settings.pool, provider)
+
+
+class _Gated:
+    """A client's context manager with the gate in it."""
+
+    def __init__(self, inner: Any, incarnation: Incarnation, asked: Callable[[str, Any], None]) -> None:
+        self._inner, self._incarnation, self._asked = inner, incarnation, asked
+
+    async def __aenter__(self) -> Any:
+        return _Gate(await self._inner.__aenter__(), self._incarnation, self._asked)
+
+    async def __aexit__(self, *details: Any) -> Any:
+        return await self._inner.__aexit__(*details)
+
+
+def _owned_task(loop: asyncio.AbstractEventLoop, coroutine: Any, **options: Any) -> asyncio.Task[Any]:
+    task = asyncio.Task(coroutine, loop=loop, **options)
+    owner = OWNER.get()
+    if owner is not None:
+        owner.tasks[task] = None
+        task.add_done_callback(lambda done: owner.tasks.pop(done, None))
+        if not owner.alive:
+            task.cancel()
+    return task
+
+
+def _where(task: asyncio.Task[Any]) -> str:
+    """The innermost line of ours at which the task waits."""
+    line, coroutine = "?", cast(Any, task.get_coro())
+    while coroutine is not None:
+        frame = getattr(coroutine, "cr_frame", None)
+        if frame is not None and "/broker/" in frame.f_code.co_filename:
+            path = frame.f_code.co_filename.rpartition("/broker/")[2]
+            if not path.startswith(("simulation/", "testing", "providers/sim")):
+                line = f"{path}:{frame.f_lineno}"
+        coroutine = getattr(coroutine, "cr_await", None)
+    return line

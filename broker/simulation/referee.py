@@ -1,0 +1,178 @@
+"""What was promised, held against what the simulated cloud and the clients know to be true.
+
+The broker's own books are never asked whether it did well: the cloud knows what ran and who ended it, each
+client knows what it was told and when. What the referee finds is a `Violation`: the moment, the promise, the
+facts.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+from broker.core.settings import PoolSettings
+from broker.providers.sim_machine import Machine
+
+CLOCK_SLACK_SECONDS = 1.0  # between the broker's decision and the client's reading of it
+PROOF_SLACK_SECONDS = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Violation:
+    """A promise that was broken."""
+
+    at: float
+    promise: str
+    facts: str
+
+    def __str__(self) -> str:
+        return f"{self.promise}: {self.facts}"
+
+
+@dataclass(slots=True)
+class Hold:
+    """One client's belief that it holds one machine, founded on the broker's replies."""
+
+    client: str
+    machine: Machine
+    address: str
+    since_at: float
+    exclusive: bool
+    used_at: list[float] = field(default_factory=list)
+    ended_at: float | None = None  # it released, or was told that the broker does not know the worker
+
+    def live_at(self, at: float, ttl_seconds: float) -> bool:
+        """Whether the client may still count on it at that moment, by the clock of whoever is slower."""
+        if at < self.since_at or (self.ended_at is not None and at >= self.ended_at):
+            return False
+        last_at = max((used for used in self.used_at if used <= at), default=self.since_at)
+        return at < last_at + ttl_seconds - CLOCK_SLACK_SECONDS
+
+
+class Referee:
+    """Collects facts while a history is played; `violations` grows as promises break."""
+
+    def __init__(self, pool: PoolSettings) -> None:
+        self._pool = pool
+        self.violations: list[Violation] = []
+        self.holds: list[Hold] = []
+        self.waited: list[float] = []
+        self._current: dict[tuple[str, str], Hold] = {}  # (client, address)
+        self._by_machine: dict[str, list[Hold]] = defaultdict(list)
+        self._forced: dict[str, list[float]] = defaultdict(list)  # machine → when somebody asked for its end
+        self._orders_at: list[float] = []
+        self._orders: dict[str, None] = {}
+
+    def broken(self, at: float, promise: str, facts: str) -> None:
+        self.violations.append(Violation(at, promise, facts))
+
+    # --- what clients are told -----------------------------------------------------------------------
+
+    def handed_out(
+        self, at: float, client: str, address: str, machine: Machine | None, broker: str, *, exclusive: bool
+    ) -> None:
+        """A GET_WORKER was answered with this address; `machine` has it now, None: nobody has."""
+        if machine is None or machine.owner != broker:
+            whose = "nobody" if machine is None else f"a stranger's machine {machine.id}"
+            self.broken(
+                at, "no dead address is handed out", f"{client} got {address}, which belongs to {whose}"
+            )
+            return
+        ended_at = machine.stopped_running_at
+        if machine.running_at is None or (ended_at is not None and at - ended_at > self.proof_seconds):
+            self.broken(
+                at, "no dead address is handed out", f"{client} got {address}: {machine.id} {machine.state}"
+            )
+            return
+        self._hold(at, client, address, machine, exclusive)
+
+    def used(self, at: float, client: str, address: str) -> None:
+        """A PING was answered with OK."""
+        hold = self._current.get((client, address))
+        if hold is not None:
+            hold.used_at.append(at)
+
+    def released(self, at: float, client: str, address: str) -> None:
+        hold = self._current.pop((client, address), None)
+        if hold is not None:
+            hold.ended_at = at
+
+    def unknown(self, at: float, client: str, address: str, why: str) -> None:
+        """A PING was answered with an error: the lease is lost, and that needs a reason."""
+        hold = self._current.pop((client, address), None)
+        if hold is None:
+            return
+        live = hold.live_at(at, self._pool.idle_timeout)
+        hold.ended_at = at
+        if live and hold.machine.runs and not self.excused(hold.machine, at):
+            facts = f"{client} was told '{why}' of {hold.machine.id}, which it holds"
+            self.broken(at, "no lease is lost", facts)
+
+    def _hold(self, at: float, client: str, address: str, machine: Machine, exclusive: bool) -> None:
+        hold = self._current.get((client, address))
+        if hold is not None and hold.machine is machine:
+            hold.used_at.append(at)
+            hold.exclusive |= exclusive
+        else:
+            hold = Hold(client, machine, address, at, exclusive, [at])
+            self._current[client, address] = hold
+            self._by_machine[machine.id].append(hold)
+            self.holds.append(hold)
+        for other in self._by_machine[machine.id]:
+            both = other is not hold and (other.exclusive or hold.exclusive)
+            if both and other.client != client and other.live_at(at, self._pool.idle_timeout):
+                facts = f"{machine.id} is held by {other.client} and was given to {client}"
+                self.broken(at, "never two leases on an exclusive worker", facts)
+
+    @property
+    def proof_seconds(self) -> float:
+        """How old the proof of a worker's readiness may be when its address reaches the client."""
+        return self._pool.readiness_max_age + PROOF_SLACK_SECONDS
+
+    # --- what happens to machines --------------------------------------------------------------------
+
+    def end_wanted(self, at: float, machine: Machine | None) -> None:
+        """Somebody with the right to has asked for this machine's end: RELEASE force, TERMINATE_ALL."""
+        if machine is not None:
+            self._forced[machine.id].append(at)
+
+    def excused(self, machine: Machine, at: float) -> bool:
+        return any(asked_at <= at for asked_at in self._forced[machine.id])
+
+    def terminated(self, at: float, machine: Machine) -> None:
+        """The broker's Terminate was carried out on a machine that was running."""
+        if machine.running_at is None or self.excused(machine, at):
+            return
+        for hold in self._by_machine[machine.id]:
+            if hold.live_at(at, self._pool.idle_timeout):
+                last = max(hold.used_at)
+                facts = f"{machine.id} was terminated; {hold.client} used it {at - last:.1f} s before"
+                self.broken(at, "no busy worker is killed", facts)
+
+    def launched(self, at: float, token: str, on_disk: bool, alive: int) -> None:
+        """A launch call leaves the broker; `alive` machines of ours exist before it."""
+        if not on_disk:
+            self.broken(at, "an order is on disk before its call", token)
+        if token in self._orders:
+            return
+        self._orders[token] = None
+        self._orders_at.append(at)
+        within = sum(at - 3600.0 < ordered_at for ordered_at in self._orders_at)
+        if within > self._pool.launches_per_hour:
+            facts = f"{within} launches within an hour, {self._pool.launches_per_hour} are allowed"
+            self.broken(at, "launches never exceed the caps", facts)
+
+    def counted(self, at: float, machines: list[Machine]) -> None:
+        """So many machines of ours exist after a launch."""
+        if len(machines) > self._pool.max_workers:
+            ids = ", ".join(machine.id for machine in machines)
+            self.broken(at, "launches never exceed the caps", f"{len(machines)} machines: {ids}")
+
+    def tokens(self, at: float, machines: list[Machine]) -> None:
+        """One instance an order, over the whole history."""
+        by_token: dict[str, list[str]] = defaultdict(list)
+        for machine in machines:
+            by_token[machine.token].append(machine.id)
+        for token, ids in by_token.items():
+            if token and len(ids) > 1:
+                self.broken(at, "one machine an order", f"{token}: {', '.join(ids)}")

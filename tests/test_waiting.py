@@ -1,0 +1,194 @@
+"""The queue of those who wait: fair, left at once by who gives up, and told when waiting does not help."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from broker.core.errors import LimitReached, NoCapacity
+from broker.core.model import Lease, Market, Offering
+from broker.core.policy import Demand
+from broker.core.protocol import GetWorker
+from broker.core.registry import Registry
+from broker.waiting import ANYTHING, Waiter, Waiting, Wish
+from tests.core.make import MOON, PORT, instance, order
+
+BIG = Wish(cores=64)
+
+
+def waiter(
+    asked_at: float = 0.0, *, pool: str = "default", exclusive: bool = False, wish: Wish = ANYTHING
+) -> Waiter:
+    served: asyncio.Future[Lease] = asyncio.get_running_loop().create_future()
+    return Waiter(pool, "ann", exclusive, wish, asked_at, served)
+
+
+def queue(*waiters: Waiter) -> Waiting:
+    waiting = Waiting()
+    for one in waiters:
+        waiting.join(one)
+    return waiting
+
+
+def failed(*waiters: Waiter) -> list[bool]:
+    return [one.served.done() and one.served.exception() is not None for one in waiters]
+
+
+# --- wishes ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("wish", "fits"),
+    [
+        (ANYTHING, True),
+        (Wish(cores=64), True),
+        (Wish(cores=65), False),
+        (Wish(type="big"), True),
+        (Wish(type="small"), False),
+        (Wish(region="moon"), True),
+        (Wish(region="mars"), False),
+        (Wish(cores=8, type="big", region="moon"), True),
+        (Wish(cores=8, type="big", region="mars"), False),
+    ],
+)
+def test_an_offering_fits_when_it_is_all_that_was_asked_for(wish: Wish, fits: bool) -> None:
+    assert wish.fits(MOON) is fits
+
+
+def test_who_asks_for_cores_gets_no_machine_whose_cores_nobody_knows() -> None:
+    unknown = Offering("moon", "odd", Market.SPOT)
+    assert not Wish(cores=1).fits(unknown)
+    assert Wish(type="odd").fits(unknown)
+
+
+def test_a_wish_is_what_the_command_says() -> None:
+    assert Wish.of(GetWorker(pool="gpu", cores=8, client="ann", wait=5.0)) == Wish(cores=8)
+    assert Wish.of(GetWorker(type="big", region="moon")) == Wish(type="big", region="moon")
+    assert Wish.of(GetWorker()) == ANYTHING
+
+
+def test_a_wish_is_said_as_it_was_written() -> None:
+    assert str(Wish(cores=8, region="moon")) == "cores=8 region=moon"
+    assert str(ANYTHING) == ""
+
+
+def test_a_worker_is_measured_by_its_offering() -> None:
+    registry = Registry()
+    registry.order(order(), PORT, 0.0)
+    worker = registry.launched("o-1", instance(cores=32), 1.0)
+    test = BIG.test()
+    assert test is not None
+    assert not test(worker)
+    assert ANYTHING.test() is None, "nobody looks through all workers for nothing"
+
+
+# --- places ---------------------------------------------------------------------------------------------
+
+
+async def test_whoever_came_first_stands_first() -> None:
+    early, late = waiter(1.0), waiter(2.0)
+    assert queue(early, late).of("default") == [early, late]
+
+
+async def test_one_who_comes_back_has_his_old_place() -> None:
+    first, second, third = waiter(1.0), waiter(2.0), waiter(3.0)
+    waiting = queue(first, third)
+    waiting.join(second)
+    assert waiting.of("default") == [first, second, third]
+    waiting.leave(first)
+    waiting.join(first)
+    assert waiting.of("default") == [first, second, third]
+
+
+async def test_who_gives_up_leaves_at_once_and_may_do_so_twice() -> None:
+    early, late = waiter(1.0), waiter(2.0)
+    waiting = queue(early, late)
+    waiting.leave(early)
+    waiting.leave(early)
+    waiting.leave(waiter(pool="nowhere"))
+    assert waiting.of("default") == [late]
+    assert len(waiting) == 1
+
+
+async def test_two_clients_alike_are_two() -> None:
+    assert len(queue(waiter(1.0), waiter(1.0))) == 2
+
+
+async def test_every_pool_has_its_own_queue() -> None:
+    here, there = waiter(), waiter(pool="gpu")
+    waiting = queue(here, there)
+    assert (waiting.of("default"), waiting.of("gpu"), waiting.of("nowhere")) == ([here], [there], [])
+    assert len(waiting) == 2
+
+
+async def test_who_is_served_is_no_longer_waiting_although_he_has_not_left() -> None:
+    served, other = waiter(1.0), waiter(2.0, exclusive=True)
+    waiting = queue(served, other)
+    served.served.set_result(Lease("l", "w", "ann", 1.0))
+    assert waiting.of("default") == [other]
+    assert waiting.demand("default") == Demand(sharing=0, exclusive=1)
+
+
+async def test_demand_is_who_shares_and_who_does_not() -> None:
+    waiting = queue(waiter(), waiter(), waiter(exclusive=True))
+    assert waiting.demand("default") == Demand(sharing=2, exclusive=1)
+    assert waiting.demand("gpu") == Demand()
+
+
+# --- bad news -------------------------------------------------------------------------------------------
+
+
+async def test_when_waiting_does_not_help_everybody_hears_why() -> None:
+    waiters = [waiter(), waiter(exclusive=True)]
+    waiting = queue(*waiters)
+    waiting.fail("default", LimitReached("full"))
+    for one in waiters:
+        with pytest.raises(LimitReached, match="full"):
+            await one.served
+    assert waiting.of("default") == []
+
+
+async def test_bad_news_of_one_pool_is_no_news_of_another() -> None:
+    here, there = waiter(), waiter(pool="gpu")
+    queue(here, there).fail("default", LimitReached())
+    assert failed(here, there) == [True, False]
+
+
+async def test_only_those_with_the_wish_that_cannot_be_met_hear_it() -> None:
+    plain, big = waiter(), waiter(wish=BIG)
+    queue(plain, big).fail("default", NoCapacity(), wish=BIG)
+    assert failed(plain, big) == [False, True]
+
+
+async def test_one_machine_on_its_way_is_enough_for_all_who_share() -> None:
+    sharing = [waiter() for _ in range(5)]
+    queue(*sharing).fail("default", NoCapacity(), supply=1)
+    assert not any(failed(*sharing))
+
+
+async def test_machines_on_their_way_are_for_those_who_came_first() -> None:
+    alone = [waiter(float(number), exclusive=True) for number in range(4)]
+    sharing = waiter(9.0)
+    queue(*alone, sharing).fail("default", NoCapacity(), supply=2)
+    assert failed(*alone, sharing) == [False, False, True, True, False]
+
+
+async def test_who_is_served_already_hears_no_bad_news() -> None:
+    served = waiter()
+    waiting = queue(served)
+    lease = Lease("l", "w", "ann", 1.0)
+    served.served.set_result(lease)
+    waiting.fail("default", LimitReached())
+    assert await served.served == lease
+
+
+async def test_bad_news_for_a_client_that_has_gone_away_disturbs_nobody() -> None:
+    """Nobody awaits the future any more; an exception that nobody retrieves would be logged as a fault."""
+    heard: list[object] = []
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: heard.append(context))
+    waiting = queue(waiter())
+    waiting.fail("default", LimitReached())
+    del waiting
+    await asyncio.sleep(0)
+    assert heard == []
