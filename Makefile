@@ -12,21 +12,21 @@ run: setup      ## start the broker on its embedded default
 	@.venv/bin/compute-broker serve
 
 test: setup     ## every test
-	@.venv/bin/python -m pytest -q $(ARGS)
+	@.venv/bin/python -m pytest -q -n 4 --dist loadfile $(ARGS)
 
 check: setup    ## what must hold before a commit: format, lint, types, layers, tests
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
 	.venv/bin/mypy
 	.venv/bin/lint-imports
-	.venv/bin/python -m pytest -q $(ARGS)
+	.venv/bin/python -m pytest -q -n 4 --dist loadfile $(ARGS)
 
 format: setup   ## format the code
 	.venv/bin/ruff format .
 	.venv/bin/ruff check --fix .
 
 bench: setup    ## measure against peers on this machine; WRITE=1 keeps the figures in bench/RESULTS.md
-	.venv/bin/python bench/run.py $(if $(WRITE),--write) $(ARGS)
+	.venv/bin/python -m bench.run $(if $(WRITE),--write) $(ARGS)
 
 lock: setup     ## pin the newest versions that fit (needs uv)
 	uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \

@@ -15,7 +15,6 @@ import asyncio
 import socket
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import cast
 
 from broker.clock import Clock
 from broker.core import protocol
@@ -28,6 +27,7 @@ BACKLOG = 1024  # connections the kernel holds while we are busy: a lab's whole 
 QUEUED_MAX = 1000  # commands of one connection that wait behind a slow one; beyond them its bytes wait too
 REPLIES_BYTES_MAX = 64 * 1024  # written at once; what is asked beyond it waits until the client has read that
 SWEEP_SECONDS = 1.0  # how often deadlines are looked at: one look at all is cheaper than a timer for each
+SWEPT_MAX = 500  # connections looked at in one go: nobody's reply waits longer than that takes
 PLAIN_GET = b"GET_WORKER\n"
 
 Observe = Callable[[str, bool, float, int], None]  # command, whether it failed, seconds each, how many
@@ -36,31 +36,27 @@ Observe = Callable[[str, bool, float, int], None]  # command, whether it failed,
 class Connection(asyncio.Protocol):
     """One client."""
 
-    __slots__ = (
-        "_client_closed", "_paused", "_peer", "_queue", "_reader", "_reading", "_resumed", "_server",
-        "_task", "_transport", "active_at", "partial_at", "unread_at",
-    )  # fmt: skip
+    # Defaults stand in the class: most connections ask one thing and go, and each assignment costs them.
+    _transport: asyncio.Transport
+    _reader: CommandReader | None = None  # made when first needed, like everything below
+    _peer = ""
+    _queue: deque[Command] | None = None
+    _task: asyncio.Task[None] | None = None
+    _client_closed = False
+    _paused = False
+    _reading = True
+    _resumed: asyncio.Future[None] | None = None  # what the work waits for while `_paused`
+    partial_at: float | None = None  # since when a command is unfinished
+    unread_at: float | None = None  # since when the client does not read what it was told
 
     def __init__(self, server: Server) -> None:
         self._server = server
-        self._reader: CommandReader | None = (
-            None  # made when first needed: many connections say GET_WORKER only
-        )
-        self._peer = ""
-        self._queue: deque[Command] | None = None  # made when first needed: most connections never wait
-        self._task: asyncio.Task[None] | None = None
-        self._client_closed = False
-        self._paused = False
-        self._reading = True
-        self._resumed: asyncio.Future[None] | None = None  # what the work waits for while `_paused`
-        self.partial_at: float | None = None  # since when a command is unfinished
-        self.unread_at: float | None = None  # since when the client does not read what it was told
         self.active_at = server.now()
 
     # --- what the transport calls --------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)
+        self._transport = transport  # type: ignore[assignment]  # create_server makes no other kind
         if not self._server.admit(self):
             error = LimitReached("too many connections; close some, or try again in a moment")
             self._transport.write(protocol.error_line(error))
@@ -83,8 +79,9 @@ class Connection(asyncio.Protocol):
     def eof_received(self) -> bool:
         """The client has said all it will say: answer what is left, then close."""
         self._client_closed = True
-        self._take(self._reader.receive_eof() if self._reader else [], self._server.now())
-        self.partial_at = None
+        if self._reader is not None:
+            self._take(self._reader.receive_eof(), self._server.now())
+            self.partial_at = None
         return self._task is not None  # False lets the transport close itself
 
     def connection_lost(self, error: Exception | None) -> None:
@@ -120,7 +117,7 @@ class Connection(asyncio.Protocol):
         if rest or data != (PLAIN_GET if count == 1 else PLAIN_GET * count):
             return False
         server = self._server
-        reply = server.service.warm(self._peer or self.peer, started)
+        reply = server.warm(self._peer or self.peer, started)
         if reply is None:
             return False
         self._transport.write(reply if count == 1 else reply * count)
@@ -239,6 +236,7 @@ class Server:
         wake: Callable[[], None] = lambda: None,
     ) -> None:
         self.service = service
+        self.warm = service.warm
         self.settings = settings
         self.observe = observe
         self.now = clock.monotonic
@@ -248,6 +246,7 @@ class Server:
         self._failed = failed
         self._servers: list[asyncio.Server] = []
         self._sweeping = False
+        self._to_check: list[Connection] = []  # of this round of the sweep
 
     async def listen(self, sockets: Sequence[socket.socket] = ()) -> None:
         """Listen on the configured address, or on sockets that somebody else has opened. Raises OSError."""
@@ -299,12 +298,16 @@ class Server:
         return b"ERROR: the broker met a fault of its own; its log has the details [CLOUD]\n"
 
     async def tick(self) -> float | None:
-        """The sweep, a loop for the runner: look at every connection's deadlines."""
+        """The sweep, a loop for the runner: look at every connection's deadlines, some at a time."""
         now = self.now()
-        for connection in tuple(self.connections):
+        if not self._to_check:
+            self._to_check = list(self.connections)
+        for connection in self._to_check[-SWEPT_MAX:]:
             connection.check(now, self.settings)
+        del self._to_check[-SWEPT_MAX:]
         self._sweeping = bool(self.connections)
-        return now + SWEEP_SECONDS if self._sweeping else None
+        turns = 1 + len(self.connections) // SWEPT_MAX
+        return now + SWEEP_SECONDS / turns if self._sweeping else None
 
     def stop_listening(self) -> None:
         for server in self._servers:

@@ -1,4 +1,4 @@
-"""What is written down: one event a line, ids and reasons on every action, no secrets; and not at any price."""
+"""What is written down: one event a line, ids and reasons on every action, no secrets, at no price."""
 
 from __future__ import annotations
 

@@ -70,6 +70,7 @@ class Launcher:
                 image=image,
                 tags=its_tags,
                 details={key: call.parameters[key] for key in SHOWN_AGAIN if key in call.parameters},
+                ends_when_shut_down=call.parameters.get("InstanceInitiatedShutdownBehavior") == "terminate",
                 public=_interface(call.parameters).get("AssociatePublicIpAddress", True),
             )
         )

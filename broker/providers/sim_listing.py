@@ -36,7 +36,7 @@ class Listing:
 
 
 class Lister:
-    """See the module. `omit`: machine id → so many more listings miss it."""
+    """See the module. `omit`: machine id → so many more listings miss it, unless they ask for it by id."""
 
     def __init__(self, world: World) -> None:
         self.omit: dict[str, int] = {}
@@ -54,11 +54,14 @@ class Lister:
         items = self._page_items(parameters, ids)
         lag_seconds = self._lag_seconds()
         view_at = self._sky.at - lag_seconds if lag_seconds else None
-        tests = sim_shapes.tests_of(parameters.get("Filters") or ())
+        filters = parameters.get("Filters") or ()
+        tests = sim_shapes.tests_of(filters)
         machines = self._named(ids, view_at) if ids else self._world.listed.values()
         found = [one for one in machines if all(test(one, view_at) for test in tests)]
         if not ids:
-            found = self._shortened([one for one in found if self._shows(one, view_at)])
+            found = [one for one in found if self._shows(one, view_at)]
+            if not any(one["Name"] == "instance-id" for one in filters):
+                found = self._shortened(found)
         return self._page(Listing(tuple(found), items, lag_seconds), 0)
 
     def heal(self) -> None:

@@ -46,7 +46,8 @@ class Machine:
     tags: dict[str, str]
     launched_at: float
     launched_unix: float
-    details: Mapping[str, Any]  # what of the launch call Describe shows again: KeyName, SubnetId, …
+    details: Mapping[str, Any]  # what of the launch call Describe shows again
+    ends_when_shut_down: bool  # from within; otherwise that only stops it
 
     steps: list[Step] = field(default_factory=list)
     state: InstanceState = InstanceState.PENDING
@@ -132,6 +133,9 @@ class Machine:
         """Billed, unless EC2 itself took it back within its first hour."""
         free = self.reclaimed and self.running_seconds(now) < FREE_SECONDS
         return 0.0 if free else self.billed_seconds(now)
+
+    def cost_usd_micros(self, now: float) -> int:
+        return round(self.price_usd_micros_per_hour * self.charged_seconds(now) / 3600)
 
 
 @dataclass(slots=True)

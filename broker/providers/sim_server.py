@@ -87,8 +87,8 @@ class Server:
             case Fault.REFUSED:
                 self._sky.faults[f"{Fault.REFUSED} {call.code}"] += 1
                 known = REFUSALS.get(call.code)
-                status = known.status if known else call.status
-                raise Refused(call.code, known.message if known else "", status)
+                message = known.message.replace("RunInstances", call.api) if known else ""
+                raise Refused(call.code, message, known.status if known else call.status)
             case Fault.PAGE_FAILED:
                 raise self.lister.failed_page()
             case Fault.SERVER_ERROR if self._sky.roads.chance(0.5):

@@ -283,6 +283,8 @@ def _some(rng: random.Random, knobs: Road | Weather) -> Road | Weather:
     for name, value in _knobs(knobs):
         ordinary = getattr(plain, name)
         pace = isinstance(value, Road) or name.endswith("_seconds")
-        if not pace and value != ordinary and rng.random() < 0.5:
+        if name == "refusals":
+            off[name] = tuple(one for one in value if rng.random() < 0.5)
+        elif not pace and value != ordinary and rng.random() < 0.5:
             off[name] = ordinary
     return replace(knobs, **off)

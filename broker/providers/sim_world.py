@@ -49,6 +49,7 @@ class Purchase:
     tags: Mapping[str, str] = field(default_factory=dict)
     details: Mapping[str, Any] = field(default_factory=dict)
     public: bool = True  # whether it gets a public address
+    ends_when_shut_down: bool = True
 
 
 class World:
@@ -87,6 +88,7 @@ class World:
             launched_at=at,
             launched_unix=self.sky.unix(at),
             details=bought.details,
+            ends_when_shut_down=bought.ends_when_shut_down,
         )
         machine.enter(InstanceState.PENDING, at)
         self.machines[machine.id] = self.listed[machine.id] = self.alive[machine.id] = machine
@@ -241,8 +243,15 @@ class World:
     def _shut_itself_down(self, machine: Machine) -> None:
         if machine.state is InstanceState.RUNNING:
             self.sky.met(Fault.SHUT_ITSELF_DOWN, machine.id)
-            code = "Client.InstanceInitiatedShutdown"
+            self.shut_down(machine)
+
+    def shut_down(self, machine: Machine) -> None:
+        """From within, as its user data or its owner may."""
+        code = "Client.InstanceInitiatedShutdown"
+        if machine.ends_when_shut_down or machine.spot:
             self.end(machine, "itself", code, f"{code}: Instance initiated shutdown")
+        else:
+            self.stop(machine)
 
     def _forget(self, machine: Machine) -> None:
         self.listed.pop(machine.id, None)

@@ -136,6 +136,10 @@ class SimEC2:
         """Billed, unless EC2 took the machine back within its first hour."""
         return self.machine(instance_id).charged_seconds(self._sky.at)
 
+    def cost_usd_micros(self, owner: str = BROKER) -> int:
+        """What this owner's machines have cost so far, at SimEC2's own prices."""
+        return sum(one.cost_usd_micros(self._sky.at) for one in self.truth() if one.owner == owner)
+
     @property
     def violations(self) -> Sequence[Violation]:
         """Attempts to change machines that are not the caller's."""
@@ -249,9 +253,9 @@ class SimEC2:
         rebalance_seconds: float | None = None,
     ) -> None:
         """EC2 takes a spot machine back: see sim_spot.Spot.reclaim."""
-        self._world.spot.reclaim(
-            self.machine(instance_id), notice_seconds=notice_seconds, rebalance_seconds=rebalance_seconds
-        )
+        machine = self.machine(instance_id)
+        assert machine.spot, f"{instance_id} is no spot machine"
+        self._world.spot.reclaim(machine, notice_seconds=notice_seconds, rebalance_seconds=rebalance_seconds)
         self._sky.agenda.catch_up()
 
     def recommend_rebalance(self, instance_id: str) -> None:
@@ -267,7 +271,12 @@ class SimEC2:
         self._world.end_by_operator(self.machine(instance_id))
 
     def stop_by_operator(self, instance_id: str) -> None:
+        """Somebody stops it there."""
         self._world.stop(self.machine(instance_id))
+
+    def shut_down(self, instance_id: str) -> None:
+        """The machine shuts itself down from within."""
+        self._world.shut_down(self.machine(instance_id))
 
     def protect(self, instance_id: str) -> None:
         """Somebody switches termination protection on."""

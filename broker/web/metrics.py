@@ -172,7 +172,7 @@ class Metrics(Collector):
             "1 while launches pause after failed boots.",
             labels=["pool"],
         )
-        for pool in self._context.settings.pool:
+        for pool in sorted({*self._context.settings.pool, *(worker.pool for worker in registry)}):
             for state in sorted(BOOKED):
                 workers.add_metric([pool, str(state)], registry.count(pool, state))
             leases.add_metric([pool], registry.lease_count(pool))

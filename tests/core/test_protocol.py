@@ -160,6 +160,9 @@ def test_a_key_as_long_as_a_line_does_not_come_back_whole() -> None:
     command = parse_line(b"GET_WORKER " + b"k" * 500 + b"=1")
     assert isinstance(command, Malformed)
     assert f"'{'k' * 37}...'" in command.error.message
+    whole = parse_line(b"GET_WORKER " + b"k" * 40 + b"=1")
+    assert isinstance(whole, Malformed)
+    assert f"'{'k' * 40}'" in whole.error.message
 
 
 def test_a_remembered_error_keeps_none_of_the_frames_that_found_it() -> None:
@@ -239,6 +242,7 @@ def test_nothing_follows_a_line_that_is_too_long(chunks: list[bytes]) -> None:
 
 
 def test_the_longest_line_is_still_read() -> None:
+    assert LINE_BYTES_MAX == 1024, "the published protocol fixes it"
     line = b"PING 10.0.0.1" + b" " * (LINE_BYTES_MAX - len(b"PING 10.0.0.1"))
     assert heard([line + b"\r\n"]) == [Ping("10.0.0.1")]
     assert heard([line + b" \r\n"]) == [TOO_LONG]
@@ -336,6 +340,22 @@ def test_a_value_that_cannot_be_sent_is_refused_and_never_becomes_another_comman
     except BadRequest:
         return
     assert heard([sent]) == [command]
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (Ping("10.0.0.1/8"), "PING: that is no address"),
+        (GetWorker(cores=0), CORES),
+        (GetWorker(client="ann&bob"), "client= is 1 to 64 letters, digits and . _ @ : / + -"),
+        (GetWorker(pool="a b"), "pool is one word, not 'a b'"),
+        (Ping(""), "address is one word, not ''"),
+    ],
+)
+def test_a_refused_value_is_told_as_the_broker_would_tell_it(command: Any, message: str) -> None:
+    with pytest.raises(BadRequest) as caught:
+        encode(command)
+    assert caught.value.message == message
 
 
 def test_the_longest_possible_command_fits_into_a_line() -> None:
