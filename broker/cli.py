@@ -26,7 +26,7 @@ from rich.table import Table
 
 from broker.client import Client
 from broker.configuration import Configuration, load, to_toml
-from broker.core.errors import BrokerError, SettingsError
+from broker.core.errors import BadRequest, BrokerError, SettingsError
 from broker.core.settings import schema as settings_schema
 from broker.core.settings import split_address
 from broker.errand import BrokerUnreachable, name_ending
@@ -46,7 +46,8 @@ app = typer.Typer(
 )
 config_app = typer.Typer(help="Look at the configuration.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
-errors = Console(stderr=True, highlight=False, soft_wrap=True)
+# markup and emoji: "[::a:b]" is an address, and no letter in a box
+errors = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
 
 ConfigOption = Annotated[
     Path | None,
@@ -193,7 +194,8 @@ def workers(
     as_json: JsonOption = False,
 ) -> None:
     """Show the workers in the broker's books."""
-    asker, console = _client(config, broker, None), Console(width=None if sys.stdout.isatty() else 160)
+    asker = _client(config, broker, None)
+    console = Console(width=None if sys.stdout.isatty() else 160, markup=False, emoji=False)
     with _answers():
         if as_json:
             print(json.dumps(asker.status(), indent=2))
@@ -259,8 +261,10 @@ def _client(config: Path | None, broker: str | None, client: str | None) -> Clie
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 (where it listens, seen from here)
         broker = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     name = client or name_ending("/cli")
-    with _answers():
+    try:
         return Client(broker, client=name)
+    except BadRequest as error:
+        _fail(error.message, EXIT_USAGE)
 
 
 @contextmanager
@@ -338,10 +342,10 @@ def _duration(seconds: int | None) -> str:
 
 def _fail_settings(error: SettingsError) -> NoReturn:
     for problem in error.problems:
-        errors.print(f"compute-broker: {problem}", markup=False)
+        errors.print(f"compute-broker: {problem}")
     raise typer.Exit(EXIT_USAGE)
 
 
 def _fail(message: str, code: int = EXIT_REFUSED) -> NoReturn:
-    errors.print(f"compute-broker: {message}", markup=False)
+    errors.print(f"compute-broker: {message}")
     raise typer.Exit(code)

@@ -126,7 +126,7 @@ class Daemon:
             self.orders,
             broker_id=self.settings.broker.id,
             report=report,
-            changed=wake_launch,
+            changed=self._scanned,
             beat=self._beat,
         )
         self.service = Service(
@@ -312,6 +312,10 @@ class Daemon:
         self.reconcile.watch_closely()
         self._wake("reconcile")
 
+    def _scanned(self) -> None:
+        if len(self.context.waiting):
+            self._wake("launch")
+
     def _beat(self) -> None:
         self._notifier.watchdog()
 
@@ -338,6 +342,8 @@ class Daemon:
                 case state:
                     self._wake("reap")  # every state has a deadline of its own
                     self._wake("probe")
+                    if state is WorkerState.READY:
+                        self._wake("tagging")
                     if state is WorkerState.BOOTING:
                         self._look_closely()
 

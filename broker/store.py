@@ -117,7 +117,7 @@ class Store:
         self.release_lock()
 
     def die(self) -> None:
-        """What a kill does to this object: nothing is written any more, and the lock is free. For simulations."""
+        """What a kill does to this object, for simulations: nothing is written any more, the lock is free."""
         for connection in self._connections.values():
             connection.close()
         self.release_lock()

@@ -14,11 +14,8 @@ from broker.core.model import Worker, WorkerState
 
 CONNECT_SECONDS_MAX = 3.0  # a SYN lost twice still gets through (1 s + 2 s retransmission)
 PROBES_AT_ONCE_MAX = 50  # sockets, not machines, are what runs out first
-BOOTING_EAGER_SECONDS = (
-    10.0  # young machines are tried often, so that nobody waits longer than the boot takes
-)
-BOOTING_EAGER_INTERVAL = 0.1
-BOOTING_INTERVAL = 1.0
+BOOTING_INTERVAL_SHARE = 0.05  # of its age: looking costs nobody more than a twentieth of the boot
+BOOTING_INTERVAL_MIN, BOOTING_INTERVAL_MAX = 0.05, 1.0
 SUSPECT_INTERVAL = 2.0
 READY_INTERVAL = 30.0
 HAND_OUT_TRIES = 2  # one lost packet must not cost a second machine
@@ -98,8 +95,8 @@ class ProbeLoop:
     def _interval(self, worker: Worker) -> float:
         match worker.state:
             case WorkerState.BOOTING:
-                young = self._context.now() - worker.born_at < BOOTING_EAGER_SECONDS
-                return BOOTING_EAGER_INTERVAL if young else BOOTING_INTERVAL
+                share = BOOTING_INTERVAL_SHARE * (self._context.now() - worker.born_at)
+                return min(max(share, BOOTING_INTERVAL_MIN), BOOTING_INTERVAL_MAX)
             case WorkerState.SUSPECT:
                 return SUSPECT_INTERVAL
             case _:

@@ -40,4 +40,4 @@ class TaggingLoop:
                 self._report("tagging failed", {"instance": worker.instance_id, "error": error.message})
             else:
                 self._written[worker.id] = used_at
-        return self._context.now() + INTERVAL_SECONDS
+        return self._context.now() + INTERVAL_SECONDS if workers else None

@@ -385,7 +385,13 @@ JSON = st.recursive(
     max_leaves=10,
 )
 ADDRESSES = st.ip_addresses().map(str) | st.sampled_from(
-    ["127.0.0.7", "ec2-203-0-113-25.compute-1.amazonaws.com", "ip-10-0-0-1.ec2.internal", "fe80::1"]
+    [
+        "127.0.0.7",
+        "worker.lan",
+        "ec2-203-0-113-25.compute-1.amazonaws.com",
+        "ip-10-0-0-1.ec2.internal",
+        "fe80::1",
+    ]
 )
 MESSAGES = st.text(max_size=500) | ADDRESSES | st.sampled_from(["", "10.0.0.1 [LIMIT]", "ERROR: x [CLOUD]"])
 
@@ -443,6 +449,12 @@ def test_ok_is_a_line_and_no_address() -> None:
 def test_what_is_no_address_is_not_taken_for_one(text: str) -> None:
     with pytest.raises(BrokerError, match="is no address"):
         read_address(text)
+
+
+def test_nonsense_is_quoted_but_not_all_of_it() -> None:
+    with pytest.raises(BrokerError) as caught:
+        read_address("x" * 5000)
+    assert caught.value.message == f"the broker answered '{'x' * 80}', which is no address"
 
 
 @given(st.text(max_size=200))

@@ -57,10 +57,45 @@ def test_nothing_at_all_is_the_embedded_default() -> None:
         "local", "127.0.0.1:9000", "127.0.0.1:9100",
     )  # fmt: skip
     assert list(settings.pool) == ["default"]
-    default = settings.pool["default"]
-    assert (default.provider, default.worker_port, default.exclusive) == ("local", 2560, False)
-    assert (default.idle_timeout, default.max_lifetime, default.max_workers) == (900.0, 28_800.0, 4)
-    assert default.price_usd_micros_per_hour == 0
+    assert not settings.pool["default"].exclusive
+    assert settings.pool["default"].price_usd_micros_per_hour == 0
+
+
+def test_the_defaults_are_those_that_are_documented() -> None:
+    broker_says, pool_says = parse({}, {}).broker.model_dump(), parse({}, {}).pool["default"].model_dump()
+    assert {key: value for key, value in broker_says.items() if isinstance(value, int | float)} == {
+        "insecure_listen": False, "connections_max": 12_000, "line_timeout": 30.0, "silence_timeout": 3600.0,
+        "reconcile_interval": 30.0,
+    }  # fmt: skip
+    assert {key: value for key, value in pool_says.items() if value} == {
+        "provider": "local", "worker_port": 2560, "readiness": "tcp", "readiness_max_age": 1.0,
+        "sharing": "shared", "idle_timeout": 900.0, "max_lifetime": 28_800.0, "boot_deadline": 600.0,
+        "wait": 900.0, "max_workers": 4, "launches_per_hour": 20, "boot_failures_max": 3, "market": "spot",
+        "address": "public", "name_tag": "dserv-worker",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("key", "least", "most"),
+    [
+        ("worker_port", 1, 65_535), ("max_workers", 0, None), ("launches_per_hour", 0, None),
+        ("boot_failures_max", 1, None), ("price_usd_per_hour", 0, None), ("wait", 0, DURATION_SECONDS_MAX),
+    ],
+)  # fmt: skip
+def test_a_number_may_be_as_small_and_as_large_as_makes_sense(key: str, least: int, most: int | None) -> None:
+    assert getattr(pool(**{key: least}), key) == least
+    assert len(problems({"pool": {"default": {key: least - 1}}})) == 1
+    if most is not None:
+        assert getattr(pool(**{key: most}), key) == most
+        assert len(problems({"pool": {"default": {key: most + 1}}})) == 1
+
+
+def test_the_broker_itself_has_its_limits_too() -> None:
+    assert broker(connections_max=1, reconcile_interval="5m").connections_max == 1
+    found = problems({"broker": {"connections_max": 0, "reconcile_interval": 301}})
+    assert [problem.partition(":")[0] for problem in found] == [
+        "broker.connections_max", "broker.reconcile_interval",
+    ]  # fmt: skip
 
 
 def test_the_default_pool_exists_whatever_pools_there_are() -> None:
@@ -272,8 +307,8 @@ def test_a_pools_dashes_are_underscores_in_a_variables_name() -> None:
 
 
 def test_a_pool_whose_name_is_wrong_is_not_made_a_second_time() -> None:
-    found = problems({"pool": {"gpu_big": {}}}, {variable("POOL", "GPU_BIG", "MAX_WORKERS"): "7"})
-    assert [problem.partition(":")[0] for problem in found] == ["pool.gpu_big"]
+    found = problems({"pool": {"gpu_big": {}}}, {variable("POOL", "GPU_BIG", "MAX_WORKERS"): "many"})
+    assert [problem.partition(":")[0] for problem in found] == ["pool.gpu_big", "pool.gpu_big.max_workers"]
 
 
 def test_other_peoples_variables_are_none_of_our_business() -> None:
@@ -389,6 +424,7 @@ def test_what_resembles_nothing_is_told_no_guess() -> None:
         ({"instance_types": [5]}, "instance_types.0: input should be a valid string"),
         ({"tags": "owner"}, "tags: input should be a valid dictionary"),
         ({"name_tag": ""}, "name_tag: string should have at least 1 character"),
+        ({"name_tag": "x" * 256}, "name_tag: string should have at most 255 characters"),
     ],
 )  # fmt: skip
 def test_a_value_that_is_wrong_says_what_would_be_right(values: dict[str, Any], problem: str) -> None:
