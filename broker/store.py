@@ -29,6 +29,7 @@ from broker.core.model import Lease, Market, Offering, Order, Worker
 CLOSED_ORDERS_MAX = 1000  # history for a person who asks what happened; older ones are dropped
 BUSY_TIMEOUT_SECONDS = 5.0  # another process looking into the file must not fail a write
 
+SCHEMA_VERSION = 1
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS orders (
     id TEXT PRIMARY KEY, pool TEXT NOT NULL, offering TEXT NOT NULL, parameters TEXT NOT NULL,
@@ -271,7 +272,12 @@ class Store:
             self._connections[durable] = connection
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
-            connection.executescript(SCHEMA)
+            (version,) = connection.execute("PRAGMA user_version").fetchone()
+            if version not in (0, SCHEMA_VERSION):  # 0: a new file
+                raise OSError(
+                    f"{self.path.name} was written by another version of compute-broker ({version})"
+                )
+            connection.executescript(f"{SCHEMA} PRAGMA user_version = {SCHEMA_VERSION};")
         connection = self._connections[True]
         connection.execute(
             "DELETE FROM orders WHERE state = 'closed' AND rowid <= (SELECT max(rowid) FROM orders) - ?",

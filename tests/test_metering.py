@@ -152,6 +152,26 @@ def test_a_hold_that_ran_out_counts_until_it_ran_out() -> None:
     assert books.totals(500.0).busy_seconds == 60.0
 
 
+def test_the_shortest_use_counts_as_long_as_it_was() -> None:
+    books = Books()
+    books.launch(1, 0.0)
+    books.grant(lease("o-1"), 0.0)
+    assert books.totals(0.25).busy_seconds == 0.25
+    books.end_lease("o-1", "ann", "released", 0.5)
+    assert books.totals(9.0).busy_seconds == 0.5
+
+
+def test_nothing_is_kept_of_workers_that_are_gone() -> None:
+    books = Books()
+    books.order(order("o-1"), PORT, 0.0)
+    books.refused("o-1", "no-capacity", 1.0)
+    books.launch(2, 0.0)
+    books.grant(lease("o-2"), 1.0)
+    assert "o-2" in repr(vars(books.meter))
+    books.gone("o-2", "reclaimed", 2.0)
+    assert "o-" not in repr(vars(books.meter))
+
+
 @pytest.mark.parametrize("how", ["drain", "gone"])
 def test_a_worker_that_leaves_is_no_longer_in_use(how: str) -> None:
     books = Books()
@@ -173,6 +193,7 @@ def test_use_is_a_share_of_what_ran_and_never_more_than_all() -> None:
     assert PoolTotals(0.0, 0.0, 0, 0).utilization_ratio == 0.0
     assert PoolTotals(0.0, 5.0, 0, 0).utilization_ratio == 0.0
     assert PoolTotals(100.0, 25.0, 0, 0).utilization_ratio == 0.25
+    assert PoolTotals(0.5, 0.25, 0, 0).utilization_ratio == 0.5
     assert PoolTotals(100.0, 125.0, 0, 0).utilization_ratio == 1.0, "held, but not running yet"
 
 

@@ -24,8 +24,10 @@
     │   ├── OrderSpent         the token's machine was launched and is gone
     │   └── InstanceNotFound   the id is not known *here and now*; that does not mean it is gone
     ├── SettingsError          every problem of the configuration at once
-    ├── StoreError             the state directory cannot be written
-    └── IllegalStep            a bug of ours: the life table has no such step
+    └── StoreError             the state directory cannot be written
+
+Outside the tree stands IllegalStep: a bug of ours, which nobody must take for an answer and which loops and
+server log as such.
 
 An error's docstring is its default sentence. `wire()` is what a client reads.
 """
@@ -210,7 +212,5 @@ class StoreError(BrokerError):
     code = Code.LIMIT
 
 
-class IllegalStep(BrokerError):
+class IllegalStep(RuntimeError):
     """the life of a worker has no such step"""
-
-    code = Code.CLOUD  # the closed list has no other word for a fault of the broker's own

@@ -109,7 +109,9 @@ class LaunchGuard:
         self.attempts.append(now)
 
     def booted(self) -> None:
+        """A machine became ready: the image works, whatever failed before."""
         self.boot_failures = self.opened = 0
+        self.closed_until_at = 0.0
 
     def boot_failed(self, pool: PoolSettings, now: float) -> None:
         """Count a failed boot; at `boot_failures_max` in a row launches pause, longer each time."""

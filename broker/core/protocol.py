@@ -6,7 +6,8 @@ chunks, the commands are the same; a line that is too long is one clear error, a
 read. A line that is no command becomes a `Malformed` that carries its error, in its place in the order.
 
 An empty line asks for a worker, as it always did, unless something that is no command came before it on
-the connection: the blank line that ends an HTTP health check must not buy a machine.
+the connection. After the first line of an HTTP request nothing more is read either: a web page that sends one
+from its reader's browser must not give commands in what follows, nor its blank line buy a machine.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from ipaddress import ip_address
@@ -99,6 +100,8 @@ class Malformed:
     fatal: bool = False
 
 
+TOO_LONG = Malformed(BadRequest(f"a command is at most {LINE_BYTES_MAX} bytes"), fatal=True)
+
 Command = GetWorker | Ping | Release | Status | ListAll | TerminateAll | Malformed
 
 NAMES: dict[type, str] = {
@@ -135,13 +138,12 @@ class CommandReader:
             return []
         lines = (self._buffer + data).split(b"\n") if self._buffer else data.split(b"\n")
         self._buffer = lines.pop()
-        commands = [self._command(line) for line in self._within_limit(lines)]
-        if not self._dead and len(self._buffer.removesuffix(b"\r")) > LINE_BYTES_MAX:
-            self._dead = True
-        if self._dead:
-            self._buffer = b""
-            error = BadRequest(f"a command is at most {LINE_BYTES_MAX} bytes")
-            commands.append(Malformed(error, fatal=True))
+        commands: list[Command] = []
+        for line in [*lines, self._buffer] if _too_long(self._buffer) else lines:
+            commands.append(self._command(line))
+            if self._dead:
+                self._buffer = b""
+                break
         return commands
 
     def receive_eof(self) -> list[Command]:
@@ -149,19 +151,17 @@ class CommandReader:
         line, self._buffer = self._buffer, b""
         return [self._command(line)] if line.strip(b" \t\r") and not self._dead else []
 
-    def _within_limit(self, lines: list[bytes]) -> Iterable[bytes]:
-        for line in lines:
-            if len(line.removesuffix(b"\r")) > LINE_BYTES_MAX:
-                self._dead = True
-                return
-            yield line
-
     def _command(self, line: bytes) -> Command:
-        command = parse_line(line)
-        if isinstance(command, Malformed) or (self._heard_nonsense and not line.strip(b" \t\r")):
-            self._heard_nonsense = True
-            return command if isinstance(command, Malformed) else Malformed(UnknownCommand())
+        command = TOO_LONG if _too_long(line) else parse_line(line)
+        if isinstance(command, Malformed):
+            self._heard_nonsense, self._dead = True, command.fatal
+        elif self._heard_nonsense and not line.strip(b" \t\r"):
+            return Malformed(UnknownCommand())
         return command
+
+
+def _too_long(line: bytes) -> bool:
+    return len(line.removesuffix(b"\r")) > LINE_BYTES_MAX
 
 
 @lru_cache(maxsize=PARSED_LINES_MAX)
@@ -172,7 +172,7 @@ def parse_line(line: bytes) -> Command:
     verb = words[0] if words else "GET_WORKER"
     parse = PARSERS.get(verb)
     if parse is None:
-        return Malformed(UnknownCommand())
+        return Malformed(UnknownCommand(), fatal=words[-1].startswith("HTTP/"))
     if not all(word.isascii() and word.isprintable() for word in words):
         return Malformed(BadRequest("a command is printable ASCII"), verb)
     try:

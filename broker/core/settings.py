@@ -163,7 +163,7 @@ class PoolSettings(Section):
         28800.0, description="A worker this old gets no new clients and is terminated once nobody holds it."
     )
     boot_deadline: PositiveSeconds = Field(
-        600.0, description="A worker that is not ready this long after its order is terminated."
+        600.0, description="A machine that is not ready this long after its launch is terminated."
     )
     wait: Seconds = Field(900.0, description="How long GET_WORKER waits when the client does not say.")
     max_workers: int = Field(4, ge=0, description="At most this many machines, the ones on order included.")

@@ -6,10 +6,12 @@ Also the proof at hand-out: `prove` tries a worker now, once for everybody who a
 from __future__ import annotations
 
 import asyncio
+import errno
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
 from broker.context import Context
+from broker.core.errors import LimitReached
 from broker.core.model import Worker, WorkerState
 
 CONNECT_SECONDS_MAX = 3.0  # a SYN lost twice still gets through (1 s + 2 s retransmission)
@@ -24,11 +26,13 @@ Connect = Callable[[str, int], Awaitable[bool]]
 
 
 async def connects(address: str, port: int) -> bool:
-    """Whether something accepts a TCP connection there within CONNECT_SECONDS_MAX."""
+    """Whether something accepts a TCP connection there within CONNECT_SECONDS_MAX. Raises LimitReached."""
     try:
         async with asyncio.timeout(CONNECT_SECONDS_MAX):
             _, writer = await asyncio.open_connection(address, port)
-    except (OSError, TimeoutError):
+    except OSError as error:  # TimeoutError is one
+        if error.errno in (errno.EMFILE, errno.ENFILE):  # our trouble: it says nothing of the worker
+            raise LimitReached("the broker has no file descriptors left; raise its LimitNOFILE") from None
         return False
     writer.close()
     with suppress(OSError):
@@ -80,7 +84,8 @@ class ProbeLoop:
     async def _look(self, worker: Worker) -> None:
         try:
             async with self._places:
-                await self._try(worker, 1)
+                with suppress(LimitReached):
+                    await self._try(worker, 1)
         finally:
             del self._looking[worker.id]
             after = self._registry.get(worker.id)

@@ -26,11 +26,11 @@ PAGE_ITEMS_MIN, PAGE_ITEMS_MAX = 5, 1000
 LISTINGS_KEPT_MAX = 64  # whose later pages can still be asked for
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Listing:
-    """One listing under way."""
+    """One listing under way; nothing changes it."""
 
-    machines: tuple[Machine, ...]
+    machines: list[Machine]
     items: int  # on a page
     lag_seconds: float  # how old the truth is that it shows; 0 for now
 
@@ -62,7 +62,7 @@ class Lister:
             found = [one for one in found if self._shows(one, view_at)]
             if not any(one["Name"] == "instance-id" for one in filters):
                 found = self._shortened(found)
-        return self._page(Listing(tuple(found), items, lag_seconds), 0)
+        return self._page(Listing(found, items, lag_seconds), 0)
 
     def heal(self) -> None:
         self.omit.clear()
@@ -107,7 +107,7 @@ class Lister:
         return [listed[one] for one in dict.fromkeys(ids)]
 
     def _shortened(self, found: list[Machine]) -> list[Machine]:
-        missed = [one for one in found if self.omit.get(one.id, 0) > 0]
+        missed = [one for one in found if self.omit.get(one.id, 0) > 0] if self.omit else []
         for one in missed:
             self.omit[one.id] -= 1
         views = self._sky.views

@@ -1,7 +1,8 @@
 """A machine of the simulated EC2 as it truly is: what ran when, for whom, under which token, at what cost.
 
 The record is complete: every state with its moment, so that an outdated listing can show what was, and the
-bill can be read off afterwards. Only the simulated cloud changes it; everybody may read it.
+bill can be read off afterwards. Only the simulated cloud changes it; everybody may read it, and reads what
+was true when somebody last looked at the cloud.
 """
 
 from __future__ import annotations

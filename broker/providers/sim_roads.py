@@ -25,6 +25,11 @@ MISHAPS = (
 )
 
 
+Odds = tuple[
+    tuple[Fault, float], ...
+]  # (mishap, it happens when a roll is below this and above the one before)
+
+
 class Ending(StrEnum):
     """How an attempt ends for the caller."""
 
@@ -47,7 +52,7 @@ OUTAGE_ENDINGS = (
 )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Trip:
     """How one attempt will go. Seconds from its start; `arrives_seconds` is inf when it never arrives."""
 
@@ -92,6 +97,9 @@ class Roads:
     def __init__(self, sky: Sky, spells: Spells) -> None:
         self._sky, self._spells = sky, spells
         self._script: list[Scripted] = []
+        self._odds: dict[
+            int, tuple[Road | None, Odds]
+        ] = {}  # by the road's identity: hashing it takes longer
 
     def befall(self, scripted: Scripted) -> Scripted:
         self._script.append(scripted)
@@ -124,15 +132,14 @@ class Roads:
         return found
 
     def _drawn(self, road: Road) -> Fault | None:
-        odds = [(fault, getattr(road, name)) for fault, name in MISHAPS]
-        if not any(probability for _, probability in odds):
+        known, odds = self._odds.get(id(road), (None, ()))
+        if known is not road:
+            odds = _odds(road)
+            self._odds[id(road)] = (road, odds)
+        if not odds:
             return None
         roll = self._sky.roads.roll()
-        for fault, probability in odds:
-            if roll < probability:
-                return fault
-            roll -= probability
-        return None
+        return next((fault for fault, below in odds if roll < below), None)
 
     def _mishap(self, trip: Trip, fault: Fault, road: Road, script: Scripted) -> Trip:
         dice = self._sky.roads
@@ -164,3 +171,15 @@ class Roads:
             return replace(trip, mishap=Fault.OUTAGE)
         arrives = trip.arrives_seconds if ending is Ending.RESET else math.inf
         return replace(trip, arrives_seconds=arrives, ending=ending)
+
+
+def _odds(road: Road) -> Odds:
+    """Only what can happen, so that on a clear road nothing is rolled."""
+    found: list[tuple[Fault, float]] = []
+    below = 0.0
+    for fault, name in MISHAPS:
+        probability: float = getattr(road, name)
+        below += probability
+        if probability > 0:
+            found.append((fault, below))
+    return tuple(found)

@@ -183,7 +183,7 @@ class Spells:
 
     def __init__(self, sky: Sky, caller_unix: Callable[[], float] | None) -> None:
         self._sky, self._caller_unix = sky, caller_unix
-        self._until: dict[Fault, float] = dict.fromkeys(SPELLS, -math.inf)
+        self._until: dict[Fault, float] = {}
         for kind in SPELLS:
             sky.recur(partial(self._per_hour, kind), partial(self._begin_by_chance, kind))
 
@@ -192,18 +192,14 @@ class Spells:
             off_seconds = abs(self._caller_unix() - self._sky.unix(self._sky.agenda.now()))
             if off_seconds > SKEW_SECONDS_MAX:
                 return True
-        return self._sky.at < self._until[kind]
+        return kind in self._until and self._sky.at < self._until[kind]
 
     def begin(self, kind: Fault, seconds: float) -> None:
-        self._until[kind] = max(self._until[kind], self._sky.at + seconds)
+        self._until[kind] = max(self._until.get(kind, -math.inf), self._sky.at + seconds)
         self._sky.tell(f"begins: {kind}", f"for {seconds:.0f} s")
 
-    def end(self, kind: Fault) -> None:
-        self._until[kind] = -math.inf
-
     def heal(self) -> None:
-        for kind in SPELLS:
-            self.end(kind)
+        self._until.clear()
 
     def _begin_by_chance(self, kind: Fault) -> None:
         self.begin(kind, self._sky.fates.within(self._knobs(kind)[1]))

@@ -133,12 +133,12 @@ class World:
 
     def _plan_visibility(self, machine: Machine) -> None:
         views, weather = self.sky.views, self.sky.weather
-        machine.visible_at = machine.steady_at = self.sky.at
+        machine.visible_at = self.sky.at
         if views.chance(weather.hidden):
             machine.visible_at += views.within(weather.hidden_seconds)
             machine.hidden_from_writes = views.chance(weather.hidden_from_writes)
-        if weather.flicker > 0:
-            machine.steady_at = machine.visible_at + views.within(weather.flicker_seconds)
+        flicker_seconds = views.within(weather.flicker_seconds) if weather.flicker > 0 else 0.0
+        machine.steady_at = machine.visible_at + flicker_seconds
 
     # --- booting -----------------------------------------------------------------------------------
 

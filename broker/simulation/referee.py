@@ -84,7 +84,17 @@ class Referee:
                 at, "no dead address is handed out", f"{client} got {address}: {machine.id} {machine.state}"
             )
             return
+        if not self._was_reachable(machine, at):
+            facts = f"{client} got {address}: the worker port of {machine.id} does not answer"
+            self.broken(at, "no dead address is handed out", facts)
+            return
         self._hold(at, client, address, machine, exclusive)
+
+    def _was_reachable(self, machine: Machine, at: float) -> bool:
+        """Whether its worker port took connections at any moment of a proof that is still good."""
+        since_at = at - self.proof_seconds
+        deaf = any(from_at <= since_at and at < until_at for from_at, until_at in machine.deaf)
+        return self._pool.readiness != "tcp" or (machine.port_opens_at <= at and not deaf)
 
     def used(self, at: float, client: str, address: str) -> None:
         """A PING was answered with OK."""

@@ -7,4 +7,4 @@ from hypothesis import HealthCheck, settings
 FEW = settings(
     derandomize=True, max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
-MANY = settings(FEW, max_examples=400)
+MANY = settings(FEW, max_examples=250)

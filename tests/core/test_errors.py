@@ -106,7 +106,7 @@ def test_what_the_cloud_says_over_several_lines_arrives_on_one() -> None:
 
 
 def test_what_no_terminal_should_be_sent_does_not_reach_a_client() -> None:
-    assert CloudError("\x1b[2Jcleared\x00\x7f, naïve").wire() == "ERROR: ?[2Jcleared??, na?ve [CLOUD]"
+    assert CloudError("\x1b[2Jcleared\x00\x7f, naïve ~").wire() == "ERROR: ?[2Jcleared??, na?ve ~ [CLOUD]"
 
 
 def test_an_essay_is_cut_and_keeps_its_code() -> None:

@@ -106,7 +106,7 @@ def test_a_line_is_a_command(text: str, command: Command) -> None:
     assert parse_line(text.encode()) == command
 
 
-UNKNOWN = ["get_worker", "GET_WORKERS", "GET / HTTP/1.1", "\0", "\xff"]
+UNKNOWN = ["get_worker", "GET_WORKERS", "GET / HTML", "\0", "\xff"]
 CORES = "cores= is a whole number from 1 to 100000"
 WAIT = "wait= is a number of seconds from 0 to 86400"
 BAD = [
@@ -209,6 +209,8 @@ def read_naively(stream: bytes) -> list[object]:
         command = Malformed(UnknownCommand()) if blank and heard_nonsense else parse_line(line)
         heard_nonsense = heard_nonsense or isinstance(command, Malformed)
         found.append(told(command))
+        if isinstance(command, Malformed) and command.fatal:
+            break
     return found
 
 
@@ -271,11 +273,24 @@ def test_a_connection_that_says_nothing_asks_for_nothing(nothing: list[bytes]) -
     assert heard(nothing) == []
 
 
+HTTP_ENDS = (Malformed, "ERROR: Unknown command", "unknown", True)
+
+
 def test_the_blank_line_that_ends_a_health_check_buys_no_machine() -> None:
     check = b"GET /healthz HTTP/1.1\r\nHost: broker\r\n\r\n"
+    assert heard([check]) == [HTTP_ENDS]
+    assert heard([b"\n" + check]) == [GetWorker(), HTTP_ENDS]
+
+
+def test_a_blank_line_after_nonsense_is_nonsense_too() -> None:
     unknown = (Malformed, "ERROR: Unknown command", "unknown", False)
-    assert heard([check]) == [unknown] * 3
-    assert heard([b"\n" + check]) == [GetWorker(), *[unknown] * 3]
+    assert heard([b"hello\n\n"]) == [unknown] * 2
+
+
+@pytest.mark.parametrize("method", ["GET", "POST", "PUT", "OPTIONS", "CONNECT"])
+def test_a_web_page_cannot_give_commands_through_its_readers_browser(method: str) -> None:
+    request = f"{method} / HTTP/1.1\r\nContent-Type: text/plain\r\n\r\nTERMINATE_ALL\nGET_WORKER\n"
+    assert heard([request.encode()]) == [HTTP_ENDS]
 
 
 def test_after_a_slip_a_full_command_is_still_heard() -> None:

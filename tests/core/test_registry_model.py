@@ -361,4 +361,4 @@ def words_of(value: object) -> list[str]:
 
 
 TestTwoRegistries = TwoRegistries.TestCase
-TestTwoRegistries.settings = settings(FEW, max_examples=150, stateful_step_count=60)
+TestTwoRegistries.settings = settings(FEW, max_examples=100, stateful_step_count=50)

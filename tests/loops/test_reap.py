@@ -6,7 +6,7 @@ import asyncio
 from pathlib import Path
 
 from broker.core.errors import Throttled
-from broker.core.model import WorkerState
+from broker.core.model import Event, WorkerChanged, WorkerState
 from broker.testing import RunningBroker
 from tests.support.brokers import live, settings
 
@@ -110,3 +110,23 @@ def test_an_unheld_worker_that_stops_answering_ends_after_five_minutes(tmp_path:
         assert broker.cloud.running() == []
 
     live(tmp_path, story)
+
+
+def test_a_fault_over_one_worker_does_not_make_the_others_immortal(tmp_path: Path) -> None:
+    async def story(broker: RunningBroker) -> None:
+        faults = 0
+
+        def stumble(event: Event) -> None:
+            nonlocal faults
+            if isinstance(event, WorkerChanged) and event.worker.state is WorkerState.DRAINING and not faults:
+                faults += 1
+                raise ValueError("an observer stumbles")
+
+        for name in ("a", "b", "c"):
+            await broker.ask(f"GET_WORKER client={name}")
+        broker.daemon.observe(stumble)
+        await asyncio.sleep(1200)
+        assert faults == 1
+        assert broker.cloud.running() == []
+
+    live(tmp_path, story, chosen=settings(sharing="exclusive"))

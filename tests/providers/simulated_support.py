@@ -62,8 +62,13 @@ class Lab:
     async def machine(self, token: str = "t-1", **more: Any) -> Machine:
         """The same, as it truly is, once it runs and accepts connections."""
         instance_id = (await self.run(token, **more))["InstanceId"]
-        await asyncio.sleep(60)
+        await self.sleep(60)
         return self.sim.machine(instance_id)
+
+    async def sleep(self, seconds: float) -> None:
+        """And look: what a story holds in its hands is as the cloud was when somebody last looked."""
+        await asyncio.sleep(seconds)
+        self.sim.truth()
 
     async def ids(self, **filters: list[str]) -> list[str]:
         """What DescribeInstances shows."""

@@ -124,6 +124,7 @@ def test_outdated_listings_come_by_chance() -> None:
     async def story(lab: Lab) -> None:
         for n in range(200):
             await lab.run(f"t-{n}")
+            await asyncio.sleep(1)
             await lab.ids()
         assert 40 < lab.sim.faults[str(Fault.STALE)] < 100
 

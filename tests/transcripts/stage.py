@@ -61,13 +61,16 @@ class Stage:
 
     daemon: Daemon
     cloud: FakeCloud
-    stop: asyncio.Event
+    ports: bool
+    stop: asyncio.Event = field(default_factory=asyncio.Event)
     wires: list[SocketWire] = field(default_factory=list)
 
     @property
     def open(self) -> bool:
-        """Whether the cloud has been looked at, or will not let itself be looked at."""
+        """Whether clients can connect, and the cloud has been looked at or will not let itself be."""
         place = self.daemon.context.clouds.all[0]
+        if self.ports and not self.daemon.server.addresses:
+            return False
         return place.recovered or place.error is not None or bool(self.cloud.hold and place.opened)
 
     @property
@@ -131,7 +134,7 @@ async def stage(
         ports=ports,
         new_id=lambda: str(next(numbers)),
     )
-    here = Stage(daemon, cloud, asyncio.Event())
+    here = Stage(daemon, cloud, ports)
     running = asyncio.create_task(daemon.run(here.stop))
     try:
         await here.until(lambda: here.open or running.done())

@@ -1,0 +1,339 @@
+"""Deliberate bugs, one at a time: a simulator that does not find them proves nothing.
+
+Each is a context manager that breaks the broker in one way which brokers of this kind really were broken in,
+and mends it again. They live in the tests: no code path of the product leads here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
+from typing import Any
+from unittest.mock import patch
+
+from broker import orders, service, store
+from broker.clock import Clock
+from broker.core import policy
+from broker.core.model import Instance, Lease, Worker, WorkerState
+from broker.core.policy import Demand, LaunchGuard, LaunchPlan
+from broker.core.protocol import OK, Release
+from broker.core.registry import Registry
+from broker.core.settings import PoolSettings
+from broker.loops import launch, probe, reap, reconcile
+from broker.providers import ec2_api
+from broker.testing import LoopClock
+
+Plant = Callable[[], AbstractContextManager[None]]
+PLANTS: dict[str, Plant] = {}
+
+
+def planted(break_it: Callable[[], Iterator[Any]]) -> Plant:
+    """Enter a generator of patches as the plant of its name."""
+
+    @contextmanager
+    def plant() -> Iterator[None]:
+        patches = list(break_it())
+        for one in patches:
+            one.start()
+        try:
+            yield
+        finally:
+            for one in reversed(patches):
+                one.stop()
+
+    PLANTS[break_it.__name__.replace("_", "-")] = plant
+    return plant
+
+
+# --- launches ----------------------------------------------------------------------------------------------
+
+
+@planted
+def no_token_reuse() -> Iterator[Any]:
+    """After a lost answer the call is sent with a new token."""
+
+    async def call(self: launch.LaunchLoop, entry: orders.OpenOrder) -> None:
+        for _ in range(launch.CALLS_MAX):
+            try:
+                cloud = self._context.cloud(entry.order.pool)
+                assert cloud is not None
+                fresh = replace(entry.order, id=self._new_order_id())
+                await self._orders.launched(entry.order, await cloud.provider.launch(fresh))
+                return
+            except Exception:
+                await asyncio.sleep(1)
+        self._orders.close(entry.order, "failed")
+
+    yield patch.object(launch.LaunchLoop, "_call", call)
+
+
+@planted
+def order_written_after_the_call() -> Iterator[Any]:
+    """The order reaches the disk when the answer is there."""
+
+    async def place(self: orders.Orders, entry: orders.OpenOrder) -> None:
+        async def later() -> None:
+            await asyncio.sleep(30)
+            await self._context.store.order_placed(entry.order)
+
+        self._context.store.soon(later())
+
+    yield patch.object(orders.Orders, "place", place)
+
+
+@planted
+def cap_ignores_machines_on_order() -> Iterator[Any]:
+    """Only machines that are ready count against the cap and as supply."""
+
+    def plan(
+        registry: Registry, name: str, pool: PoolSettings, demand: Demand, guard: LaunchGuard, now: float
+    ) -> LaunchPlan:
+        room = pool.max_workers - registry.count(name, WorkerState.READY)
+        return LaunchPlan(max(0, min(demand.workers_wanted(), room)))
+
+    yield patch.object(launch, "plan_launches", plan)
+
+
+@planted
+def launches_of_the_hour_are_not_counted() -> Iterator[Any]:
+    yield patch.object(policy.LaunchGuard, "attempted", lambda self, now: None)
+
+
+@planted
+def launches_of_the_hour_are_forgotten_at_a_restart() -> Iterator[Any]:
+    yield patch.object(store.Store, "attempts_since", lambda self, unix: [])
+
+
+# --- what listings mean ------------------------------------------------------------------------------------
+
+
+@planted
+def no_grace() -> Iterator[Any]:
+    """Whatever one listing does not show is gone."""
+    yield patch.object(reconcile, "LISTING_GRACE_SECONDS", -1e9)
+    yield patch.object(reconcile, "MISSING_SECONDS_MAX", 0.0)
+    yield patch.object(reconcile, "MISSING_SCANS_MAX", 1)
+    yield patch.object(reconcile.ReconcileLoop, "_answers", lambda self, worker: False)
+
+
+@planted
+def half_a_listing_is_a_listing() -> Iterator[Any]:
+    """When a later page fails, the first ones stand for the whole, and what they miss is gone."""
+
+    async def every(self: ec2_api.Ec2Api, api: str, key: str, **parameters: Any) -> list[dict[str, Any]]:
+        items: list[dict[str, Any]] = []
+        while True:
+            try:
+                answer = await self.call(api, **parameters)
+            except Exception:
+                return items
+            items += answer.get(key) or ()
+            if not answer.get("NextToken"):
+                return items
+            parameters["NextToken"] = answer["NextToken"]
+
+    yield patch.object(ec2_api.Ec2Api, "every", every)
+    yield patch.object(reconcile, "MISSING_SECONDS_MAX", 0.0)
+    yield patch.object(reconcile, "MISSING_SCANS_MAX", 1)
+    yield patch.object(reconcile.ReconcileLoop, "_answers", lambda self, worker: False)
+
+
+@planted
+def machines_without_an_address_are_not_taken_in() -> Iterator[Any]:
+    """The published broker's discovery: pending machines are passed over, and nobody looks again."""
+    take_in = reconcile.ReconcileLoop._matched
+
+    async def matched(self: reconcile.ReconcileLoop, instance: Instance) -> Worker | None:
+        if self._context.clouds.recovered() or instance.address is None:
+            return None
+        return await take_in(self, instance)
+
+    yield patch.object(reconcile.ReconcileLoop, "_matched", matched)
+    yield patch.object(store.Store, "open_orders", lambda self: [])
+    yield patch.object(store.Store, "launched_orders", lambda self: [])
+
+
+# --- ending machines ---------------------------------------------------------------------------------------
+
+
+@planted
+def no_draining_fence() -> Iterator[Any]:
+    """Terminate is sent first, and the worker is set aside when that was answered."""
+
+    def judge(self: reap.ReapLoop, worker: Worker, now: float) -> None:
+        self._registry.expire_leases(worker.id, now)
+        verdict = policy.judge(self._registry, worker, self._context.pool(worker.pool), now)
+        if verdict.next_look_at is not None:
+            self._registry.look_again(worker.id, verdict.next_look_at)
+        cloud = self.cloud_of(worker)
+        if verdict.drain is None or cloud is None or worker.instance_id is None:
+            return
+        reason, instance_id = verdict.drain, worker.instance_id
+
+        async def end() -> None:
+            assert cloud is not None
+            try:
+                await cloud.provider.terminate([instance_id])
+                self._registry.drain(worker.id, reason, self._context.now())
+            except Exception:
+                self._registry.look_again(worker.id, self._context.now() + 5)
+
+        self._task = asyncio.ensure_future(end())  # type: ignore[attr-defined]
+
+    yield patch.object(reap.ReapLoop, "_judge", judge)
+
+
+@planted
+def forgotten_when_terminate_is_answered() -> Iterator[Any]:
+    """The worker leaves the books with Terminate's answer, and its machine is not taken in again."""
+
+    def sent(self: reap.ReapLoop, worker: Worker, now: float) -> None:
+        if self._registry.get(worker.id) is not None:
+            self._registry.gone(worker.id, "terminated", now)
+
+    original = reconcile.ReconcileLoop._matched
+
+    async def only_at_the_start(self: reconcile.ReconcileLoop, instance: Instance) -> Worker | None:
+        if self._context.now() - self._began_at > 60 and self._orders.get(_order_of(instance)) is None:
+            return None
+        return await original(self, instance)
+
+    yield patch.object(reap.ReapLoop, "_sent", sent)
+    yield patch.object(reconcile.ReconcileLoop, "_matched", only_at_the_start)
+
+
+def _order_of(instance: Instance) -> str:
+    return instance.tags.get("compute-broker:order", "")
+
+
+@planted
+def wall_clock_for_idle_times() -> Iterator[Any]:
+    class WallClock:
+        def __init__(self, clock: Clock) -> None:
+            self._clock = clock
+            self.jump = clock.jump  # type: ignore[attr-defined]
+
+        def monotonic(self) -> float:
+            return self._clock.wall()
+
+        def wall(self) -> float:
+            return self._clock.wall()
+
+    yield patch("broker.simulation.stage.LoopClock", lambda loop: WallClock(LoopClock(loop)))
+
+
+@planted
+def release_kills_under_other_clients() -> Iterator[Any]:
+    def release(self: service.Service, command: Release, client: str) -> bytes:
+        worker = self._registry.by_address(command.address)
+        if worker is not None:
+            self._registry.drain(worker.id, policy.Reason.RELEASED, self._now())
+            self._reap()
+        return OK
+
+    yield patch.object(service.Service, "_release", release)
+
+
+@planted
+def one_error_ends_a_loop_for_good() -> Iterator[Any]:
+    """The published broker's cleanup thread."""
+    terminate = reap.ReapLoop._terminate
+
+    async def dies(self: reap.ReapLoop, cloud: Any, workers: list[Worker]) -> None:
+        before = dict(self._failures)
+        await terminate(self, cloud, workers)
+        if self._failures != before and any(self._failures.values()):
+            await asyncio.Event().wait()
+
+    yield patch.object(reap.ReapLoop, "_terminate", dies)
+
+
+@planted
+def idle_without_looking_at_leases() -> Iterator[Any]:
+    """Idle is what has been used long ago, whoever holds it: a PING renews the lease and nothing else."""
+
+    def renew(self: Registry, lease: Lease, now: float) -> None:
+        self._lease_ends_at[lease.id] = now + lease.ttl_seconds
+
+    yield patch.object(Registry, "renew", renew)
+    yield patch.object(Registry, "busy", lambda self, worker_id: False)
+
+
+# --- hand-outs and leases ----------------------------------------------------------------------------------
+
+
+@planted
+def leases_are_lost_at_a_restart() -> Iterator[Any]:
+    yield patch.object(store.Store, "leases", lambda self: [])
+
+
+@planted
+def exclusive_is_a_word() -> Iterator[Any]:
+    """An exclusive lease keeps nobody out."""
+    grant = Registry.grant
+
+    def shared(self: Registry, lease: Lease, now: float) -> Lease:
+        return grant(self, replace(lease, exclusive=False), now)
+
+    available = Registry.available
+
+    def anybodys(
+        self: Registry, pool: str, client: str, *, exclusive: bool, wish: Any = None
+    ) -> Worker | None:
+        return available(self, pool, client, exclusive=False, wish=wish)
+
+    yield patch.object(Registry, "grant", shared)
+    yield patch.object(Registry, "available", anybodys)
+
+
+@planted
+def handed_out_without_a_proof() -> Iterator[Any]:
+    """A worker that was ready once is ready for ever."""
+    yield patch.object(service.Service, "_proof_is_old", lambda self, worker, pool: False)
+
+
+@planted
+def handed_out_when_it_runs() -> Iterator[Any]:
+    """The cloud's word and an address are taken for readiness, and nobody looks again."""
+
+    async def answers(self: probe.ProbeLoop, worker: Worker, tries: int) -> bool:
+        return True
+
+    yield patch.object(probe.ProbeLoop, "_answers", answers)
+
+
+@planted
+def waits_never_end() -> Iterator[Any]:
+    async def patient(self: service.Service, waiter: Any, deadline_at: float) -> Lease:
+        self._context.waiting.join(waiter)
+        self._demand()
+        try:
+            lease: Lease = await waiter.served
+            return lease
+        finally:
+            self._context.waiting.leave(waiter)
+
+    yield patch.object(service.Service, "_wait", patient)
+
+
+@planted
+def strangers_are_claimed() -> Iterator[Any]:
+    """Terminate goes to everything the account runs."""
+    listing = ec2_api.Ec2Api.every
+
+    async def everything(self: ec2_api.Ec2Api, api: str, key: str, **parameters: Any) -> list[dict[str, Any]]:
+        if api != "DescribeInstances":
+            return await listing(self, api, key, **parameters)
+        parameters.pop("Filters", None)
+        reservations = await listing(self, api, key, **parameters)
+        for reservation in reservations:
+            for machine in reservation["Instances"]:
+                has = {tag["Key"] for tag in machine.get("Tags", ())}
+                if "compute-broker:broker" not in has:
+                    ours = {"Key": "compute-broker:broker", "Value": "lab"}
+                    machine["Tags"] = [*machine.get("Tags", ()), ours]
+        return reservations
+
+    yield patch.object(ec2_api.Ec2Api, "every", everything)
