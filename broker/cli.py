@@ -197,6 +197,8 @@ def workers(
     asker = _client(config, broker, None)
     console = Console(width=None if sys.stdout.isatty() else 160, markup=False, emoji=False)
     with _answers():
+        if as_json and watch:
+            raise typer.BadParameter("--json prints once; leave out --watch")
         if as_json:
             print(json.dumps(asker.status(), indent=2))
         elif not watch:
@@ -228,8 +230,8 @@ def show(config: ConfigOption = None, as_json: JsonOption = False) -> None:
 
 
 @config_app.command(epilog=EPILOG)
-def schema() -> None:
-    """Print the JSON schema of the settings."""
+def schema(config: ConfigOption = None) -> None:
+    """Print the JSON schema of the settings. It is the same for every FILE."""
     print(json.dumps(settings_schema(), indent=2))
 
 
@@ -256,7 +258,7 @@ def _load(config: Path | None) -> Configuration:
 
 def _client(config: Path | None, broker: str | None, client: str | None) -> Client:
     """A client under one stable name for all of a person's commands: `release` must find what `get` took."""
-    if broker is None and "COMPUTE_BROKER_HOST" not in os.environ:
+    if broker is None and (config is not None or "COMPUTE_BROKER_HOST" not in os.environ):
         host, port = split_address(_load(config).settings.broker.listen)
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 (where it listens, seen from here)
         broker = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from broker.clock import Clock
 from broker.clouds import Cloud, Clouds
+from broker.core.model import Worker
 from broker.core.policy import LaunchGuard
 from broker.core.registry import Registry
 from broker.core.settings import PoolSettings, Settings
@@ -55,6 +56,10 @@ class Context:
         default_factory=dict
     )  # by instance, until found again
     expected: dict[str, LaunchedOrder] = field(default_factory=dict)  # by instance: launched before the start
+    home: dict[str, Cloud] = field(default_factory=dict)  # adopted worker → the cloud whose listing showed it
+    ended: set[str] = field(
+        default_factory=set
+    )  # instances whose end has been decided, also before the start
     unwanted: set[str] = field(default_factory=set)  # orders that TERMINATE_ALL met before they had a machine
 
     def pool(self, name: str) -> PoolSettings:
@@ -62,6 +67,10 @@ class Context:
 
     def cloud(self, pool: str) -> Cloud | None:
         return self.clouds.of(pool)
+
+    def cloud_of(self, worker: Worker) -> Cloud | None:
+        """The cloud that has this worker, also when its pool is not configured any more."""
+        return self.clouds.of(worker.pool) or self.home.get(worker.id)
 
     def guard(self, pool: str) -> LaunchGuard:
         return self.guards.setdefault(pool, LaunchGuard())

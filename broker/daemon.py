@@ -12,7 +12,9 @@ import os
 import resource
 import secrets
 import socket
+import sys
 from collections.abc import Callable, Mapping
+from hashlib import sha256
 from pathlib import Path
 
 from aiohttp import web
@@ -21,9 +23,9 @@ from broker import systemd
 from broker.clock import Clock
 from broker.clouds import Cloud, Clouds
 from broker.context import Context
-from broker.core.errors import BrokerError, CloudUnreachable, SettingsError
+from broker.core.errors import BrokerError, CloudUnreachable, SettingsError, StoreError
 from broker.core.model import Event, InstanceState, WorkerChanged, WorkerSeen, WorkerState
-from broker.core.policy import HOUR_SECONDS
+from broker.core.policy import HOUR_SECONDS, Reason
 from broker.core.registry import BOOKED, Registry
 from broker.core.settings import BrokerSettings, Settings, require_private, split_address
 from broker.logs import EventLog, Log
@@ -103,6 +105,7 @@ class Daemon:
         self.clock = clock
         self._log = log
         self._notifier = systemd.Notifier(environ, lambda problem: log.warning(problem))
+        self._environ = environ
         self._ports = ports  # False: no sockets at all; connections are made by `server.connect`
         self._sockets = _activated(environ, settings.broker)
         self._observers: list[Callable[[Event], None]] = []
@@ -180,6 +183,7 @@ class Daemon:
         Raises SettingsError (a pool cannot work as configured), StoreError, OSError (a port is taken).
         """
         self.context.store.open()
+        id_lock = self._take_id() if self._ports else None
         try:
             self._remember()
             await self._open_providers()
@@ -197,6 +201,30 @@ class Daemon:
                 await cloud.provider.close()
             await self.context.store.settle()
             self.context.store.close()
+            if id_lock is not None:
+                id_lock.close()
+
+    def _take_id(self) -> socket.socket | None:
+        """The broker id, held while this process lives: two brokers with one id would end each other's workers.
+
+        Two at one cloud on one machine, that is; on two machines nothing but their settings tells them apart.
+        """
+        pools = [pool for pool in self.settings.pool.values() if pool.provider == "ec2"]
+        if not pools or not sys.platform.startswith("linux"):
+            return None
+        places = sorted({(pool.region or "", pool.profile or "") for pool in pools})
+        where = (self.settings.broker.id, self._environ.get("AWS_ENDPOINT_URL", ""), places)
+        lock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            lock.bind(f"\0compute-broker:{sha256(repr(where).encode()).hexdigest()}")
+        except OSError:
+            lock.close()
+            self.context.store.close()
+            raise StoreError(
+                f"another broker with id '{self.settings.broker.id}' runs on this machine: "
+                "stop it first, or give this one its own id"
+            ) from None
+        return lock
 
     def _remember(self) -> None:
         """Open orders, leases and launch attempts of an earlier run."""
@@ -205,6 +233,7 @@ class Daemon:
             self.context.guard(pool).attempted(now - max(0.0, now_unix - placed_unix))
         for order in self.context.store.open_orders():
             self.orders.reopen(order)
+        self.context.ended |= self.context.store.ended()
         for launched in self.context.store.launched_orders():
             self.context.expected[launched.instance_id] = launched
         for stored in self.context.store.leases():
@@ -326,7 +355,7 @@ class Daemon:
         worker, guard = event.worker, self.context.guard(event.worker.pool)
         if worker.state is WorkerState.READY:
             guard.booted()
-        elif worker.state is WorkerState.GONE or worker.reason == "boot-timeout":
+        elif worker.state is WorkerState.GONE or worker.reason in (Reason.BOOT_TIMEOUT, Reason.BOOT_FAILED):
             guard.boot_failed(self.context.pool(worker.pool), event.at)
 
     def _wake_heard(self, event: Event) -> None:

@@ -25,6 +25,8 @@ from broker.core.model import Event, Instance, Order, Worker, WorkerChanged, Wor
 from broker.core.policy import Reason
 
 NEVER_LAUNCHED = "never-launched"
+VANISHED = "vanished"  # forgotten because nothing was heard of it: it may come back
+ENDING = (WorkerState.DRAINING, WorkerState.GONE)
 OUTCOMES: dict[
     type[BrokerError], str
 ] = {  # why an order came to nothing: a closed list, safe as a metric label
@@ -118,11 +120,18 @@ class Orders:
             self._context.store.soon(self._context.store.order_closed(order.id, outcome))
 
     def heard(self, event: Event) -> None:
-        """A machine that is gone closes its order for good."""
-        if isinstance(event, WorkerChanged) and event.worker.state is WorkerState.GONE:
-            order_id, reason = event.worker.order_id, event.worker.reason
-            if order_id is not None and event.before is not WorkerState.ORDERED:
-                self._context.store.soon(self._context.store.order_closed(order_id, f"gone: {reason}"))
+        """Remember whose end has been decided; a machine that is gone closes its order for good."""
+        if not isinstance(event, WorkerChanged):
+            return
+        worker, context = event.worker, self._context
+        instance_id = worker.instance_id if worker.state in ENDING and worker.reason != VANISHED else None
+        if instance_id is not None and instance_id not in context.ended:
+            context.ended.add(instance_id)
+            context.store.soon(context.store.end_decided(instance_id, context.clock.wall()))
+        if worker.state is WorkerState.GONE:
+            context.home.pop(worker.id, None)
+            if worker.order_id is not None and event.before is not WorkerState.ORDERED:
+                context.store.soon(context.store.order_closed(worker.order_id, f"gone: {worker.reason}"))
 
     def _forget(self, order_id: str, outcome: str) -> None:
         self._open.pop(order_id, None)

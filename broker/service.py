@@ -102,13 +102,11 @@ class Service:
                     return self.warm(command.client or peer, self._now())
                 case Malformed():
                     return protocol.error_line(command.error)
-                case _ if not self._context.clouds.recovered():
-                    return None
-                case Ping():
+                case Ping() if self._certain_of(command.address):
                     return self._ping_now(command, command.client or peer)
-                case Release():
+                case Release() if self._certain_of(command.address):
                     return self._release(command, command.client or peer)
-                case Status():
+                case Status() if any(cloud.recovered for cloud in self._context.clouds.all):
                     return protocol.json_line([self._status(worker) for worker in self._known()])
                 case _:
                     return None
@@ -128,7 +126,8 @@ class Service:
             case GetWorker():
                 return await self._get_worker(command, command.client or peer)
             case Ping():
-                await self._recovered()
+                if not self._certain_of(command.address):
+                    await self._recovered()
                 return await self._ping(command, command.client or peer)
             case ListAll():
                 return protocol.json_line([_listed(i) for i in await self._listed()])
@@ -145,6 +144,7 @@ class Service:
         self._closing = True
         for name in self._context.settings.pool:
             self._context.waiting.fail(name, Draining("the broker is restarting; ask again in a moment"))
+        self._context.scanned.notify()  # whoever waits for the first scan hears it too
 
     def heard(self, event: Event) -> None:
         """Keep the store and the queue up with the books."""
@@ -221,12 +221,14 @@ class Service:
             async with asyncio.timeout(max(0.0, deadline_at - self._now())):
                 return await waiter.served
         except TimeoutError:
+            lease = waiter.lease()  # served in the instant in which the time was over
+            if lease is not None:
+                return lease
             raise WaitTimedOut(self._why_waiting(waiter)) from None
         except asyncio.CancelledError:
-            if waiter.served.done() and not waiter.served.cancelled() and waiter.served.exception() is None:
-                lease = waiter.served.result()  # served in the instant in which the client went away
-                if lease.id not in held_before:
-                    self._registry.end_lease(lease.worker_id, waiter.client, "not handed out", self._now())
+            lease = waiter.lease()  # served in the instant in which the client went away
+            if lease is not None and lease.id not in held_before:
+                self._registry.end_lease(lease.worker_id, waiter.client, "not handed out", self._now())
             raise
         finally:
             waiting.leave(waiter)
@@ -266,6 +268,10 @@ class Service:
 
     def _held(self, pool: str, client: str) -> frozenset[str]:
         return self._registry.held_leases(pool, client)
+
+    def _certain_of(self, address: str) -> bool:
+        """Whether the books know what this address is. One dead region must not silence the others' PING."""
+        return self._registry.by_address(address) is not None or self._context.clouds.recovered()
 
     # --- PING, RELEASE, STATUS ---------------------------------------------------------------------
 
@@ -311,11 +317,14 @@ class Service:
         now, pool = self._now(), self._context.pool(worker.pool)
         idle_seconds = max(0.0, now - self._registry.used_at(worker.id))
         usable = worker.state in (WorkerState.READY, WorkerState.SUSPECT)
+        ends_in = pool.idle_timeout - idle_seconds
+        if not self._registry.busy(worker.id):
+            ends_in = min(ends_in, worker.born_at + pool.max_lifetime - now)
         return {
             "instance_id": worker.instance_id,
             "ip": worker.address,
             "idle_seconds": round(idle_seconds),
-            "will_terminate_in": round(max(0.0, pool.idle_timeout - idle_seconds)) if usable else None,
+            "will_terminate_in": round(max(0.0, ends_in)) if usable else None,
             "state": str(worker.state),
             "pool": worker.pool,
             "leases": len(self._registry.leases(worker.id)),
@@ -344,11 +353,12 @@ class Service:
 
     async def _terminate_all(self) -> bytes:
         """Whatever the cloud lists under our tag ends, known to the books or not; busy or not."""
+        unseen: BrokerError | None = None
         try:
             await self._scan()
-        except BrokerError:
-            if not self._context.clouds.recovered():
-                raise  # the books may be empty because nobody has looked yet: do not claim that all is ended
+        except BrokerError as error:
+            # Where nobody has looked yet there may be more than the books hold: do not claim all is ended.
+            unseen = None if self._context.clouds.recovered() else error
         now = self._now()
         for name in self._context.settings.pool:
             self._context.waiting.fail(
@@ -359,6 +369,8 @@ class Service:
         for worker in ended:
             self._registry.drain(worker.id, Reason.TERMINATE_ALL, now)
         self._reap()
+        if unseen is not None:
+            raise unseen
         return protocol.json_line({"terminated": [worker.instance_id for worker in ended]})
 
     # --- inside ------------------------------------------------------------------------------------
@@ -385,6 +397,8 @@ class Service:
         try:
             async with asyncio.timeout(None if deadline_at is None else max(0.0, deadline_at - self._now())):
                 while not all(cloud.recovered for cloud in clouds):
+                    if self._closing:
+                        raise Draining("the broker is restarting; ask again in a moment")
                     refusals = [refusal for cloud in clouds if (refusal := cloud.refusal()) is not None]
                     if refusals:
                         raise refusals[0]
@@ -398,7 +412,8 @@ class Service:
         task.add_done_callback(lambda done: self._lease_written(lease.id, done))
 
     def _lease_written(self, lease_id: str, task: asyncio.Task[None]) -> None:
-        self._writing.pop(lease_id, None)
+        if self._writing.get(lease_id) is task:  # a hold that became exclusive is written once more
+            del self._writing[lease_id]
         if not task.cancelled():
             task.exception()  # retrieved: whoever waits for it has it too
 

@@ -27,6 +27,7 @@ from broker.core.errors import StoreError
 from broker.core.model import Lease, Market, Offering, Order, Worker
 
 CLOSED_ORDERS_MAX = 1000  # history for a person who asks what happened; older ones are dropped
+ENDED_MAX = 10_000  # ended machines that are remembered: EC2 shows each for about an hour
 BUSY_TIMEOUT_SECONDS = 5.0  # another process looking into the file must not fail a write
 
 SCHEMA_VERSION = 1
@@ -35,6 +36,7 @@ CREATE TABLE IF NOT EXISTS orders (
     id TEXT PRIMARY KEY, pool TEXT NOT NULL, offering TEXT NOT NULL, parameters TEXT NOT NULL,
     created_unix REAL NOT NULL, state TEXT NOT NULL DEFAULT 'open', instance_id TEXT, outcome TEXT
 ) STRICT;
+CREATE TABLE IF NOT EXISTS ended (instance_id TEXT PRIMARY KEY, ended_unix REAL NOT NULL) STRICT;
 CREATE INDEX IF NOT EXISTS orders_state ON orders (state);
 CREATE TABLE IF NOT EXISTS leases (
     id TEXT PRIMARY KEY, instance_id TEXT NOT NULL, pool TEXT NOT NULL, address TEXT NOT NULL,
@@ -183,6 +185,14 @@ class Store:
             for order_id, pool, offering, parameters, created, instance_id in rows
         ]
 
+    async def end_decided(self, instance_id: str, unix: float) -> None:
+        """The machine is on its way out: no later listing brings it back."""
+        await self._write(True, "INSERT OR IGNORE INTO ended VALUES (?, ?)", (instance_id, unix))
+
+    def ended(self) -> set[str]:
+        """Instances whose end has been decided."""
+        return {row[0] for row in self._connections[True].execute("SELECT instance_id FROM ended")}
+
     # --- leases ------------------------------------------------------------------------------------
 
     async def lease_granted(self, lease: Lease, worker: Worker) -> None:
@@ -282,6 +292,9 @@ class Store:
         connection.execute(
             "DELETE FROM orders WHERE state = 'closed' AND rowid <= (SELECT max(rowid) FROM orders) - ?",
             (CLOSED_ORDERS_MAX,),
+        )
+        connection.execute(
+            "DELETE FROM ended WHERE rowid <= (SELECT max(rowid) FROM ended) - ?", (ENDED_MAX,)
         )
         for (finding,) in connection.execute("PRAGMA quick_check"):
             if finding != "ok":

@@ -58,6 +58,16 @@ class Waiter:
     asked_at: float
     served: asyncio.Future[Lease]
 
+    def lease(self) -> Lease | None:
+        """What it was served with, if it was."""
+        done = self.served.done() and not self.served.cancelled() and self.served.exception() is None
+        return self.served.result() if done else None
+
+    @property
+    def need(self) -> tuple[str, Wish]:
+        """One client with one wish needs one machine, on however many connections it asks."""
+        return self.client, self.wish
+
 
 class Waiting:
     """The queues."""
@@ -83,8 +93,9 @@ class Waiting:
         return [waiter for waiter in self._queues.get(pool, ()) if not waiter.served.done()]
 
     def demand(self, pool: str) -> Demand:
-        exclusive = sum(waiter.exclusive for waiter in self.of(pool))
-        return Demand(sharing=len(self.of(pool)) - exclusive, exclusive=exclusive)
+        waiters = self.of(pool)
+        alone = {waiter.need for waiter in waiters if waiter.exclusive}
+        return Demand(sharing=sum(not waiter.exclusive for waiter in waiters), exclusive=len(alone))
 
     def fail(self, pool: str, error: BrokerError, *, wish: Wish | None = None, supply: int = 0) -> None:
         """Tell those who wait in the pool (for that wish) that waiting does not help.
@@ -92,8 +103,10 @@ class Waiting:
         `supply` machines are on their way: they are enough for everybody who shares, and for as many others.
         """
         concerned = [w for w in self.of(pool) if wish is None or w.wish == wish]
-        alone = [waiter for waiter in concerned if waiter.exclusive]
+        needs = list(dict.fromkeys(waiter.need for waiter in concerned if waiter.exclusive))
+        hopeless = set(needs[supply:])
+        alone = [waiter for waiter in concerned if waiter.exclusive and waiter.need in hopeless]
         sharing = [] if supply else [waiter for waiter in concerned if not waiter.exclusive]
-        for waiter in [*alone[supply:], *sharing]:
+        for waiter in [*alone, *sharing]:
             waiter.served.set_exception(error)
             waiter.served.exception()  # retrieved: the client may be gone before it hears it

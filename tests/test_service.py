@@ -619,3 +619,97 @@ def test_on_a_full_disk_an_exclusive_worker_is_not_given_away_on_a_lease_that_wo
         assert (await waiting).endswith("is the disk full? [LIMIT]")
 
     live(tmp_path, story, chosen=settings(sharing="exclusive", max_workers=1))
+
+
+def test_one_client_on_three_connections_buys_one_exclusive_machine(tmp_path: Path) -> None:
+    async def story(broker: RunningBroker) -> None:
+        replies = await asyncio.gather(*(broker.ask("GET_WORKER client=anna") for _ in range(3)))
+        assert len(set(replies)) == 1
+        assert broker.cloud.count("launch") == 1
+
+    live(tmp_path, story, chosen=settings(sharing="exclusive"))
+
+
+def test_a_terminated_worker_is_not_handed_out_after_a_restart_by_a_stale_listing(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with running_broker(settings(), tmp_path) as broker:
+            address = await broker.ask("GET_WORKER client=a")
+            instance = broker.cloud.running()[0]
+            await broker.ask(f"RELEASE {address} client=a")
+            await broker.until(lambda: broker.cloud.count("terminate"))
+        broker.cloud.set_state(instance, InstanceState.RUNNING)  # what an outdated listing still says
+        async with running_broker(settings(), tmp_path, cloud=broker.cloud) as again:
+            assert await again.ask("GET_WORKER client=b") != address
+            await again.until(lambda: instance not in again.cloud.running())
+
+    run_virtual(main())
+
+
+@pytest.mark.parametrize(
+    "state", [InstanceState.SHUTTING_DOWN, InstanceState.STOPPED, InstanceState.TERMINATED]
+)
+def test_images_that_shut_down_at_boot_open_the_breaker(tmp_path: Path, state: InstanceState) -> None:
+    async def story(broker: RunningBroker) -> None:
+        ask = asyncio.create_task(broker.ask("GET_WORKER wait=7200"))
+        while not ask.done():
+            for instance in broker.cloud.running():
+                broker.cloud.set_state(instance, state, "Client.InstanceInitiatedShutdown")
+            await asyncio.sleep(1)
+        assert "3 machines in a row did not become ready" in ask.result()
+        assert broker.cloud.count("launch") == 3
+
+    live(tmp_path, story, boots=False)
+
+
+def test_a_stop_before_the_first_scan_is_told_to_whoever_waits(tmp_path: Path) -> None:
+    async def main() -> None:
+        clock = LoopClock(asyncio.get_running_loop())
+        cloud = FakeCloud("lab", clock=clock)
+        cloud.hold["listing"] = asyncio.Event()
+        async with running_broker(settings(), tmp_path, cloud=cloud) as broker:
+            asks = [asyncio.create_task(broker.ask(line)) for line in ("GET_WORKER", "PING 10.0.0.1")]
+            await asyncio.sleep(1)
+        for ask in asks:
+            assert (await ask).endswith("[DRAINING]")
+
+    run_virtual(main())
+
+
+def test_a_failed_look_at_a_warm_worker_buys_no_second_machine(tmp_path: Path) -> None:
+    async def story(broker: RunningBroker) -> None:
+        address = await broker.ask("GET_WORKER client=a")
+        connect, failures = broker.cloud.connect, 1
+
+        async def fails_once(host: str, port: int) -> bool:
+            nonlocal failures
+            failures -= 1
+            return failures < 0 and await connect(host, port)
+
+        broker.daemon.probe._connect = fails_once
+        await asyncio.sleep(31)
+        assert failures < 0
+        assert await broker.ask("GET_WORKER client=b") == address
+        assert broker.cloud.count("launch") == 1
+
+    live(tmp_path, story)
+
+
+def test_restarts_do_not_make_an_unused_machine_immortal(tmp_path: Path) -> None:
+    async def main() -> None:
+        cloud = None
+        for turn in range(60):
+            async with running_broker(settings(max_lifetime="2h"), tmp_path, cloud=cloud) as broker:
+                if turn == 0:
+                    address = await broker.ask("GET_WORKER client=a")
+                    await broker.ask("GET_WORKER client=b")
+                    await broker.ask(f"RELEASE {address} client=a")
+                    await asyncio.sleep(890)
+                    broker.registry.expire_leases(
+                        next(iter(broker.registry)).id, broker.clock.monotonic() + 60
+                    )
+                cloud = broker.cloud
+                await asyncio.sleep(600)
+        assert cloud is not None
+        assert cloud.running() == []
+
+    run_virtual(main())

@@ -18,10 +18,15 @@ BIG = Wish(cores=64)
 
 
 def waiter(
-    asked_at: float = 0.0, *, pool: str = "default", exclusive: bool = False, wish: Wish = ANYTHING
+    asked_at: float = 0.0,
+    *,
+    pool: str = "default",
+    client: str = "ann",
+    exclusive: bool = False,
+    wish: Wish = ANYTHING,
 ) -> Waiter:
     served: asyncio.Future[Lease] = asyncio.get_running_loop().create_future()
-    return Waiter(pool, "ann", exclusive, wish, asked_at, served)
+    return Waiter(pool, client, exclusive, wish, asked_at, served)
 
 
 def queue(*waiters: Waiter) -> Waiting:
@@ -168,7 +173,7 @@ async def test_one_machine_on_its_way_is_enough_for_all_who_share() -> None:
 
 
 async def test_machines_on_their_way_are_for_those_who_came_first() -> None:
-    alone = [waiter(float(number), exclusive=True) for number in range(4)]
+    alone = [waiter(float(number), client=f"c{number}", exclusive=True) for number in range(4)]
     sharing = waiter(9.0)
     queue(*alone, sharing).fail("default", NoCapacity(), supply=2)
     assert failed(*alone, sharing) == [False, False, True, True, False]

@@ -32,12 +32,13 @@ class Reason(StrEnum):
     RELEASED = "released"
     MAX_LIFETIME = "max-lifetime"
     BOOT_TIMEOUT = "boot-timeout"
+    BOOT_FAILED = "boot-failed"
+    ENDED_BEFORE = "ended-before"
     UNRESPONSIVE = "unresponsive"
     TERMINATE_ALL = "terminate-all"
     RECLAIMED = "reclaimed"
     STOPPED = "stopped"
     SURPLUS = "surplus"
-    POOL_REMOVED = "pool-removed"
 
 
 @dataclass(frozen=True, slots=True)

@@ -102,7 +102,8 @@ class LaunchLoop:
         """
         waiters = self._context.waiting.of(name)
         shared = dict.fromkeys(waiter.wish for waiter in waiters if not waiter.exclusive)
-        return [*(waiter.wish for waiter in reversed(waiters) if waiter.exclusive), *shared]
+        alone = {waiter.need: waiter.wish for waiter in waiters if waiter.exclusive}
+        return [*reversed(alone.values()), *shared]
 
     def _order(self, name: str, wish: Wish) -> None:
         context, cloud = self._context, self._context.cloud(name)

@@ -14,13 +14,13 @@ from broker.context import Context
 from broker.core.errors import LimitReached
 from broker.core.model import Worker, WorkerState
 
-CONNECT_SECONDS_MAX = 3.0  # a SYN lost twice still gets through (1 s + 2 s retransmission)
+CONNECT_SECONDS_MAX = 4.0  # a SYN lost twice still gets through (1 s + 2 s retransmission)
 PROBES_AT_ONCE_MAX = 50  # sockets, not machines, are what runs out first
 BOOTING_INTERVAL_SHARE = 0.05  # of its age: looking costs nobody more than a twentieth of the boot
 BOOTING_INTERVAL_MIN, BOOTING_INTERVAL_MAX = 0.05, 1.0
 SUSPECT_INTERVAL = 2.0
 READY_INTERVAL = 30.0
-HAND_OUT_TRIES = 2  # one lost packet must not cost a second machine
+TRIES = 2  # one lost packet must not cost a second machine
 
 Connect = Callable[[str, int], Awaitable[bool]]
 
@@ -77,7 +77,7 @@ class ProbeLoop:
         """Try the worker now. A worker that fails becomes SUSPECT. Shared by everybody who asks meanwhile."""
         task = self._proving.get(worker.id)
         if task is None:
-            task = self._proving[worker.id] = asyncio.create_task(self._try(worker, HAND_OUT_TRIES))
+            task = self._proving[worker.id] = asyncio.create_task(self._try(worker, TRIES))
             task.add_done_callback(lambda done: self._proving.pop(worker.id, None))
         return await asyncio.shield(task)
 
@@ -85,7 +85,7 @@ class ProbeLoop:
         try:
             async with self._places:
                 with suppress(LimitReached):
-                    await self._try(worker, 1)
+                    await self._try(worker, TRIES if worker.state is WorkerState.READY else 1)
         finally:
             del self._looking[worker.id]
             after = self._registry.get(worker.id)

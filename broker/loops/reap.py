@@ -20,6 +20,7 @@ from broker.core.policy import judge
 PAUSE_SECONDS_MIN = 2.0  # after a failed Terminate, doubling
 PAUSE_SECONDS_MAX = 60.0
 AGAIN_SECONDS = 120.0  # a machine may take so long to shut down before Terminate is sent once more
+LOOK_SECONDS_MIN = 0.5
 UNJUDGED_SECONDS = 60.0  # a worker over which a tick has failed is looked at again
 STUCK_SECONDS = 900.0  # after that somebody should look
 
@@ -50,20 +51,13 @@ class ReapLoop:
         by_cloud: dict[int, list[Worker]] = defaultdict(list)
         clouds: dict[int, Cloud] = {}
         for worker in self._to_terminate(now):
-            cloud = self.cloud_of(worker)
+            cloud = self._context.cloud_of(worker)
             if cloud is not None:
                 clouds[id(cloud)] = cloud
                 by_cloud[id(cloud)].append(worker)
         due = [key for key in by_cloud if self._not_before.get(key, now) <= now]
         await asyncio.gather(*(self._terminate(clouds[key], by_cloud[key]) for key in due))
         return self._next_at()
-
-    def cloud_of(self, worker: Worker) -> Cloud | None:
-        """The cloud that has this worker; for a forgotten pool, the one whose listing showed it."""
-        cloud = self._context.cloud(worker.pool)
-        if cloud is not None:
-            return cloud
-        return next((c for c in self._context.clouds.all if worker.instance_id in c.instance_ids), None)
 
     def _judge(self, worker: Worker, now: float) -> None:
         self._registry.expire_leases(worker.id, now)
@@ -74,7 +68,8 @@ class ReapLoop:
         if verdict.retire and not current.standing_notice:
             self._registry.suspect(worker.id, "max lifetime reached", now, standing=True)
         if verdict.next_look_at is not None:
-            self._registry.look_again(worker.id, verdict.next_look_at)
+            # Not at every single lease's end: ten thousand of them end in a few looks, not one by one.
+            self._registry.look_again(worker.id, max(verdict.next_look_at, now + LOOK_SECONDS_MIN))
         if verdict.drain is not None:
             self._registry.drain(worker.id, verdict.drain, now)
 

@@ -21,7 +21,7 @@ from broker.core.errors import BrokerError, CloudUnreachable, SettingsError
 from broker.core.model import Instance, InstanceState, Worker, WorkerState
 from broker.core.policy import Reason, born_at
 from broker.core.registry import BOOKED, USABLE
-from broker.orders import NEVER_LAUNCHED, Orders
+from broker.orders import NEVER_LAUNCHED, VANISHED, Orders
 from broker.store import LaunchedOrder
 
 SCAN_SECONDS_MAX = 60.0  # a listing that takes longer counts as failed
@@ -38,6 +38,7 @@ MISSING_SECONDS_MAX = 180.0  # missing for so long, and
 MISSING_SCANS_MAX = 3  # from so many listings in a row, and silent: gone
 
 DEAD = frozenset({InstanceState.SHUTTING_DOWN, InstanceState.TERMINATED})
+SPOT_REASON = "Server.Spot"  # how EC2's reasons for taking a machine back begin (EC2 API, StateReason)
 HALTED = frozenset({InstanceState.STOPPING, InstanceState.STOPPED})
 Report = Callable[[str, dict[str, object]], None]
 
@@ -153,19 +154,25 @@ class ReconcileLoop:
 
     async def _take_in(self, cloud: Cloud, listing: list[Instance], started_at: float) -> None:
         cloud.instance_ids = frozenset(instance.id for instance in listing)
+        foreign = []
         for instance in listing:
             if tags.read(instance.tags).broker == self._broker_id:
-                await self.take_in(instance)
+                await self.take_in(cloud, instance)
             else:
-                await self._claim(cloud, instance)
+                foreign.append(instance)
+        try:
+            async with asyncio.timeout(SCAN_SECONDS_MAX):
+                await asyncio.gather(*(self._claim(cloud, instance) for instance in foreign))
+        except TimeoutError:
+            self._report("claims not finished", {"cloud": cloud.provider.name, "machines": len(foreign)})
         self._note_missing(cloud, started_at)
         self._give_up_orders(cloud, started_at)
         self._expect(cloud)
         self._drop_stored_leases(started_at)
 
-    async def take_in(self, instance: Instance) -> None:
+    async def take_in(self, cloud: Cloud, instance: Instance) -> None:
         """One machine of ours, as the cloud describes it."""
-        worker = self._registry.by_instance(instance.id) or await self._matched(instance)
+        worker = self._registry.by_instance(instance.id) or await self._matched(cloud, instance)
         if worker is None:
             return
         self._missing.pop(worker.id, None)
@@ -174,10 +181,9 @@ class ReconcileLoop:
             return
         worker = self._registry.observed(worker.id, instance, self._context.now())
         if worker.state in USABLE and instance.state in DEAD | HALTED:
-            reason = Reason.STOPPED if instance.state in HALTED else Reason.RECLAIMED
-            self._registry.drain(worker.id, reason, self._context.now())
+            self._registry.drain(worker.id, _why_it_ends(worker, instance), self._context.now())
 
-    async def _matched(self, instance: Instance) -> Worker | None:
+    async def _matched(self, cloud: Cloud, instance: Instance) -> Worker | None:
         """The entry for a machine that the books do not know by its id: its order's, or a new one."""
         identity = tags.read(instance.tags)
         entry = self._orders.get(identity.order)
@@ -191,20 +197,29 @@ class ReconcileLoop:
         now, name = self._context.now(), identity.pool or "default"
         pool = self._context.pool(name)
         age_seconds = self._context.clock.wall() - instance.launched_unix if instance.launched_unix else 0.0
+        idle = self._known_to_be_idle(instance)
         worker = self._registry.adopt(
             instance,
             name,
             pool.worker_port,
             now,
             order_id=identity.order or None,
-            born_at=born_at(pool, age_seconds, now),
+            born_at=now - age_seconds if idle else born_at(pool, age_seconds, now),
             price_usd_micros_per_hour=pool.price_usd_micros_per_hour,
         )
+        self._context.home[worker.id] = cloud
+        if instance.id in self._context.ended:  # decided before; this listing is stale, or Terminate was lost
+            return self._registry.drain(worker.id, Reason.ENDED_BEFORE, now)
         self._restore_leases(worker)
         twin = self._registry.get(identity.order)
         if twin is not None and twin.id != worker.id and not self._registry.busy(worker.id):
             worker = self._registry.drain(worker.id, Reason.SURPLUS, now)  # one order, two machines
         return worker
+
+    def _known_to_be_idle(self, instance: Instance) -> bool:
+        """The store remembers its launch and no lease on it: it is surely unused, so its age counts."""
+        expected, leased = self._context.expected, self._context.stored_leases
+        return instance.id in expected and instance.id not in leased and instance.launched_unix > 0
 
     def _restore_leases(self, worker: Worker) -> None:
         """A restart forgets nobody, and the time the broker was away is not held against its clients."""
@@ -230,7 +245,7 @@ class ReconcileLoop:
 
     def _note_missing(self, cloud: Cloud, started_at: float) -> None:
         for worker in self._registry.in_state(*BOOKED - {WorkerState.ORDERED}):
-            if self._context.cloud(worker.pool) is not cloud or worker.instance_id in cloud.instance_ids:
+            if self._context.cloud_of(worker) is not cloud or worker.instance_id in cloud.instance_ids:
                 continue
             if worker.born_at + LISTING_GRACE_SECONDS > started_at:
                 continue
@@ -239,7 +254,7 @@ class ReconcileLoop:
             long = started_at - missing.since_at >= MISSING_SECONDS_MAX and missing.scans >= MISSING_SCANS_MAX
             if long and not self._answers(worker):
                 del self._missing[worker.id]
-                self._registry.gone(worker.id, "vanished", self._context.now())
+                self._registry.gone(worker.id, VANISHED, self._context.now())
 
     def _answers(self, worker: Worker) -> bool:
         """Whether its port has answered of late: then it lives, whatever the listing says."""
@@ -313,20 +328,22 @@ class ReconcileLoop:
 
     async def _watch(self) -> None:
         workers = self._changing()
-        for cloud in self._context.clouds.all:
-            ids = [w.instance_id for w in workers if w.instance_id and self._context.cloud(w.pool) is cloud]
-            if not ids or not cloud.recovered:
-                continue
-            try:
-                async with asyncio.timeout(SCAN_SECONDS_MAX):
-                    instances = await cloud.provider.describe(ids)
-            except (TimeoutError, BrokerError) as error:
-                self._report("look failed", {"cloud": cloud.provider.name, "error": str(error)})
-                continue
-            for instance in instances:
-                await self.take_in(instance)
+        await asyncio.gather(*(self._watch_cloud(cloud, workers) for cloud in self._context.clouds.all))
         if {w.id for w in self._changing()} != {w.id for w in workers}:
             self.watch_closely()
+
+    async def _watch_cloud(self, cloud: Cloud, workers: list[Worker]) -> None:
+        ids = [w.instance_id for w in workers if w.instance_id and self._context.cloud_of(w) is cloud]
+        if not ids or not cloud.recovered:
+            return
+        try:
+            async with asyncio.timeout(SCAN_SECONDS_MAX):
+                instances = await cloud.provider.describe(ids)
+        except (TimeoutError, BrokerError) as error:
+            self._report("look failed", {"cloud": cloud.provider.name, "error": str(error)})
+            return
+        for instance in instances:
+            await self.take_in(cloud, instance)
 
     def _next_at(self) -> float:
         beat_at = self._context.now() + BEAT_SECONDS_MAX
@@ -335,3 +352,10 @@ class ReconcileLoop:
         watch_at = self._context.now() + self._watch_seconds
         self._watch_seconds = min(self._watch_seconds * 1.5, WATCH_SECONDS_MAX)
         return min(self._scan_at, watch_at, beat_at)
+
+
+def _why_it_ends(worker: Worker, instance: Instance) -> Reason:
+    """A machine that ends before it was ever ready, and not for want of capacity, has failed to boot."""
+    if worker.state is WorkerState.BOOTING and not instance.reason.startswith(SPOT_REASON):
+        return Reason.BOOT_FAILED
+    return Reason.STOPPED if instance.state in HALTED else Reason.RECLAIMED

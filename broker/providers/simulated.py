@@ -20,7 +20,6 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from math import inf
 
-from broker.core.model import InstanceState
 from broker.providers.ec2_api import ClientFactory, Ec2Client, Manners
 from broker.providers.sim_change import Violation
 from broker.providers.sim_client import SimClient
@@ -183,9 +182,10 @@ class SimEC2:
         """Machines without a broker that carry one of these Name tags may be claimed by tagging them."""
         self._server.changer.adoptable_names = names
 
-    def heal(self) -> None:
-        """Faults stop: clear weather, spells and scripts over, what was stuck goes on."""
-        self.weather = CLEAR
+    def heal(self, weather: Weather = CLEAR) -> None:
+        """Faults stop: clear weather, spells and scripts over, what was stuck goes on. A request that is
+        under way still arrives, and a machine whose worker port is dead stays so."""
+        self.weather = weather
         self._sky.era += 1
         self._spells.heal()
         self._roads.heal()
@@ -288,11 +288,3 @@ class SimEC2:
         """Somebody else's machine; with `answers`, something listens on its worker port."""
         self._sky.agenda.catch_up()
         return self._world.launch_stranger(kind, its_tags or {}, answers)
-
-    def run_now(self, instance_id: str) -> None:
-        """A pending machine runs, its address is shown and its worker port is open."""
-        machine = self.machine(instance_id)
-        self._world.run(machine)
-        assert machine.state is InstanceState.RUNNING, f"{instance_id} is {machine.state}"
-        machine.port_opens_at = self._sky.at
-        self._world.show_address(machine, self._sky.at)

@@ -10,10 +10,11 @@ import pytest
 
 from broker.core.model import InstanceState, Market
 from broker.core.tags import BROKER, NAME, POOL
+from broker.providers.ec2_api import OTHERWISE
 from broker.providers.simulated import BROKER as OURSELVES
 from broker.providers.simulated import Fault
 from tests.providers.ec2_support import pool
-from tests.providers.simulated_support import KIND, Lab, play, steady
+from tests.providers.simulated_support import KIND, Lab, launch_of, play, steady
 
 INTERRUPTION = "EC2 Spot Instance Interruption Warning"
 REBALANCE = "EC2 Instance Rebalance Recommendation"
@@ -408,11 +409,18 @@ def test_an_attempt_that_fails_is_written_down_too() -> None:
 
 def test_a_second_broker_has_machines_of_its_own() -> None:
     async def story(lab: Lab) -> None:
-        other = lab.sim.client(lab.client._manners, "other")
         machine = await lab.machine()
-        await other.terminate_instances(InstanceIds=[machine.id])
+        async with lab.sim.factory_of("other")(OTHERWISE) as other:
+            answer = await other.run_instances(**launch_of(), ClientToken="t-2")
+            theirs = answer["Instances"][0]["InstanceId"]
+            await other.terminate_instances(InstanceIds=[machine.id, theirs])
         (violation,) = lab.sim.violations
-        assert (violation.caller, machine.owner, machine.ended_by) == ("other", OURSELVES, "other")
+        assert (violation.caller, violation.instance_id) == ("other", machine.id)
+        assert [(one.owner, one.ended_by) for one in lab.sim.truth()] == [
+            (OURSELVES, "other"),
+            ("other", "other"),
+        ]
+        assert lab.sim.alive(None) == []
 
     play(story)
 
@@ -490,7 +498,8 @@ def test_every_pool_of_a_region_can_be_opened() -> None:
         subnet="subnet-1",
         key_name="lab",
     )
-    play(story, pools={"default": pool(), "named": named})
+    in_default_vpc = pool(instance_types=[KIND], security_groups=["workers"])
+    play(story, pools={"default": in_default_vpc, "named": named})
 
 
 def test_healing_lets_what_is_stuck_go_on() -> None:

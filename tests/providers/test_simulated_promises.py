@@ -14,6 +14,11 @@ from broker.core.tags import BROKER
 from broker.testing import EPOCH_UNIX
 from tests.providers.simulated_support import Lab, code_of, launch_of, play, steady, words_of
 
+
+def tagged(*tags: dict[str, str]) -> dict[str, Any]:
+    return {"TagSpecifications": [{"ResourceType": "instance", "Tags": list(tags)}]}
+
+
 # --- a launch ------------------------------------------------------------------------------------------
 
 
@@ -87,10 +92,10 @@ def test_the_worker_port_opens_some_time_after_running() -> None:
         ({"InstanceType": "c7i.enormous"}, "InvalidParameterValue"),
         ({"MinCount": 2}, "InvalidParameterValue"),
         ({"Placement": {"AvailabilityZone": "us-east-1z"}}, "InvalidParameterValue"),
-        (
-            {"TagSpecifications": [{"ResourceType": "instance", "Tags": [{"Key": "aws:x"}]}]},
-            "InvalidParameterValue",
-        ),
+        (tagged({"Key": "aws:x"}), "InvalidParameterValue"),
+        (tagged({"Key": "x"}, {"Key": "x"}), "InvalidParameterValue"),
+        (tagged({"Key": "x" * 129}), "InvalidParameterValue"),
+        (tagged({"Key": "x", "Value": "y" * 257}), "InvalidParameterValue"),
     ],
 )
 def test_a_launch_that_makes_no_sense_is_refused(wrong: dict[str, Any], code: str) -> None:
@@ -450,6 +455,19 @@ def test_five_launches_at_once_and_two_more_every_second() -> None:
         await lab.run("t-6")
         assert len(lab.sim.truth()) == 7
         assert lab.sim.faults["bucket empty"] == 2
+
+    play(story)
+
+
+def test_machines_are_counted_as_well_as_calls() -> None:
+    async def story(lab: Lab) -> None:
+        answer = await lab.launcher.run_instances(**launch_of(MaxCount=900))
+        assert len(answer["Instances"]) == 900
+        assert await code_of(lab.run(MaxCount=200)) == "RequestLimitExceeded"
+        ids = [one["InstanceId"] for one in answer["Instances"]]
+        await lab.client.terminate_instances(InstanceIds=ids)
+        assert lab.sim.alive() == []
+        assert await code_of(lab.client.terminate_instances(InstanceIds=[])) == "MissingParameter"
 
     play(story)
 
