@@ -66,7 +66,10 @@ BrokerOption = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 ClientOption = Annotated[
     str | None,
-    typer.Option("--client", help="The name to ask under; a lease belongs to a name. Default: you."),
+    typer.Option(
+        "--client",
+        help="The name to ask under; a lease belongs to a name. Default: you, in all your terminals.",
+    ),
 ]
 AddressArgument = Annotated[
     str, typer.Argument(metavar="ADDRESS", help="A worker's address, as `get` printed it.")
@@ -204,10 +207,26 @@ def workers(
         elif not watch:
             console.print(_table(asker.status()))
         else:
-            with Live(_table(asker.status()), console=console, auto_refresh=False) as live:
-                while True:
-                    time.sleep(WATCH_SECONDS)
-                    live.update(_table(asker.status()), refresh=True)
+            _watch(asker, console)
+
+
+@app.command("terminate-all", epilog=EPILOG)
+def terminate_all(
+    config: ConfigOption = None,
+    broker: BrokerOption = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """End every machine of this broker, busy or not."""
+    asker = _client(config, broker, None)
+    with _answers():
+        if not yes:
+            running = len(asker.status())
+            typer.confirm(
+                f"End {running} workers at {asker.broker}, whoever uses them?", abort=True, err=True
+            )
+        ended = asker.terminate_all()
+    print(json.dumps(ended) if as_json else "\n".join(ended) or "nothing was running")
 
 
 # --- the configuration -----------------------------------------------------------------------------------
@@ -216,7 +235,12 @@ def workers(
 @config_app.command(epilog=EPILOG)
 def check(config: ConfigOption = None) -> None:
     """Say whether the settings are sound; every problem at once."""
-    print(f"{_load(config).source}: ok")
+    configuration = _load(config)
+    pools = (
+        f"{name} -> {' '.join(filter(None, (p.provider, p.region)))}"
+        for name, p in configuration.settings.pool.items()
+    )
+    print(f"{configuration.source}: ok ({', '.join(pools)})")
 
 
 @config_app.command(epilog=EPILOG)
@@ -275,7 +299,10 @@ def _answers() -> Iterator[None]:
     try:
         yield
     except BrokerUnreachable as error:
-        _fail(error.message, EXIT_UNREACHABLE)
+        _fail(
+            error.message.replace("host= or COMPUTE_BROKER_HOST", "--broker or COMPUTE_BROKER_HOST"),
+            EXIT_UNREACHABLE,
+        )
     except BrokerError as error:
         _fail(error.wire().removeprefix("ERROR: "))
 
@@ -313,6 +340,23 @@ def _booting(asker: Client) -> str:
         return ""
     age_seconds = max(worker["age_seconds"] for worker in booting)
     return f" ({len(booting)} booting, the oldest for {age_seconds} s)"
+
+
+def _watch(asker: Client, console: Console) -> NoReturn:
+    """For ever: in place on a terminal, else one table after the other. A restarting broker is waited for."""
+    with Live(_view(asker), console=console, auto_refresh=False, transient=False) as live:
+        while True:
+            if not console.is_terminal:
+                console.print(live.renderable)
+            time.sleep(WATCH_SECONDS)
+            live.update(_view(asker), refresh=console.is_terminal)
+
+
+def _view(asker: Client) -> Table | str:
+    try:
+        return _table(asker.status())
+    except BrokerUnreachable as error:
+        return error.message
 
 
 def _table(rows: list[dict[str, Any]]) -> Table:

@@ -205,7 +205,7 @@ class Daemon:
                 id_lock.close()
 
     def _take_id(self) -> socket.socket | None:
-        """The broker id, held while this process lives: two brokers with one id would end each other's workers.
+        """The broker id, held while this process lives: two brokers with one id end each other's workers.
 
         Two at one cloud on one machine, that is; on two machines nothing but their settings tells them apart.
         """

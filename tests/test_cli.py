@@ -377,7 +377,8 @@ def test_the_broker_is_the_one_named_else_the_environments_else_that_of_the_sett
     file.write_text(f'[broker]\nlisten = "{PEER}:2"\n')
     elsewhere = {"COMPUTE_BROKER_HOST": f"{PEER}:3"}
     assert f"{PEER}:2" in Run("workers", "--config", str(file)).err
-    assert f"{PEER}:3" in Run("workers", "--config", str(file), environ=elsewhere).err
+    assert f"{PEER}:2" in Run("workers", "--config", str(file), environ=elsewhere).err, "what was said wins"
+    assert f"{PEER}:3" in Run("workers", environ=elsewhere).err
     assert Run("workers", "--broker", live.place, environ=elsewhere).code == DONE
     file.write_text(f'[broker]\nlisten = "{live.place}"\n')
     assert Run("workers", "--config", str(file)).code == DONE

@@ -94,8 +94,14 @@ def test_every_aws_command_exists_with_every_option() -> None:
     ]
     assert len(commands) >= 8
     for words in commands:
+        if words[0] == "chmod":
+            continue
         program, service, operation, *arguments = words
         assert program == "aws"
+        if operation == "wait":
+            known = session.get_waiter_model(service).waiter_names
+            assert arguments[0] in {xform_name(name, "-") for name in known}
+            continue
         model = session.get_service_model(service)
         operations = {xform_name(name, "-"): name for name in model.operation_names}
         shape = model.operation_model(operations[operation]).input_shape
