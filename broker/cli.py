@@ -7,6 +7,7 @@ sentence is on stderr), 2 the command line or the configuration is wrong, 3 the 
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import os
 import signal
@@ -33,6 +34,9 @@ from broker.errand import BrokerUnreachable, name_ending
 
 EXIT_REFUSED, EXIT_USAGE, EXIT_UNREACHABLE = 1, 2, 3
 WATCH_SECONDS = 2.0
+GC_OBJECTS = (
+    20_000  # new ones before a collection looks: a connection is a cycle of a dozen, short-lived by nature
+)
 PATIENCE_SECONDS = 1.0  # what takes longer shows that it is under way
 
 EPILOG = "Exit codes: 0 done, 1 the broker refused, 2 wrong usage or configuration, 3 broker not reachable."
@@ -125,7 +129,11 @@ async def _serve(make: Callable[[], Any]) -> None:
     stop, loop = asyncio.Event(), asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    await make().run(stop)
+    daemon = make()
+    gc.collect()
+    gc.freeze()  # what is there now, the SDK's tables above all, stays for good: no collection walks it again
+    gc.set_threshold(GC_OBJECTS, 10, 10)
+    await daemon.run(stop)
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:

@@ -85,7 +85,7 @@ class Connection(asyncio.Protocol):
         return self._task is not None  # False lets the transport close itself
 
     def connection_lost(self, error: Exception | None) -> None:
-        self._server.dismiss(self)
+        self._server.connections.pop(self, None)
         if self._task is not None:
             self._task.cancel()  # a client that gave up frees its place in the queue
 
@@ -275,9 +275,6 @@ class Server:
             self._sweeping = True
             self.wake()
         return True
-
-    def dismiss(self, connection: Connection) -> None:
-        self.connections.pop(connection, None)
 
     def answer_now(self, command: Command, peer: str) -> bytes | None:
         """The reply, if it needs no waiting. A fault of ours costs one command, not the connection."""

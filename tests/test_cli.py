@@ -418,15 +418,20 @@ def test_check_says_which_settings_are_sound(tmp_path: Path) -> None:
     one, other = tmp_path / "one.toml", tmp_path / "other.toml"
     one.write_text("")
     other.write_text("")
-    assert Run("config", "check", "--config", str(one)).said == (DONE, f"{one}: ok\n", "")
+    assert Run("config", "check", "--config", str(one)).said == (DONE, f"{one}: ok (default -> local)\n", "")
     by_variable = {"COMPUTE_BROKER_CONFIG": str(other)}
-    assert Run("config", "check", environ=by_variable).said == (DONE, f"{other}: ok\n", "")
-    assert Run("config", "check", "--config", str(one), environ=by_variable).out == f"{one}: ok\n"
+    assert Run("config", "check", environ=by_variable).said == (DONE, f"{other}: ok (default -> local)\n", "")
+    assert (
+        Run("config", "check", "--config", str(one), environ=by_variable).out
+        == f"{one}: ok (default -> local)\n"
+    )
 
 
 @pytest.mark.skipif(Path("/etc/compute-broker/broker.toml").exists(), reason="this machine has a broker")
 def test_without_any_file_it_is_the_embedded_default() -> None:
-    assert Run("config", "check").out == "the embedded default (local workers, no file): ok\n"
+    assert (
+        Run("config", "check").out == "the embedded default (local workers, no file): ok (default -> local)\n"
+    )
 
 
 def test_what_show_prints_is_a_file_that_means_the_same(tmp_path: Path) -> None:
@@ -478,3 +483,14 @@ def test_asking_does_not_load_what_only_the_daemon_needs() -> None:
         [sys.executable, "-c", script], capture_output=True, text=True, timeout=SECONDS_MAX, check=True
     )
     assert run.stdout == "[]\n"
+
+
+def test_terminate_all_asks_first_and_ends_everything(live: Lab) -> None:
+    assert live.run("get").code == DONE
+    refused = live.run("terminate-all")
+    assert (refused.code, refused.out.strip()) == (REFUSED, "")
+    assert "workers at" in refused.err
+    ended = live.run("terminate-all", "--yes", "--json")
+    assert ended.code == DONE
+    assert len(json.loads(ended.out)) >= 1
+    assert live.run("terminate-all", "--yes").out == "nothing was running\n"

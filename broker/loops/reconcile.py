@@ -172,14 +172,17 @@ class ReconcileLoop:
 
     async def take_in(self, cloud: Cloud, instance: Instance) -> None:
         """One machine of ours, as the cloud describes it."""
-        worker = self._registry.by_instance(instance.id) or await self._matched(cloud, instance)
+        worker = self._registry.by_instance(instance.id)
         if worker is None:
-            return
-        self._missing.pop(worker.id, None)
-        if instance.state is InstanceState.TERMINATED:
-            self._registry.gone(worker.id, instance.reason or "terminated", self._context.now())
-            return
-        worker = self._registry.observed(worker.id, instance, self._context.now())
+            worker = await self._matched(cloud, instance)
+            if worker is None:
+                return
+        else:
+            self._missing.pop(worker.id, None)
+            if instance.state is InstanceState.TERMINATED:
+                self._registry.gone(worker.id, instance.reason or "terminated", self._context.now())
+                return
+            worker = self._registry.observed(worker.id, instance, self._context.now())
         if worker.state in USABLE and instance.state in DEAD | HALTED:
             self._registry.drain(worker.id, _why_it_ends(worker, instance), self._context.now())
 

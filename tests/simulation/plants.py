@@ -15,6 +15,7 @@ from unittest.mock import patch
 
 from broker import orders, service, store
 from broker.clock import Clock
+from broker.clouds import Cloud
 from broker.core import policy
 from broker.core.model import Instance, Lease, Worker, WorkerState
 from broker.core.policy import Demand, LaunchGuard, LaunchPlan
@@ -145,10 +146,10 @@ def machines_without_an_address_are_not_taken_in() -> Iterator[Any]:
     """The published broker's discovery: pending machines are passed over, and nobody looks again."""
     take_in = reconcile.ReconcileLoop._matched
 
-    async def matched(self: reconcile.ReconcileLoop, instance: Instance) -> Worker | None:
+    async def matched(self: reconcile.ReconcileLoop, cloud: Cloud, instance: Instance) -> Worker | None:
         if self._context.clouds.recovered() or instance.address is None:
             return None
-        return await take_in(self, instance)
+        return await take_in(self, cloud, instance)
 
     yield patch.object(reconcile.ReconcileLoop, "_matched", matched)
     yield patch.object(store.Store, "open_orders", lambda self: [])
@@ -167,7 +168,7 @@ def no_draining_fence() -> Iterator[Any]:
         verdict = policy.judge(self._registry, worker, self._context.pool(worker.pool), now)
         if verdict.next_look_at is not None:
             self._registry.look_again(worker.id, verdict.next_look_at)
-        cloud = self.cloud_of(worker)
+        cloud = self._context.cloud_of(worker)
         if verdict.drain is None or cloud is None or worker.instance_id is None:
             return
         reason, instance_id = verdict.drain, worker.instance_id
@@ -195,10 +196,12 @@ def forgotten_when_terminate_is_answered() -> Iterator[Any]:
 
     original = reconcile.ReconcileLoop._matched
 
-    async def only_at_the_start(self: reconcile.ReconcileLoop, instance: Instance) -> Worker | None:
+    async def only_at_the_start(
+        self: reconcile.ReconcileLoop, cloud: Cloud, instance: Instance
+    ) -> Worker | None:
         if self._context.now() - self._began_at > 60 and self._orders.get(_order_of(instance)) is None:
             return None
-        return await original(self, instance)
+        return await original(self, cloud, instance)
 
     yield patch.object(reap.ReapLoop, "_sent", sent)
     yield patch.object(reconcile.ReconcileLoop, "_matched", only_at_the_start)
