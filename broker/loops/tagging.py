@@ -8,7 +8,7 @@ from __future__ import annotations
 from broker.context import Context
 from broker.core import tags
 from broker.core.errors import BrokerError
-from broker.core.model import WorkerState
+from broker.core.model import Worker, WorkerState
 from broker.loops.reap import Report
 
 INTERVAL_SECONDS = 60.0
@@ -23,21 +23,31 @@ class TaggingLoop:
         self._context = context
         self._report = report
         self._written: dict[str, float] = {}  # worker id → the last use that its tag tells of
+        self._due_at: dict[str, float] = {}
 
     async def tick(self) -> float | None:
-        registry, clock = self._context.registry, self._context.clock
+        registry, now = self._context.registry, self._context.now()
         workers = registry.in_state(WorkerState.READY, WorkerState.SUSPECT)
         self._written = {w.id: self._written.get(w.id, w.born_at) for w in workers}
+        self._due_at = {w.id: self._due_at.get(w.id, now + INTERVAL_SECONDS) for w in workers}
         for worker in workers:
-            used_at = registry.used_at(worker.id) if registry.get(worker.id) else self._written[worker.id]
-            cloud = self._context.cloud(worker.pool)
-            if used_at <= self._written[worker.id] or cloud is None or worker.instance_id is None:
-                continue
-            used_unix = clock.wall() - (clock.monotonic() - used_at)
-            try:
-                await cloud.provider.tag(worker.instance_id, {tags.LAST_USED: tags.rfc3339(used_unix)})
-            except BrokerError as error:
-                self._report("tagging failed", {"instance": worker.instance_id, "error": error.message})
-            else:
-                self._written[worker.id] = used_at
-        return self._context.now() + INTERVAL_SECONDS if workers else None
+            if self._due_at[worker.id] <= now:
+                self._due_at[worker.id] = now + INTERVAL_SECONDS
+                await self._write(worker)
+        return min(self._due_at.values(), default=None)
+
+    async def _write(self, worker: Worker) -> None:
+        context, clock = self._context, self._context.clock
+        cloud = context.cloud_of(worker)
+        if context.registry.get(worker.id) is None or cloud is None or worker.instance_id is None:
+            return
+        used_at = context.registry.used_at(worker.id)
+        if used_at <= self._written[worker.id]:
+            return
+        used_unix = clock.wall() - (clock.monotonic() - used_at)
+        try:
+            await cloud.provider.tag(worker.instance_id, {tags.LAST_USED: tags.rfc3339(used_unix)})
+        except BrokerError as error:
+            self._report("tagging failed", {"instance": worker.instance_id, "error": error.message})
+        else:
+            self._written[worker.id] = used_at
