@@ -20,7 +20,7 @@ def test_the_last_use_is_written_at_most_once_a_minute_and_only_when_it_changed(
         assert 9 <= broker.cloud.count("tag") <= 11
         written = tags.read(next(iter(broker.cloud.machines.values())).instance.tags).last_used_unix
         assert written is not None
-        assert abs(written - EPOCH_UNIX - broker.clock.monotonic()) < 61
+        assert abs(written - EPOCH_UNIX - broker.clock.monotonic()) < 62  # a minute, a PING, whole seconds
         before = broker.cloud.count("tag")
         await asyncio.sleep(300)
         assert broker.cloud.count("tag") - before <= 1
