@@ -46,6 +46,7 @@ def run(running: BrokerProcess, words: list[str], text: str) -> str:
         "COMPUTE_BROKER_PORT": str(running.port),
     }
     text = text.replace("127.0.0.1:9000", f"127.0.0.1:{running.port}")
+    text = text.replace("socket 127.0.0.1 9000", f"socket 127.0.0.1 {running.port}")
     text = text.replace('("127.0.0.1", 9000)', f'("127.0.0.1", {running.port})')
     text = text.replace(".venv/bin/compute-broker", str(Path(sys.executable).parent / "compute-broker"))
     done = subprocess.run(
@@ -64,11 +65,12 @@ def test_the_python_examples_get_a_worker_and_use_it(running: BrokerProcess) -> 
     assert re.fullmatch(r"Worker IP: 127\.[\d.]+\n", run(running, [sys.executable, "-W", "error", "-"], bare))
 
 
-def test_the_tcl_example_gets_a_worker_and_uses_it(running: BrokerProcess) -> None:
+def test_the_tcl_examples_get_a_worker_and_use_it(running: BrokerProcess) -> None:
     tclsh = shutil.which("tclsh")
     assert tclsh, "tclsh is missing: install the package 'tcl' (make setup does, as root on Debian)"
-    (example,) = blocks("tcl")
-    assert run(running, [tclsh], example) == "42\n"
+    bare, with_package = blocks("tcl")
+    assert re.fullmatch(r"Got worker at: 127\.[\d.]+\n", run(running, [tclsh], bare))
+    assert run(running, [tclsh], with_package) == "42\n"
 
 
 def test_the_command_line_examples_work(running: BrokerProcess) -> None:
