@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mappin
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar, cast
 
 import structlog
@@ -392,8 +393,12 @@ async def running_broker(
     *,
     cloud: FakeCloud | None = None,
     boots: bool = True,
+    others: Mapping[str, FakeCloud] = MappingProxyType({}),
 ) -> AsyncIterator[RunningBroker]:
-    """Start a broker, stop it in order at the end. With the `cloud` of an earlier one it plays a restart."""
+    """Start a broker, stop it in order at the end. With the `cloud` of an earlier one it plays a restart.
+
+    `others` are clouds of their own for some of the pools.
+    """
     clock = LoopClock(asyncio.get_running_loop())
     sky = cloud or FakeCloud(settings.broker.id, tuple(settings.pool), clock=cast(Clock, clock), boots=boots)
     numbers = itertools.count(1)
@@ -404,7 +409,7 @@ async def running_broker(
         clock=clock,
         log=silent_log(),
         environ={},
-        providers=lambda *_: dict.fromkeys(settings.pool, sky),
+        providers=lambda *_: {**dict.fromkeys(settings.pool, sky), **others},
         connect=sky.connect,
         store_threaded=False,
         ports=False,

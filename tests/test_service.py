@@ -713,3 +713,24 @@ def test_restarts_do_not_make_an_unused_machine_immortal(tmp_path: Path) -> None
         assert cloud.running() == []
 
     run_virtual(main())
+
+
+def test_one_dead_region_does_not_silence_the_clients_of_another(tmp_path: Path) -> None:
+    async def main() -> None:
+        chosen = settings({"far": {}})
+        async with running_broker(chosen, tmp_path) as broker:
+            address = await broker.ask("GET_WORKER client=anna")
+        dead = FakeCloud("lab", ("far",), clock=LoopClock(asyncio.get_running_loop()))
+        dead.fail["listing"].extend(lost_answer() for _ in range(10_000))
+        async with running_broker(chosen, tmp_path, cloud=broker.cloud, others={"far": dead}) as again:
+            await asyncio.sleep(10)
+            for _ in range(20):
+                await asyncio.sleep(60)
+                assert await again.ask(f"PING {address} client=anna") == "OK"
+            assert len(again.cloud.running()) == 1
+            assert [row["ip"] for row in await status(again)] == [address]
+            assert (await again.ask("GET_WORKER pool=far")).endswith("[CLOUD]")
+            assert await again.ask(f"RELEASE {address} client=anna") == "OK"
+            await again.until(lambda: not again.cloud.running())
+
+    run_virtual(main())
