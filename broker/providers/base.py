@@ -23,7 +23,32 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
+from broker.core.errors import (
+    CloudError,
+    CloudUnreachable,
+    CredentialsRefused,
+    InstanceNotFound,
+    OfferingRefused,
+    OrderMismatch,
+    OrderSpent,
+    PermanentRefusal,
+    QuotaReached,
+    Throttled,
+)
 from broker.core.model import Instance, Offering, Order
+
+# What `on_call` hears of a failed call; with "ok" and "cancelled" the closed list, safe as a metric label.
+OUTCOMES: Mapping[type[CloudError], str] = {
+    OfferingRefused: "refused",
+    QuotaReached: "refused",
+    Throttled: "throttled",
+    PermanentRefusal: "denied",
+    CredentialsRefused: "credentials",
+    CloudUnreachable: "unreachable",
+    OrderMismatch: "conflict",
+    OrderSpent: "conflict",
+    InstanceNotFound: "not-found",
+}
 
 
 class Provider(Protocol):

@@ -30,6 +30,7 @@ from broker.core.errors import (
     QuotaReached,
     Throttled,
 )
+from broker.providers.base import OUTCOMES
 
 QUOTED_CHARS_MAX = 200  # of AWS's words: what a client reads stays one line
 CLOCK_SKEW_SECONDS_NOTABLE = (
@@ -37,17 +38,6 @@ CLOCK_SKEW_SECONDS_NOTABLE = (
 )
 
 OK, CANCELLED = "ok", "cancelled"
-OUTCOMES: dict[type[CloudError], str] = {
-    OfferingRefused: "refused",
-    QuotaReached: "refused",
-    Throttled: "throttled",
-    PermanentRefusal: "denied",
-    CredentialsRefused: "credentials",
-    CloudUnreachable: "unreachable",
-    OrderMismatch: "conflict",
-    OrderSpent: "conflict",
-    InstanceNotFound: "not-found",
-}  # with OK and CANCELLED the closed list of outcomes: safe as a metric label
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,16 +21,12 @@ import psutil
 from broker.core.errors import (
     CloudError,
     CloudUnreachable,
-    InstanceNotFound,
-    OfferingRefused,
-    OrderMismatch,
-    OrderSpent,
-    PermanentRefusal,
     SettingsError,
 )
 from broker.core.model import Instance, InstanceState, Market, Offering, Order
 from broker.core.settings import PoolSettings
 from broker.core.tags import Identity, launch_tags
+from broker.providers.base import OUTCOMES
 from broker.providers.local_machines import INSTANCE_TYPE, REGION, LocalMachines
 from broker.providers.local_records import RECIPE, Recipe
 
@@ -39,16 +35,6 @@ LEASH_SECONDS_MAX = 7 * 86_400  # what the stock worker accepts
 TERMINATE_GRACE_SECONDS = 3.0  # from SIGTERM to SIGKILL: nothing on a worker is worth more than its end
 KILL_SECONDS_MAX = 2.0  # who survives SIGKILL for longer sits in the kernel; the next listing tries again
 FINISH_LOOK_SECONDS = 0.05
-
-# With "ok" and "cancelled" the closed list of outcomes that `on_call` hears: the words that EC2's calls use.
-OUTCOMES: Mapping[type[CloudError], str] = {
-    OfferingRefused: "refused",
-    PermanentRefusal: "denied",
-    CloudUnreachable: "unreachable",
-    OrderMismatch: "conflict",
-    OrderSpent: "conflict",
-    InstanceNotFound: "not-found",
-}
 
 P = ParamSpec("P")
 T = TypeVar("T")

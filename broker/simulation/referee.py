@@ -159,8 +159,8 @@ class Referee:
                 facts = f"{machine.id} was terminated; {hold.client} used it {at - last:.1f} s before"
                 self.broken(at, "no busy worker is killed", facts)
 
-    def launched(self, at: float, token: str, on_disk: bool, alive: int) -> None:
-        """A launch call leaves the broker; `alive` machines of ours exist before it."""
+    def launched(self, at: float, token: str, on_disk: bool) -> None:
+        """A launch call leaves the broker."""
         if not on_disk:
             self.broken(at, "an order is on disk before its call", token)
         if token in self._orders:

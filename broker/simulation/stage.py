@@ -61,7 +61,6 @@ class Outcome:
     stood_at: Counter[str]  # where tasks waited when the broker was killed
     waited: list[float]
     cost_usd_micros: int
-    idle_usd_micros: int
     trace: list[str] = field(default_factory=list)
 
 
@@ -414,7 +413,6 @@ class Stage:
             stood_at=self._stood,
             waited=self._referee.waited,
             cost_usd_micros=round(cost),
-            idle_usd_micros=0,
             trace=self._trace or [],
         )
 
@@ -438,7 +436,7 @@ class Stage:
             return
         token = parameters["ClientToken"]
         on_disk = self._on_disk(token)
-        self._referee.launched(self._loop.time(), token, on_disk, len(self._ours()))
+        self._referee.launched(self._loop.time(), token, on_disk)
 
     def _on_disk(self, order_id: str) -> bool:
         connection = sqlite3.connect(self._directory / "broker.db")

@@ -18,7 +18,8 @@ from broker.core.errors import (
     QuotaReached,
     Throttled,
 )
-from broker.providers.ec2_errors import MEANINGS, OUTCOMES, client_error, outcome_of, translate
+from broker.providers.base import OUTCOMES
+from broker.providers.ec2_errors import MEANINGS, client_error, outcome_of, translate
 from tests.providers.ec2_support import NOW_UNIX
 
 
