@@ -29,7 +29,7 @@ bench: setup    ## measure against peers on this machine; WRITE=1 keeps the figu
 	.venv/bin/python -m bench.run $(if $(WRITE),--write) $(ARGS)
 
 lock: setup     ## pin the newest versions that fit (needs uv)
-	uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
+	uv pip compile --quiet --universal --no-strip-extras --python-version 3.11 --generate-hashes --no-emit-index-url \
 		--custom-compile-command "make lock" pyproject.toml -o requirements.lock
-	uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
+	uv pip compile --quiet --universal --no-strip-extras --python-version 3.11 --generate-hashes --no-emit-index-url \
 		--custom-compile-command "make lock" --group dev pyproject.toml -o requirements-dev.lock
