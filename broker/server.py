@@ -15,6 +15,7 @@ import asyncio
 import socket
 from collections import deque
 from collections.abc import Callable, Sequence
+from math import inf
 
 from broker.clock import Clock
 from broker.core import protocol
@@ -26,7 +27,7 @@ from broker.service import Service
 BACKLOG = 1024  # connections the kernel holds while we are busy: a lab's whole cluster may start at once
 QUEUED_MAX = 1000  # commands of one connection that wait behind a slow one; beyond them its bytes wait too
 REPLIES_BYTES_MAX = 64 * 1024  # written at once; what is asked beyond it waits until the client has read that
-SWEEP_SECONDS = 1.0  # how often deadlines are looked at: one look at all is cheaper than a timer for each
+SWEEP_SECONDS = 1.0  # between two looks at the deadlines, at least: one look is cheaper than a timer for each
 SWEPT_MAX = 500  # connections looked at in one go: nobody's reply waits longer than that takes
 PLAIN_GET = b"GET_WORKER\n"
 
@@ -103,7 +104,8 @@ class Connection(asyncio.Protocol):
 
     def resume_writing(self) -> None:
         self._paused = False
-        self.unread_at = None
+        if not self._transport.is_closing():
+            self.unread_at = None
         if self._resumed is not None and not self._resumed.done():
             self._resumed.set_result(None)
         self._read_or_pause()
@@ -150,7 +152,7 @@ class Connection(asyncio.Protocol):
             self._transport.write(b"".join(replies))
             self._observe_all(answered, replies, started)
         if self._client_closed and self._task is None:
-            self._transport.close()
+            self.close()
 
     def _observe_all(self, commands: list[Command], replies: list[bytes], started: float) -> None:
         each = (self._server.now() - started) / len(commands)
@@ -182,7 +184,7 @@ class Connection(asyncio.Protocol):
             await self._next_turn()
         self._task = None
         if self._client_closed:
-            self._transport.close()
+            self.close()
 
     async def _next_turn(self) -> None:
         """Between two commands: others have their turn, and the client is to read before it is told more."""
@@ -203,28 +205,30 @@ class Connection(asyncio.Protocol):
         else:
             self._transport.pause_reading()
 
-    def check(self, now: float, settings: BrokerSettings) -> None:
-        """Close the connection when one of its deadlines has passed."""
-        closing = self._transport.is_closing()  # and still not closed: something has not been read
-        if closing and self.unread_at is None:
-            self.unread_at = now
+    def check(self, now: float, settings: BrokerSettings) -> float:
+        """Close the connection when one of its deadlines has passed. Returns when to look again."""
         if self.unread_at is not None and now - self.unread_at > settings.line_timeout:
             self._transport.abort()  # it does not read: there is no telling it anything
-        elif closing:
-            pass
-        elif (
-            self.partial_at is not None
-            and self._task is None
-            and now - self.partial_at > settings.line_timeout
-        ):
+            return inf
+        if self.unread_at is not None:
+            return self.unread_at + settings.line_timeout
+        if self._task is not None:
+            return inf
+        line_at = inf if self.partial_at is None else self.partial_at + settings.line_timeout
+        silent_at = self.active_at + settings.silence_timeout
+        if now > line_at:
             seconds = settings.line_timeout
             error = WaitTimedOut(f"the command was not finished within {seconds:g} s; end it with a newline")
             self._transport.write(protocol.error_line(error))
-            self._transport.close()
-        elif self._task is None and now - self.active_at > settings.silence_timeout:
-            self._transport.close()
+        if now > min(line_at, silent_at):
+            self.close()
+            return now + settings.line_timeout
+        return min(line_at, silent_at)
 
     def close(self) -> None:
+        """Say no more. What has been said is to be read in time, or the connection is cut off."""
+        if self.unread_at is None:
+            self.unread_at = self._server.now()
         self._transport.close()
 
 
@@ -254,6 +258,7 @@ class Server:
         self._servers: list[asyncio.Server] = []
         self._sweeping = False
         self._to_check: list[Connection] = []  # of this round of the sweep
+        self._look_at = inf  # the first deadline that this round has seen
 
     async def listen(self, sockets: Sequence[socket.socket] = ()) -> None:
         """Listen on the configured address, or on sockets that somebody else has opened. Raises OSError."""
@@ -302,16 +307,22 @@ class Server:
         return b"ERROR: the broker met a fault of its own; its log has the details [CLOUD]\n"
 
     async def tick(self) -> float | None:
-        """The sweep, a loop for the runner: look at every connection's deadlines, some at a time."""
+        """The sweep, a loop for the runner: look at every connection's deadlines, some at a time.
+
+        Whatever deadline begins after a look is at least the shorter timeout away, so until then, or until
+        the first deadline that has been seen, nobody needs to look.
+        """
         now = self.now()
         if not self._to_check:
             self._to_check = list(self.connections)
+            self._look_at = now + min(self.settings.line_timeout, self.settings.silence_timeout)
         for connection in self._to_check[-SWEPT_MAX:]:
-            connection.check(now, self.settings)
+            self._look_at = min(self._look_at, connection.check(now, self.settings))
         del self._to_check[-SWEPT_MAX:]
         self._sweeping = bool(self.connections)
-        turns = 1 + len(self.connections) // SWEPT_MAX
-        return now + SWEEP_SECONDS / turns if self._sweeping else None
+        if not self._sweeping:
+            return None
+        return now if self._to_check else max(self._look_at, now + SWEEP_SECONDS)
 
     def stop_listening(self) -> None:
         for server in self._servers:

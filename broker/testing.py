@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import selectors
 from collections import defaultdict, deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from contextvars import copy_context
 from dataclasses import dataclass, replace
+from heapq import heappop, heappush
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar, cast
@@ -58,32 +59,101 @@ class ManualClock:
 # --- time --------------------------------------------------------------------------------------------------
 
 
-class _JumpingSelector(selectors.SelectSelector):
-    """Never sleeps: the time it would have slept is added to the loop's clock."""
+class _Handle:
+    """What `call_soon` returns: asyncio's Handle without what only a debugger asks it for."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.slept_seconds = 0.0
+    __slots__ = ("_args", "_callback", "_cancelled", "_context")
 
-    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
-        ready = super().select(0)
-        if not ready:
-            if timeout is None:
-                raise RuntimeError("the virtual-time loop waits for something that no timer will bring about")
-            self.slept_seconds += max(0.0, timeout)
-        return ready
+    def __init__(self, callback: Callable[..., object], args: tuple[Any, ...], context: Any) -> None:
+        self._callback, self._args, self._cancelled = callback, args, False
+        self._context = context or copy_context()
+
+    def cancel(self) -> None:
+        self._cancelled = True
+
+    def cancelled(self) -> bool:
+        return self._cancelled
+
+
+class _Timer(_Handle):
+    """What `call_at` returns."""
+
+    __slots__ = ("_when",)
+
+    def __init__(
+        self, when: float, callback: Callable[..., object], args: tuple[Any, ...], context: Any
+    ) -> None:
+        super().__init__(callback, args, context)
+        self._when = when
+
+    def when(self) -> float:
+        return self._when
 
 
 class VirtualTimeLoop(asyncio.SelectorEventLoop):
-    """asyncio's own loop on a clock that jumps. No threads, no sockets, no subprocesses in it."""
+    """asyncio's own loop on a clock that jumps. No threads, no sockets, no subprocesses in it.
+
+    The order of events is asyncio's: what is ready runs before time passes, timers fire by their moment and,
+    at one moment, in the order in which they were set. Nothing is ever waited for, so the selector is not
+    asked at all, which makes a simulated hour several times cheaper than on the stock loop.
+    """
 
     def __init__(self) -> None:
-        self._jumping = _JumpingSelector()
-        super().__init__(self._jumping)
-        self._clock_resolution = 1e-9
+        super().__init__()
+        self._now = 0.0
+        self._timers: list[tuple[float, int, _Timer]] = []
+        self._timers_set = 0
+        self._ready: deque[Any]  # asyncio's own queue: call_soon_threadsafe knows it too
 
     def time(self) -> float:
-        return self._jumping.slept_seconds
+        return self._now
+
+    def call_at(  # type: ignore[override]
+        self, when: float, callback: Callable[..., object], *args: Any, context: Any = None
+    ) -> _Timer:
+        timer = _Timer(when, callback, args, context)
+        self._timers_set += 1
+        heappush(self._timers, (when, self._timers_set, timer))
+        return timer
+
+    def call_later(  # type: ignore[override]
+        self, delay: float, callback: Callable[..., object], *args: Any, context: Any = None
+    ) -> _Timer:
+        return self.call_at(self._now + delay, callback, *args, context=context)
+
+    def call_soon(  # type: ignore[override]
+        self, callback: Callable[..., object], *args: Any, context: Any = None
+    ) -> _Handle:
+        handle = _Handle(callback, args, context)
+        self._ready.append(handle)
+        return handle
+
+    def _run_once(self) -> None:
+        """One round: every timer that is due, then what was ready when the round began."""
+        ready, timers = self._ready, self._timers
+        while timers and timers[0][2]._cancelled:
+            heappop(timers)
+        if not ready:
+            if not timers:
+                raise RuntimeError("the virtual-time loop waits for something that no timer will bring about")
+            self._now = max(self._now, timers[0][0])
+        while timers and timers[0][0] <= self._now:
+            timer = heappop(timers)[2]
+            if not timer._cancelled:
+                ready.append(timer)
+        for _ in range(len(ready)):
+            handle = ready.popleft()
+            if not handle._cancelled:
+                self._run(handle)
+
+    def _run(self, handle: Any) -> None:
+        try:
+            handle._context.run(handle._callback, *handle._args)
+        except (SystemExit, KeyboardInterrupt):
+            raise
+        except BaseException as error:  # asyncio's rule: a callback that fails does not end the loop
+            message = f"exception in callback {handle._callback!r}"
+            self.call_exception_handler({"message": message, "exception": error})
 
 
 class LoopClock:

@@ -156,19 +156,23 @@ class ReconcileLoop:
         cloud.instance_ids = frozenset(instance.id for instance in listing)
         foreign = []
         for instance in listing:
-            if tags.read(instance.tags).broker == self._broker_id:
+            if instance.tags.get(tags.BROKER) == self._broker_id:
                 await self.take_in(cloud, instance)
             else:
                 foreign.append(instance)
+        if foreign:
+            await self._claim_all(cloud, foreign)
+        self._note_missing(cloud, started_at)
+        self._give_up_orders(cloud, started_at)
+        self._expect(cloud)
+        self._drop_stored_leases(started_at)
+
+    async def _claim_all(self, cloud: Cloud, foreign: list[Instance]) -> None:
         try:
             async with asyncio.timeout(SCAN_SECONDS_MAX):
                 await asyncio.gather(*(self._claim(cloud, instance) for instance in foreign))
         except TimeoutError:
             self._report("claims not finished", {"cloud": cloud.provider.name, "machines": len(foreign)})
-        self._note_missing(cloud, started_at)
-        self._give_up_orders(cloud, started_at)
-        self._expect(cloud)
-        self._drop_stored_leases(started_at)
 
     async def take_in(self, cloud: Cloud, instance: Instance) -> None:
         """One machine of ours, as the cloud describes it."""

@@ -36,12 +36,14 @@ class LoopRunner:
         self._loop = loop
         self._clock = clock
         self._failed = failed
-        self._woken = asyncio.Event()
+        self._woken = False
+        self._pulse: asyncio.Future[None] | None = None  # what it waits for between two ticks
         self._ticking_since: float | None = None
 
     def wake(self) -> None:
         """Have the loop tick as soon as it can."""
-        self._woken.set()
+        self._woken = True
+        _release(self._pulse)
 
     def stuck(self) -> bool:
         """Whether a tick has been running for impossibly long."""
@@ -51,7 +53,7 @@ class LoopRunner:
     async def run(self) -> None:
         """For ever, until cancelled."""
         while True:
-            self._woken.clear()
+            self._woken = False
             self._ticking_since = self._clock.monotonic()
             try:
                 next_at = await self._loop.tick()
@@ -77,8 +79,19 @@ class LoopRunner:
         await asyncio.sleep(pause_seconds)
 
     async def _wait_until(self, at: float | None) -> None:
+        if self._woken:
+            return
+        loop = asyncio.get_running_loop()
+        self._pulse = pulse = loop.create_future()
+        timer = None if at is None else loop.call_later(at - self._clock.monotonic(), _release, pulse)
         try:
-            async with asyncio.timeout(None if at is None else max(0.0, at - self._clock.monotonic())):
-                await self._woken.wait()
-        except TimeoutError:
-            pass
+            await pulse
+        finally:
+            self._pulse = None
+            if timer is not None:
+                timer.cancel()
+
+
+def _release(pulse: asyncio.Future[None] | None) -> None:
+    if pulse is not None and not pulse.done():
+        pulse.set_result(None)

@@ -177,7 +177,7 @@ class Ec2Provider:
 
     def _address_setting(self, its_tags: Mapping[str, str]) -> str:
         """Which address the machine's pool hands out; an adopted one's pool is known by its name tag."""
-        pool = self._pools.get(tags.read(its_tags).pool)
+        pool = self._pools.get(its_tags.get(tags.POOL, ""))
         if pool is None:
             adopters = (one for one in self._pools.values() if one.adopt_name_tag)
             pool = next((one for one in adopters if one.name_tag == its_tags.get(tags.NAME)), None)
