@@ -395,6 +395,8 @@ class Client:
 
     async def reply(self, seconds_max: float = REPLY_SECONDS_MAX) -> str | None:
         """The next line, None when the broker has closed the connection."""
+        if not self._lines.empty():  # mostly it is here already, and no timer is needed
+            return self._lines.get_nowait()
         async with asyncio.timeout(seconds_max):
             return await self._lines.get()
 

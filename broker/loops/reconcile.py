@@ -11,8 +11,9 @@ Between full scans, workers that are about to change (no address yet, being term
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 from broker.clouds import Cloud
 from broker.context import Context
@@ -41,6 +42,7 @@ DEAD = frozenset({InstanceState.SHUTTING_DOWN, InstanceState.TERMINATED})
 SPOT_REASON = "Server.Spot"  # how EC2's reasons for taking a machine back begin (EC2 API, StateReason)
 HALTED = frozenset({InstanceState.STOPPING, InstanceState.STOPPED})
 Report = Callable[[str, dict[str, object]], None]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +97,7 @@ class ReconcileLoop:
     async def scan(self) -> None:
         """List every cloud now and take it in. Raises the first cloud's error, after trying all."""
         async with self._scanning:
-            results = await asyncio.gather(*(self._scan_cloud(cloud) for cloud in self._context.clouds.all))
+            results = await _each(self._scan_cloud(cloud) for cloud in self._context.clouds.all)
             errors = [error for error in results if error is not None]
         self._context.scanned.notify()
         self._changed()
@@ -335,7 +337,7 @@ class ReconcileLoop:
 
     async def _watch(self) -> None:
         workers = self._changing()
-        await asyncio.gather(*(self._watch_cloud(cloud, workers) for cloud in self._context.clouds.all))
+        await _each(self._watch_cloud(cloud, workers) for cloud in self._context.clouds.all)
         if {w.id for w in self._changing()} != {w.id for w in workers}:
             self.watch_closely()
 
@@ -359,6 +361,12 @@ class ReconcileLoop:
         watch_at = self._context.now() + self._watch_seconds
         self._watch_seconds = min(self._watch_seconds * 1.5, WATCH_SECONDS_MAX)
         return min(self._scan_at, watch_at, beat_at)
+
+
+async def _each(looks: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """All at the same time. Most brokers have one cloud, and one needs no task of its own."""
+    first, *others = looks
+    return list(await asyncio.gather(first, *others)) if others else [await first]
 
 
 def _why_it_ends(worker: Worker, instance: Instance) -> Reason:
