@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from broker.core.settings import Settings
-from broker.simulation.history import draw
+from broker.simulation.drawing import draw
 from broker.simulation.stage import Outcome, play
 
 Plant = Callable[[], AbstractContextManager[None]]
@@ -29,7 +29,7 @@ class Totals:
     cost_usd_micros: int = 0
     seconds: float = 0.0
     faults: Counter[str] = field(default_factory=Counter)
-    happened: Counter[str] = field(default_factory=Counter)
+    seen: Counter[str] = field(default_factory=Counter)
     stood_at: Counter[str] = field(default_factory=Counter)
     waited: list[float] = field(default_factory=list)
     broken: list[Outcome] = field(default_factory=list)
@@ -41,7 +41,7 @@ class Totals:
         self.crashes += outcome.crashes
         self.cost_usd_micros += outcome.cost_usd_micros
         self.faults += outcome.faults
-        self.happened += outcome.happened
+        self.seen += outcome.seen
         self.stood_at += outcome.stood_at
         self.waited += outcome.waited
         if outcome.violations:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import itertools
+import sqlite3
 from collections.abc import Callable, Coroutine, Generator, Mapping
 from contextlib import AbstractAsyncContextManager, contextmanager
 from pathlib import Path
@@ -74,7 +76,11 @@ class _Gate:
 
 
 class Host:
-    """See the module. `factory` makes clients of the cloud's API, `connect` is the network to workers."""
+    """See the module. `factory` makes clients of the cloud's API, `connect` is the network to workers.
+
+    `heard` is told the broker's events and `asked` its calls; `born` hears of every new process, `ended` of
+    one that has ended by itself.
+    """
 
     def __init__(
         self,
@@ -84,21 +90,19 @@ class Host:
         factory: Factory,
         connect: Connect,
         *,
-        new_id: Callable[[], str],
         heard: Callable[[Event], None],
         asked: Callable[[str, Any], None],
-        ended: Callable[[Incarnation, BaseException | None], None],
     ) -> None:
         self._settings, self._state_dir, self._clock = settings, state_dir, clock
-        self._factory, self._connect, self._new_id = factory, connect, new_id
-        self._heard, self._asked, self._ended = heard, asked, ended
+        self._factory, self._connect = factory, connect
+        self._heard, self._asked = heard, asked
+        self.born: Callable[[Incarnation], None] = lambda incarnation: None
+        self.ended: Callable[[Incarnation, BaseException | None], None] = lambda incarnation, error: None
         self._numbers = 0
+        self._ids = itertools.count(1)
+        self._reader: sqlite3.Connection | None = None
         self.now: Incarnation | None = None
         asyncio.get_running_loop().set_task_factory(_owned_task)
-
-    @property
-    def running(self) -> bool:
-        return self.now is not None and self.now.alive
 
     def start(self) -> Incarnation:
         """A new process. Whether its start succeeds is seen later."""
@@ -106,6 +110,7 @@ class Host:
         incarnation = self.now = Incarnation(self._numbers)
         with incarnation.at_work():
             incarnation.daemon = self.make(incarnation)
+            self.born(incarnation)
             incarnation.main = asyncio.create_task(self._live(incarnation), name="daemon")
         return incarnation
 
@@ -121,7 +126,7 @@ class Host:
             connect=self._connect,
             store_threaded=False,
             ports=False,
-            new_id=self._new_id,
+            new_id=lambda: f"{next(self._ids):06d}",
         )
         daemon.observe(lambda event: self._heard(event) if incarnation.alive else None)
         return daemon
@@ -135,6 +140,18 @@ class Host:
             client = Client(incarnation.daemon.server, peer)
         incarnation.clients[client] = None
         return client
+
+    def on_disk(self, order_id: str) -> bool:
+        """Whether somebody else who looks into the store's file finds the order there."""
+        if self._reader is None:
+            self._reader = sqlite3.connect(self._state_dir / "broker.db", isolation_level=None)
+        found = self._reader.execute("SELECT 1 FROM orders WHERE id = ?", (order_id,)).fetchone()
+        return found is not None
+
+    def close(self) -> None:
+        if self._reader is not None:
+            self._reader.close()
+            self._reader = None
 
     @contextmanager
     def inside(self) -> Generator[None, None, None]:
@@ -151,6 +168,7 @@ class Host:
         if incarnation is None or not incarnation.alive:
             return []
         incarnation.alive = False
+        self.close()
         assert incarnation.daemon is not None
         incarnation.daemon.context.store.die()
         stood = sorted({_where(task) for task in incarnation.tasks if not task.done()})
@@ -182,7 +200,7 @@ class Host:
                 incarnation.alive = False
                 for client in list(incarnation.clients):
                     client.vanish()
-                self._ended(incarnation, error)
+                self.ended(incarnation, error)
 
     def _providers(self, incarnation: Incarnation) -> Mapping[str, Provider]:
         def factory(manners: Manners) -> Any:

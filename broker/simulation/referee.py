@@ -1,13 +1,14 @@
 """What was promised, held against what the simulated cloud and the clients know to be true.
 
-The broker's own books are never asked whether it did well: the cloud knows what ran and who ended it, each
-client knows what it was told and when. What the referee finds is a `Violation`: the moment, the promise, the
-facts.
+The cloud knows what ran and who ended it, each client knows what it was told and when. The broker's own books
+are asked only where the promise is about the books. What the referee finds is a `Violation`: the moment, the
+promise, the facts.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from broker.core.settings import PoolSettings
@@ -15,6 +16,8 @@ from broker.providers.sim_machine import Machine
 
 CLOCK_SLACK_SECONDS = 1.0  # between the broker's decision and the client's reading of it
 PROOF_SLACK_SECONDS = 0.5
+USES_KEPT = 16  # of a hold: the cloud tells what it did a moment later, and was it in use *then*?
+STRAY = "stray-"  # how the tokens of machines begin that no order of the broker's explains
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +41,7 @@ class Hold:
     address: str
     since_at: float
     exclusive: bool
-    used_at: list[float] = field(default_factory=list)
+    used_at: deque[float] = field(default_factory=lambda: deque(maxlen=USES_KEPT))
     ended_at: float | None = None  # it released, or was told that the broker does not know the worker
 
     def live_at(self, at: float, ttl_seconds: float) -> bool:
@@ -48,23 +51,36 @@ class Hold:
         last_at = max((used for used in self.used_at if used <= at), default=self.since_at)
         return at < last_at + ttl_seconds - CLOCK_SLACK_SECONDS
 
+    @property
+    def last_used_at(self) -> float:
+        return self.used_at[-1] if self.used_at else self.since_at
+
 
 class Referee:
     """Collects facts while a history is played; `violations` grows as promises break."""
 
-    def __init__(self, pool: PoolSettings) -> None:
+    def __init__(self, pool: PoolSettings, told: Callable[[Violation], None] = lambda violation: None) -> None:
         self._pool = pool
+        self._told = told
         self.violations: list[Violation] = []
-        self.holds: list[Hold] = []
-        self.waited: list[float] = []
         self._current: dict[tuple[str, str], Hold] = {}  # (client, address)
         self._by_machine: dict[str, list[Hold]] = defaultdict(list)
         self._forced: dict[str, list[float]] = defaultdict(list)  # machine → when somebody asked for its end
         self._orders_at: list[float] = []
         self._orders: dict[str, None] = {}
+        self._forgiven: frozenset[str] = frozenset()  # tokens that a damaged store has made the broker forget
+        self._accused: set[tuple[str, str]] = set()
 
     def broken(self, at: float, promise: str, facts: str) -> None:
-        self.violations.append(Violation(at, promise, facts))
+        violation = Violation(at, promise, facts)
+        self.violations.append(violation)
+        self._told(violation)
+
+    def broken_once(self, at: float, promise: str, about: str, facts: str) -> None:
+        """For what is looked at again and again."""
+        if (promise, about) not in self._accused:
+            self._accused.add((promise, about))
+            self.broken(at, promise, facts)
 
     # --- what clients are told -----------------------------------------------------------------------
 
@@ -72,29 +88,35 @@ class Referee:
         self, at: float, client: str, address: str, machine: Machine | None, broker: str, *, exclusive: bool
     ) -> None:
         """A GET_WORKER was answered with this address; `machine` has it now, None: nobody has."""
-        if machine is None or machine.owner != broker:
-            whose = "nobody" if machine is None else f"a stranger's machine {machine.id}"
-            self.broken(
-                at, "no dead address is handed out", f"{client} got {address}, which belongs to {whose}"
-            )
-            return
+        why = self._why_dead(at, machine, broker)
+        if machine is None or why:
+            self.broken(at, "no dead address is handed out", f"{client} got {address}: {why}")
+        else:
+            self._hold(at, client, address, machine, exclusive)
+
+    def _why_dead(self, at: float, machine: Machine | None, broker: str) -> str:
+        if machine is None:
+            return "nobody has it"
+        if machine.owner != broker:
+            return f"it is a stranger's machine, {machine.id}"
         ended_at = machine.stopped_running_at
         if machine.running_at is None or (ended_at is not None and at - ended_at > self.proof_seconds):
-            self.broken(
-                at, "no dead address is handed out", f"{client} got {address}: {machine.id} {machine.state}"
-            )
-            return
+            return f"{machine.id} is {machine.state}"
         if not self._was_reachable(machine, at):
-            facts = f"{client} got {address}: the worker port of {machine.id} does not answer"
-            self.broken(at, "no dead address is handed out", facts)
-            return
-        self._hold(at, client, address, machine, exclusive)
+            return f"the worker port of {machine.id} does not answer"
+        return ""
 
     def _was_reachable(self, machine: Machine, at: float) -> bool:
         """Whether its worker port took connections at any moment of a proof that is still good."""
         since_at = at - self.proof_seconds
         deaf = any(from_at <= since_at and at < until_at for from_at, until_at in machine.deaf)
         return self._pool.readiness != "tcp" or (machine.port_opens_at <= at and not deaf)
+
+    def leaving(self, at: float, client: str, address: str, machine: Machine | None, state: str) -> None:
+        """The broker had already begun to end the worker whose address it gave away."""
+        if machine is None or not self.excused(machine, at):
+            facts = f"{client} got {address}, which is {state}"
+            self.broken(at, "no worker that is being ended is handed out", facts)
 
     def used(self, at: float, client: str, address: str) -> None:
         """A PING was answered with OK."""
@@ -118,16 +140,24 @@ class Referee:
             facts = f"{client} was told '{why}' of {hold.machine.id}, which it holds"
             self.broken(at, "no lease is lost", facts)
 
+    def held(self, machine: Machine, at: float) -> bool:
+        """Whether some client may count on the machine."""
+        return any(hold.live_at(at, self._pool.idle_timeout) for hold in self._by_machine[machine.id])
+
+    def in_use(self, machine: Machine) -> Iterable[tuple[float, float]]:
+        """From when to when each client used it: the truth about its idleness."""
+        return ((hold.since_at, hold.last_used_at) for hold in self._by_machine[machine.id])
+
     def _hold(self, at: float, client: str, address: str, machine: Machine, exclusive: bool) -> None:
         hold = self._current.get((client, address))
         if hold is not None and hold.machine is machine:
             hold.used_at.append(at)
             hold.exclusive |= exclusive
         else:
-            hold = Hold(client, machine, address, at, exclusive, [at])
+            hold = Hold(client, machine, address, at, exclusive)
+            hold.used_at.append(at)
             self._current[client, address] = hold
             self._by_machine[machine.id].append(hold)
-            self.holds.append(hold)
         for other in self._by_machine[machine.id]:
             both = other is not hold and (other.exclusive or hold.exclusive)
             if both and other.client != client and other.live_at(at, self._pool.idle_timeout):
@@ -155,9 +185,19 @@ class Referee:
             return
         for hold in self._by_machine[machine.id]:
             if hold.live_at(at, self._pool.idle_timeout):
-                last = max(hold.used_at)
-                facts = f"{machine.id} was terminated; {hold.client} used it {at - last:.1f} s before"
+                facts = f"{machine.id} was terminated; {hold.client} used it {at - hold.last_used_at:.1f} s before"
                 self.broken(at, "no busy worker is killed", facts)
+
+    def known(self, at: float, machines: Iterable[Machine], explains: Callable[[Machine], bool]) -> None:
+        """Every machine of ours has an entry in the books or an open order, at any moment.
+
+        Only machines from nowhere are found by a listing; so are those whose order a damaged store has lost.
+        """
+        for machine in machines:
+            found_later = machine.token.startswith(STRAY) or machine.token in self._forgiven
+            if not found_later and not explains(machine):
+                facts = f"{machine.id} ({machine.state}, token {machine.token}) is in no book"
+                self.broken_once(at, "every machine has an entry or an open order", machine.id, facts)
 
     def launched(self, at: float, token: str, on_disk: bool) -> None:
         """A launch call leaves the broker."""
@@ -172,11 +212,17 @@ class Referee:
             facts = f"{within} launches within an hour, {self._pool.launches_per_hour} are allowed"
             self.broken(at, "launches never exceed the caps", facts)
 
+    def store_lost(self) -> None:
+        """Somebody has damaged the store: what only it could tell is forgiven, the rest is not."""
+        self._forgiven = frozenset(self._orders)
+        self._orders_at.clear()
+
     def counted(self, at: float, machines: list[Machine]) -> None:
         """So many machines of ours exist after a launch."""
-        if len(machines) > self._pool.max_workers:
-            ids = ", ".join(machine.id for machine in machines)
-            self.broken(at, "launches never exceed the caps", f"{len(machines)} machines: {ids}")
+        ordered = [machine for machine in machines if not machine.token.startswith(STRAY)]
+        if len(ordered) > self._pool.max_workers:
+            ids = ", ".join(machine.id for machine in ordered)
+            self.broken(at, "launches never exceed the caps", f"{len(ordered)} machines: {ids}")
 
     def tokens(self, at: float, machines: list[Machine]) -> None:
         """One instance an order, over the whole history."""

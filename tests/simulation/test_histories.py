@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from broker.simulation.history import draw
+from broker.simulation.drawing import draw
 from broker.simulation.shrink import shrink
 from broker.simulation.stage import play
 from tests.simulation.plants import PLANTS

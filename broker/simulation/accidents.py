@@ -1,0 +1,241 @@
+"""What befalls the broker from outside: kills, a full disk, a damaged file, jumping clocks, operators, noise."""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+from typing import Any
+
+from broker.core import tags
+from broker.core.errors import StoreError
+from broker.providers.ec2_api import LAUNCHING
+from broker.providers.sim_weather import Fault
+from broker.simulation.clients import Clients
+from broker.simulation.history import (
+    BROKER_ID,
+    BrokenImage,
+    Crash,
+    DiskFull,
+    Idlers,
+    Noise,
+    Operator,
+    Outage,
+    Stop,
+    WallJump,
+)
+from broker.simulation.host import Incarnation
+from broker.simulation.referee import STRAY
+from broker.simulation.world import World
+from broker.store import Store
+
+COMMAND_SECONDS = 180.0  # how long an operator's command may take before its answer counts as missing
+START_AGAIN_SECONDS = 5.0  # the service manager's pause before it starts a broker that has ended by itself
+NOISE = (b"", b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", b"\x16\x03\x01\x02\x00\n", b"GET_WOR", b"NONSENSE 1 2 3\n")
+FLOOD = 1000  # so much noise at once is scenario 35
+MANY = 10_000  # so many idle connections are scenario 34
+
+
+class Accidents:
+    """See the module. `stood_at` counts where tasks waited when the broker was killed."""
+
+    def __init__(self, world: World, clients: Clients) -> None:
+        self._world, self._clients = world, clients
+        self.crashes = 0
+        self.stood_at: dict[str, int] = {}
+        self._strays = 0
+        self._disk_full_until = 0.0
+        self._restarts: list[asyncio.Task[None]] = []
+        world.host.born = self._born
+        world.host.ended = self._ended
+
+    async def settle(self) -> None:
+        """All accidents are over, and the broker runs."""
+        self._disk_full_until = 0.0
+        while self._restarts:
+            await self._restarts.pop()
+        await self.start_again(0.0)
+
+    # --- kills -----------------------------------------------------------------------------------------
+
+    async def crash(self, crash: Crash) -> None:
+        world = self._world
+        for _ in range(crash.steps):
+            await asyncio.sleep(0)
+        daemon = world.daemon()
+        if daemon is None:
+            return
+        world.witness.killed(daemon, world.ours())
+        stood = world.host.kill()
+        self.crashes += 1
+        for place in stood:
+            self.stood_at[place] = self.stood_at.get(place, 0) + 1
+        world.say(f"kill -9; tasks stood at {', '.join(stood)}")
+        if crash.torn:
+            self._tear_store()
+        await self.start_again(crash.down_seconds)
+
+    async def stop(self, stop: Stop) -> None:
+        world, daemon = self._world, self._world.daemon()
+        if daemon is None:
+            return
+        world.witness.stopping(daemon)
+        world.say("SIGTERM")
+        await world.host.terminate()
+        await self.start_again(stop.down_seconds)
+
+    async def start_again(self, down_seconds: float) -> None:
+        await asyncio.sleep(down_seconds)
+        if self._world.running is None:
+            self._world.say("a new broker starts")
+            self._world.host.start()
+
+    def _ended(self, incarnation: Incarnation, error: BaseException | None) -> None:
+        """The process has ended by itself, in order or not: the service manager starts it again."""
+        self._world.say(f"the broker has ended: {error!r}" if error else "the broker has ended")
+        if error is not None:
+            self._world.witness.saw("ended with an error")
+            self._restarts.append(asyncio.create_task(self.start_again(START_AGAIN_SECONDS)))
+
+    # --- the disk --------------------------------------------------------------------------------------
+
+    def disk_full(self, entry: DiskFull) -> None:
+        self._world.say(f"the disk is full for {entry.seconds:.0f} s")
+        self._disk_full_until = self._world.now + entry.seconds
+
+    def _born(self, incarnation: Incarnation) -> None:
+        """The disk is full while `_disk_full_until` says so."""
+        assert incarnation.daemon is not None
+        store, commit = incarnation.daemon.context.store, incarnation.daemon.context.store._commit
+
+        def perhaps_commit(durable: bool, batch: Any) -> None:
+            if self._world.now < self._disk_full_until:
+                self._world.witness.saw("write failed on a full disk")
+                raise sqlite3.OperationalError("database or disk is full")
+            commit(durable, batch)
+
+        store._commit = perhaps_commit  # type: ignore[method-assign]
+
+    def _tear_store(self) -> None:
+        self._world.say("the store's file is damaged")
+        self._world.witness.saw("store torn")
+        path = self._world.directory / "broker.db"
+        with path.open("r+b") as file:
+            file.write(bytes(4096))
+        self._world.referee.store_lost()
+
+    # --- the sky ---------------------------------------------------------------------------------------
+
+    def wall_jump(self, jump: WallJump) -> None:
+        self._world.say(f"the wall clock is set by {jump.seconds:+.0f} s")
+        self._world.witness.saw("wall clock jumped")
+        self._world.clock.jump(jump.seconds)
+
+    def outage(self, outage: Outage) -> None:
+        self._world.sky.begin(Fault.OUTAGE, outage.seconds)
+
+    async def broken_image(self, broken: BrokenImage) -> None:
+        """Whoever has made that image mends it later."""
+        from dataclasses import replace
+
+        world = self._world
+        world.say(f"the image is broken for {broken.seconds:.0f} s")
+        good = world.sky.weather
+        world.sky.weather = replace(good, boot_failed=0.9, port_never=1.0)
+        await asyncio.sleep(broken.seconds)
+        if world.now < world.closing_at:
+            mended = {"boot_failed": good.boot_failed, "port_never": good.port_never}
+            world.sky.weather = replace(world.sky.weather, **mended)
+
+    # --- people ----------------------------------------------------------------------------------------
+
+    async def operate(self, entry: Operator) -> None:
+        world = self._world
+        world.say(f"operator: {entry.command}")
+        match entry.command:
+            case "TERMINATE_ALL":
+                await self._terminate_all()
+            case "terminate outside":
+                running = [machine for machine in world.ours() if machine.runs]
+                if running:
+                    world.witness.saw("terminated outside")
+                    world.sky.end_by_operator(running[0].id)
+            case "second broker":
+                self._start_second()
+            case "unclassified":
+                await self._launch_unclassified()
+            case command:
+                await self._clients.ask("operator", command, COMMAND_SECONDS)
+
+    async def _terminate_all(self) -> None:
+        world = self._world
+        for machine in world.ours():
+            world.referee.end_wanted(world.now, machine)
+        reply = await self._clients.ask("operator", "TERMINATE_ALL", COMMAND_SECONDS)
+        for machine in world.ours() if reply else []:
+            world.referee.end_wanted(world.now, machine)
+
+    def _start_second(self) -> None:
+        """Another process on the same state directory: it must refuse, and change nothing."""
+        world = self._world
+        if world.running is None:
+            return
+        second = Store(world.directory, threaded=False)
+        try:
+            second.open()
+        except StoreError:
+            world.witness.saw("second broker refused")
+        else:
+            second.close()
+            world.referee.broken(world.now, "one broker on a state directory", "the second one started")
+
+    async def _launch_unclassified(self) -> None:
+        """A machine with our tag and nothing else that would explain it: an old broker's, or a person's."""
+        world = self._world
+        self._strays += 1
+        its_tags = [{"Key": tags.BROKER, "Value": BROKER_ID}]
+        try:
+            await world.sky.client(LAUNCHING).run_instances(
+                ImageId="ami-0123456789abcdef0",
+                InstanceType="c7i.16xlarge",
+                MinCount=1,
+                MaxCount=1,
+                ClientToken=f"{STRAY}{self._strays}",
+                TagSpecifications=[{"ResourceType": "instance", "Tags": its_tags}],
+            )
+        except Exception as error:  # the weather is everybody's
+            world.say(f"no unclassified machine: {error}")
+        else:
+            world.witness.saw("unclassified machine")
+
+    # --- noise -----------------------------------------------------------------------------------------
+
+    async def noise(self, noise: Noise) -> None:
+        """Nobody's client asks for nothing, so nothing is launched: not one order more than before."""
+        world = self._world
+        connections = [world.host.open("203.0.113.9") for _ in range(noise.count)]
+        with world.host.inside():
+            for number, client in enumerate(connections):
+                if client is not None:
+                    client.send(NOISE[number % len(NOISE)])
+        await asyncio.sleep(0.1)
+        with world.host.inside():
+            for client in connections:
+                if client is not None:
+                    client.vanish()
+        if noise.count >= FLOOD and all(connections):
+            world.witness.saw("flood")
+
+    async def idlers(self, idlers: Idlers) -> None:
+        world = self._world
+        connections = [world.host.open("203.0.113.7") for _ in range(idlers.count)]
+        with world.host.inside():
+            for client in connections[::2]:
+                if client is not None:
+                    client.send(b"GET_WOR")
+        if idlers.count >= MANY and all(connections):
+            world.witness.saw("10,000 idle connections")
+        await asyncio.sleep(idlers.seconds)
+        with world.host.inside():
+            for client in connections:
+                if client is not None:
+                    client.vanish()

@@ -1,0 +1,150 @@
+"""The clients of a history: they ask, work, ping, die, come back, and tell the referee what they were told."""
+
+from __future__ import annotations
+
+import asyncio
+
+from broker.core.model import WorkerState
+from broker.core.protocol import ERROR_LINE
+from broker.providers.simulated import BROKER
+from broker.simulation.history import Crowd, Visit
+from broker.simulation.world import World
+from broker.testing import Client
+
+ANSWER_SLACK_SECONDS = 20.0  # beyond its wait: two tries of a silent worker port, and a disk
+PATIENCE_SECONDS = 120.0  # how long clients try to reach a broker that is down
+TRY_AGAIN_SECONDS = 5.0
+PING_SECONDS_MAX = 1.0  # once the first scan is in, whatever the cloud does
+UNDECIDED = ("[CLOUD]", "[DRAINING]", "[LIMIT]")  # a PING that was not answered, and may be sent again
+
+
+class Clients:
+    """See the module. `waited` holds how long each served GET_WORKER took."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self.waited: list[float] = []
+        self.unserved = 0
+
+    async def visit(self, visit: Visit) -> None:
+        """From coming to leaving, as often as the visit says."""
+        world = self._world
+        for turn in range(visit.again + 1):
+            address = await self.get(visit)
+            if address is None:
+                return
+            await self._work(visit, address)
+            if visit.ending in ("release", "force"):
+                await self.release(visit, address)
+            if visit.ending == "linger" and turn < visit.again and world.now < world.closing_at:
+                await asyncio.sleep(max(0.0, world.pool.idle_timeout + turn - 0.5))
+
+    async def crowd(self, crowd: Crowd) -> None:
+        """A thousand at once; how they fare is what the referee is told."""
+        world = self._world
+        self._world.witness.saw(f"crowd, {world.pool.sharing}")
+        members = [
+            Visit(world.now, f"{crowd.name}-{number}", crowd.work_seconds, 60.0, "release")
+            for number in range(crowd.count)
+        ]
+        await asyncio.gather(*(self.visit(member) for member in members))
+
+    async def get(self, visit: Visit) -> str | None:
+        """GET_WORKER: the address, or None."""
+        world = self._world
+        words = ["GET_WORKER", f"client={visit.name}"]
+        words += ["exclusive=yes"] if visit.exclusive else []
+        words += [f"wait={visit.wait:g}"] if visit.wait is not None else []
+        asked_at = world.now
+        wait_seconds = world.pool.wait if visit.wait is None else visit.wait
+        world.witness.asked(asked_at)
+        world.witness.asking += 1
+        try:
+            reply = await self.ask(visit.name, " ".join(words), wait_seconds, visit.patience_seconds)
+        finally:
+            world.witness.asking -= 1
+        if reply is None or ERROR_LINE.fullmatch(reply):
+            self.unserved += 1
+            return None
+        self.waited.append(world.now - asked_at)
+        self._handed_out(visit, reply)
+        return reply
+
+    async def release(self, visit: Visit, address: str) -> None:
+        world = self._world
+        if visit.ending == "force":
+            world.referee.end_wanted(world.now, world.sky.holder(address))
+        force = " force" if visit.ending == "force" else ""
+        world.referee.released(world.now, visit.name, address)
+        await self.ask(visit.name, f"RELEASE {address}{force} client={visit.name}", 60.0)
+
+    async def ask(
+        self, name: str, line: str, wait_seconds: float, patience_seconds: float | None = None
+    ) -> str | None:
+        """One command on a connection of its own; again while the broker is down or dies over it."""
+        world = self._world
+        give_up_at = world.now + PATIENCE_SECONDS
+        while True:
+            asked_at = world.now
+            client = world.host.open(f"10.0.{len(name)}.1")
+            if client is not None:
+                reply = await self._exchange(client, name, line, wait_seconds, patience_seconds)
+                if reply is not None:
+                    if world.tracing:
+                        world.say(f"{name}: {line} -> {reply}")
+                    return reply
+                if patience_seconds is not None and world.now - asked_at >= patience_seconds:
+                    world.witness.saw("client hung up")
+                    world.say(f"{name}: {line} -> hung up")
+                    return None
+            if world.now >= give_up_at:
+                return None
+            await asyncio.sleep(TRY_AGAIN_SECONDS)
+
+    # --- inside ----------------------------------------------------------------------------------------
+
+    def _handed_out(self, visit: Visit, address: str) -> None:
+        world, daemon = self._world, self._world.daemon()
+        machine = world.whose(address)
+        exclusive = visit.exclusive or world.pool.exclusive
+        world.referee.handed_out(world.now, visit.name, address, machine, BROKER, exclusive=exclusive)
+        worker = daemon.context.registry.by_instance(machine.id) if daemon and machine else None
+        if worker is not None and worker.state in (WorkerState.DRAINING, WorkerState.TERMINATING):
+            world.referee.leaving(world.now, visit.name, address, machine, str(worker.state))
+
+    async def _work(self, visit: Visit, address: str) -> None:
+        world = self._world
+        ends_at = min(world.now + visit.work_seconds, max(world.closing_at, world.now))
+        while world.now < ends_at:
+            await asyncio.sleep(min(visit.ping_seconds, ends_at - world.now))
+            reply = await self.ask(visit.name, f"PING {address} client={visit.name}", 60.0)
+            if reply == "OK":
+                world.referee.used(world.now, visit.name, address)
+            elif reply is not None and not reply.endswith(UNDECIDED):
+                world.referee.unknown(world.now, visit.name, address, reply)
+                return
+
+    async def _exchange(
+        self, client: Client, name: str, line: str, wait_seconds: float, patience_seconds: float | None
+    ) -> str | None:
+        world, started_at = self._world, self._world.now
+        daemon = world.daemon()
+        at_once = line.startswith("PING ") and daemon is not None and daemon.context.clouds.recovered()
+        with world.host.inside():
+            client.send(line.encode() + b"\n")
+        limit = wait_seconds + ANSWER_SLACK_SECONDS
+        seconds = limit if patience_seconds is None else min(limit, patience_seconds)
+        try:
+            reply = await client.reply(seconds)
+        except TimeoutError:
+            if patience_seconds is None or seconds < patience_seconds:
+                facts = f"{name}: {line}: {seconds:.0f} s"
+                world.referee.broken(world.now, "every client is answered in time", facts)
+            return None
+        finally:
+            with world.host.inside():
+                client.vanish()
+        if at_once and reply is not None and world.now - started_at > PING_SECONDS_MAX:
+            facts = f"{name}: {line}: {world.now - started_at:.1f} s"
+            world.referee.broken(world.now, "a PING is answered at once", facts)
+        return reply

@@ -1,0 +1,207 @@
+"""From a seed to a history.
+
+A lab works in sessions, an hour or two at a time, and between them nothing runs: the broker goes to zero and
+starts cold many times. Trouble comes mostly while something is going on, because that is where it hurts. Each
+history leaves out half of the faults and has settings of its own, so that corners are reached which a world
+where everything breaks at once never lets anybody reach (swarm testing: A. Groce et al., ISSTA 2012).
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from typing import Any
+
+from broker.core.settings import Settings, parse
+from broker.providers.sim_weather import CLEAR, STORM, Weather, swarm
+from broker.simulation.history import (
+    BROKER_ID,
+    HOUR_SECONDS,
+    BrokenImage,
+    Crash,
+    Crowd,
+    DiskFull,
+    Entry,
+    History,
+    Idlers,
+    Noise,
+    Operator,
+    Outage,
+    Stop,
+    Visit,
+    WallJump,
+)
+
+TYPES = ("c7i.16xlarge", "c6i.16xlarge", "c7a.16xlarge")
+SESSIONS_PER_DAY = (1, 1, 2, 3)
+SESSION_SECONDS = (900.0, 7200.0)
+VISITS_PER_HOUR = (1.0, 8.0)  # within a session
+BURST_PROBABILITY = 0.3  # of a session: many clients in one instant
+BURST_CLIENTS = (3, 30)
+CROWD_CLIENTS = 1000  # scenario 7
+IDLE_CONNECTIONS = 10_000  # scenario 34
+RARE = 0.01  # of the histories: what costs as much as a hundred others
+OUTAGE_SECONDS = 8 * HOUR_SECONDS  # scenario 27
+
+FAIR = replace(CLEAR, reclaims_per_hour=0.05, reclaim_rebalance=0.5)  # an ordinary week, for `--settings`
+
+Session = tuple[float, float]
+
+
+def draw(seed: int, hours: float) -> History:
+    """The history that this seed stands for: everything may go wrong."""
+    rng = random.Random(seed)  # noqa: S311 (a simulation, no secret)
+    settings = _settings(rng)
+    weather = replace(swarm(rng, STORM), stranger_answers=0.0, address_rest_seconds=90.0)
+    sessions = _sessions(rng, hours)
+    entries = _work(rng, sessions, settings)
+    entries += _crashes(rng, hours, entries)
+    entries += _accidents(rng, hours, sessions)
+    return _in_order(seed, hours, settings, weather, entries)
+
+
+def ordinary(seed: int, hours: float, settings: Settings) -> History:
+    """Days as they mostly are, under an operator's own settings: clients, a fair cloud, no accidents."""
+    rng = random.Random(seed)  # noqa: S311
+    entries = _work(rng, _sessions(rng, hours), settings, polite=True)
+    return _in_order(seed, hours, settings, FAIR, entries)
+
+
+def _in_order(
+    seed: int, hours: float, settings: Settings, weather: Weather, entries: list[Entry]
+) -> History:
+    return History(seed, hours, settings, weather, tuple(sorted(entries, key=lambda entry: entry.at)))
+
+
+def _settings(rng: random.Random) -> Settings:
+    pool: dict[str, Any] = {
+        "provider": "ec2",
+        "region": "us-east-1",
+        "image": "ami-0123456789abcdef0",
+        "instance_types": list(rng.sample(TYPES, rng.randint(1, 3))),
+        "market": rng.choice(["spot", "spot", "on-demand"]),
+        "sharing": rng.choice(["shared", "exclusive"]),
+        "idle_timeout": rng.choice([300, 900, 1800]),
+        "max_lifetime": rng.choice([7200, 28800]),
+        "boot_deadline": rng.choice([300, 600]),
+        "wait": rng.choice([300, 900]),
+        "max_workers": rng.randint(1, 6),
+        "launches_per_hour": rng.choice([5, 20, 40]),
+        "price_usd_per_hour": 1.2,
+    }
+    broker = {"id": BROKER_ID, "reconcile_interval": rng.choice([30, 30, 60, 120])}
+    return parse({"broker": broker, "pool": {"default": pool}}, {})
+
+
+# --- work --------------------------------------------------------------------------------------------------
+
+
+def _sessions(rng: random.Random, hours: float) -> list[Session]:
+    count = max(1, round(rng.choice(SESSIONS_PER_DAY) * hours / 24))
+    sessions = []
+    for _ in range(count):
+        seconds = min(rng.uniform(*SESSION_SECONDS), hours * HOUR_SECONDS)
+        start = rng.uniform(0, hours * HOUR_SECONDS - seconds)
+        sessions.append((start, start + seconds))
+    return sorted(sessions)
+
+
+def _work(
+    rng: random.Random, sessions: list[Session], settings: Settings, *, polite: bool = False
+) -> list[Entry]:
+    """`polite` clients neither hang up nor kill under others; they may still die."""
+    entries: list[Entry] = []
+    for number, (start, end) in enumerate(sessions):
+        per_hour = rng.uniform(*VISITS_PER_HOUR)
+        at = start + rng.expovariate(per_hour / HOUR_SECONDS)
+        while at < end:
+            entries.append(_visit(rng, at, len(entries), settings, polite))
+            at += rng.expovariate(per_hour / HOUR_SECONDS)
+        if rng.random() < BURST_PROBABILITY:
+            entries += _burst(rng, f"burst-{number}", (start, end), settings, polite)
+    if not polite and rng.random() < RARE:
+        start, end = rng.choice(sessions)
+        seconds = rng.uniform(5.0, 300.0)
+        entries.append(Crowd(rng.uniform(start, end), "crowd", CROWD_CLIENTS, seconds))
+    return entries
+
+
+def _visit(rng: random.Random, at: float, number: int, settings: Settings, polite: bool) -> Visit:
+    idle = settings.pool["default"].idle_timeout
+    endings = ["release", "release", "release", "vanish", "linger"]
+    visit = Visit(
+        at=at,
+        name=f"client-{number}" if rng.random() < 0.8 else f"client-{rng.randint(0, 5)}",
+        work_seconds=rng.choice([5.0, 60.0, 600.0, 3600.0, 9000.0]) * rng.uniform(0.5, 1.5),
+        ping_seconds=min(rng.choice([60.0, 120.0, 240.0]), idle * 0.8),
+        ending=rng.choice(endings if polite else [*endings, "force"]),  # type: ignore[arg-type]
+        again=rng.choice([0, 0, 0, 1, 2]),
+    )
+    if polite:
+        return visit
+    return replace(
+        visit,
+        exclusive=rng.random() < 0.1,
+        wait=rng.choice([None, None, 0.0, 30.0, 120.0]),
+        patience_seconds=rng.choice([None, None, None, rng.uniform(0.0, 90.0)]),
+    )
+
+
+def _burst(
+    rng: random.Random, name: str, session: Session, settings: Settings, polite: bool
+) -> list[Entry]:
+    """Asking in the same instant, not working long."""
+    at, entries = rng.uniform(*session), []
+    for number in range(rng.randint(*BURST_CLIENTS)):
+        visit = _visit(rng, at, number, settings, polite)
+        work_seconds = min(visit.work_seconds, 300.0)
+        entries.append(replace(visit, name=f"{name}-{number}", work_seconds=work_seconds, again=0))
+    return list[Entry](entries)
+
+
+# --- trouble -----------------------------------------------------------------------------------------------
+
+
+def _crashes(rng: random.Random, hours: float, entries: list[Entry]) -> list[Entry]:
+    """Mostly where something is going on: shortly after somebody came, a few steps of the loop further."""
+    found: list[Entry] = []
+    for _ in range(rng.choice([0, 1, 2, 4, 8])):
+        at = rng.uniform(0, hours * HOUR_SECONDS)
+        if entries and rng.random() < 0.8:
+            at = rng.choice(entries).at + rng.choice([0.0, rng.uniform(0, 5), rng.uniform(0, 90)])
+        torn = rng.random() < 0.03
+        found.append(Crash(at, rng.randint(0, 60), rng.choice([1, 20, 300, 4000]), torn))
+    for _ in range(rng.choice([0, 0, 1, 2])):
+        near = rng.choice(entries).at + rng.uniform(0, 60) if entries else rng.uniform(0, hours * HOUR_SECONDS)
+        found.append(Stop(near, rng.choice([1.0, 60.0, 600.0])))
+    return found
+
+
+def _accidents(rng: random.Random, hours: float, sessions: list[Session]) -> list[Entry]:
+    def moment() -> float:
+        start, end = rng.choice(sessions) if rng.random() < 0.7 else (0.0, hours * HOUR_SECONDS)
+        return rng.uniform(start, end)
+
+    def moments(choices: list[int]) -> list[float]:
+        return [moment() for _ in range(rng.choice(choices))]
+
+    found: list[Entry] = [
+        WallJump(at, rng.choice([-86400.0, -3600.0, 3600.0, 86400.0])) for at in moments([0, 0, 1, 3])
+    ]
+    found += [DiskFull(at, rng.uniform(1, 3600)) for at in moments([0, 0, 0, 1])]
+    found += [Noise(at, rng.randint(1, 30)) for at in moments([0, 1, 2])]
+    found += [Operator(at, "STATUS") for at in moments([0, 2])]
+    found += [Operator(at, "LIST_ALL") for at in moments([0, 2])]
+    found += [Operator(at, "TERMINATE_ALL") for at in moments([0, 0, 0, 1])]
+    found += [Operator(at, "terminate outside") for at in moments([0, 0, 1, 2])]
+    found += [Operator(at, "second broker") for at in moments([0, 0, 0, 1])]
+    found += [Operator(at, "unclassified") for at in moments([0, 0, 0, 1])]
+    if rng.random() < 0.04:
+        found.append(Outage(moment(), OUTAGE_SECONDS * rng.uniform(1.0, 1.2)))
+    if rng.random() < 0.05:
+        found.append(BrokenImage(moment(), rng.uniform(600.0, 7200.0)))
+    if rng.random() < RARE:
+        found.append(Idlers(moment(), IDLE_CONNECTIONS, rng.uniform(60.0, 1800.0)))
+    if rng.random() < RARE:
+        found.append(Noise(moment(), 1000))  # scenario 35: a flood
+    return found
