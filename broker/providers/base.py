@@ -77,7 +77,8 @@ class Provider(Protocol):
         """The order with the exact parameters of its launch call, ready to be written to disk."""
 
     async def launch(self, order: Order) -> Instance:
-        """One machine for this order. Sent again with the same order it returns the same machine."""
+        """One machine for this order. Sent again with the same order it returns the same machine, or raises
+        OrderSpent from the moment at which that machine begins to end."""
 
     async def listing(self) -> list[Instance]:
         """Every machine here that carries this broker's tag, terminated ones as long as the cloud shows them,

@@ -13,6 +13,7 @@ import asyncio
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
@@ -143,8 +144,11 @@ class LocalProvider:
         kill_at = now() + self._terminate_grace_seconds
         try:
             while now() < kill_at + KILL_SECONDS_MAX:
-                if await asyncio.to_thread(self._machines.finish, instance_id, kill=now() >= kill_at):
-                    return
+                # Whoever asked for the end is gone: what cannot be looked at now is looked at again, here or
+                # after the next listing.
+                with suppress(OSError, psutil.Error):
+                    if await asyncio.to_thread(self._machines.finish, instance_id, kill=now() >= kill_at):
+                        return
                 await asyncio.sleep(FINISH_LOOK_SECONDS)
         finally:
             del self._finishing[instance_id]

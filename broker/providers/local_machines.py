@@ -84,6 +84,8 @@ class LocalMachines:
             record = self._judged(record)
             if record.ended_unix is not None:
                 raise OrderSpent(f"the local worker of this order has ended: {record.reason}")
+            if record.terminate_asked:
+                raise OrderSpent("the local worker of this order was told to end")
             return self._view(record)
 
     def listing(self) -> list[Instance]:
