@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from broker.context import Context
 from broker.core import protocol
@@ -152,6 +153,7 @@ class Service:
             case LeaseGranted(lease=lease, worker=worker):
                 self._write_lease(lease, worker)
             case LeaseEnded(lease=lease, worker=worker):
+                self._writing.pop(lease.id, None)
                 self._context.store.soon(self._context.store.lease_ended(lease.id))
                 self._serve(worker.pool)
             case WorkerChanged(worker=worker):
@@ -341,6 +343,7 @@ class Service:
         """What the clouds list. Everybody who asks at the same time shares one look."""
         if self._listing is None or self._listing.done():
             self._listing = asyncio.create_task(self._list_clouds())
+            self._listing.add_done_callback(_retrieved)  # whoever asked may be gone by then
         return await asyncio.shield(self._listing)
 
     async def _list_clouds(self) -> list[Instance]:
@@ -412,10 +415,11 @@ class Service:
         task.add_done_callback(lambda done: self._lease_written(lease.id, done))
 
     def _lease_written(self, lease_id: str, task: asyncio.Task[None]) -> None:
-        if self._writing.get(lease_id) is task:  # a hold that became exclusive is written once more
+        failed = not task.cancelled() and task.exception() is not None
+        # A hold that became exclusive is written once more. A failed write is kept until the lease ends: who
+        # asks whether it is on disk may come later than the failure.
+        if self._writing.get(lease_id) is task and not failed:
             del self._writing[lease_id]
-        if not task.cancelled():
-            task.exception()  # retrieved: whoever waits for it has it too
 
     async def _written(self, lease: Lease) -> None:
         """Wait until the lease is on disk.
@@ -423,9 +427,12 @@ class Service:
         A full disk does not keep a client from a shared worker. An exclusive one is not given away on a lease
         that a restart would forget: raises StoreError, and the lease ends.
         """
-        task = self._writing.get(lease.id)
-        if task is None:
+        task, worker = self._writing.get(lease.id), self._registry.get(lease.worker_id)
+        if task is None or worker is None:
             return
+        if task.done():  # it has failed; perhaps the disk takes it now
+            self._write_lease(lease, worker)
+            task = self._writing[lease.id]
         try:
             await asyncio.shield(task)
         except StoreError:
@@ -436,6 +443,11 @@ class Service:
 
 def _future() -> asyncio.Future[Lease]:
     return asyncio.get_running_loop().create_future()
+
+
+def _retrieved(task: asyncio.Task[Any]) -> None:
+    if not task.cancelled():
+        task.exception()
 
 
 def _listed(instance: Instance) -> dict[str, object]:

@@ -621,6 +621,29 @@ def test_on_a_full_disk_an_exclusive_worker_is_not_given_away_on_a_lease_that_wo
     live(tmp_path, story, chosen=settings(sharing="exclusive", max_workers=1))
 
 
+def test_a_lease_that_could_not_be_written_is_not_taken_for_written_after_a_look_at_the_worker(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Simulated history, seed 19: the write had failed by the time the worker's port had been tried."""
+
+    async def story(broker: RunningBroker) -> None:
+        gone = broker.client()
+        gone.send(b"GET_WORKER client=gone\n")
+        await broker.until(lambda: broker.cloud.machines)
+        gone.vanish()
+        broker.cloud.boot(broker.cloud.running()[0])
+        await broker.until(lambda: broker.registry.count("default", WorkerState.READY))
+        await asyncio.sleep(10)  # its proof grows old
+        FullDisk(broker, monkeypatch)
+        reply = await broker.ask("GET_WORKER client=late")
+        assert reply.endswith("is the disk full? [LIMIT]")
+        monkeypatch.undo()
+        assert "ERROR" not in await broker.ask("GET_WORKER client=late")
+        assert [lease.lease.client for lease in broker.daemon.context.store.leases()] == ["late"]
+
+    live(tmp_path, story, chosen=settings(sharing="exclusive", max_workers=1), boots=False)
+
+
 def test_one_client_on_three_connections_buys_one_exclusive_machine(tmp_path: Path) -> None:
     async def story(broker: RunningBroker) -> None:
         replies = await asyncio.gather(*(broker.ask("GET_WORKER client=anna") for _ in range(3)))
