@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
+from dataclasses import replace
 from typing import Any
 
 from broker.core import tags
@@ -11,8 +12,8 @@ from broker.core.errors import StoreError
 from broker.providers.ec2_api import LAUNCHING
 from broker.providers.sim_weather import Fault
 from broker.simulation.clients import Clients
+from broker.simulation.drawing import IMAGE
 from broker.simulation.history import (
-    BROKER_ID,
     BrokenImage,
     Crash,
     DiskFull,
@@ -135,8 +136,6 @@ class Accidents:
 
     async def broken_image(self, broken: BrokenImage) -> None:
         """Whoever has made that image mends it later."""
-        from dataclasses import replace
-
         world = self._world
         world.say(f"the image is broken for {broken.seconds:.0f} s")
         good = world.sky.weather
@@ -192,10 +191,10 @@ class Accidents:
         """A machine with our tag and nothing else that would explain it: an old broker's, or a person's."""
         world = self._world
         self._strays += 1
-        its_tags = [{"Key": tags.BROKER, "Value": BROKER_ID}]
+        its_tags = [{"Key": tags.BROKER, "Value": world.history.settings.broker.id}]
         try:
             await world.sky.client(LAUNCHING).run_instances(
-                ImageId="ami-0123456789abcdef0",
+                ImageId=IMAGE,
                 InstanceType="c7i.16xlarge",
                 MinCount=1,
                 MaxCount=1,

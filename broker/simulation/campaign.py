@@ -6,16 +6,39 @@ import multiprocessing
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 
 from broker.core.settings import Settings
-from broker.simulation.drawing import draw
+from broker.simulation.drawing import draw, ordinary
+from broker.simulation.history import History
+from broker.simulation.shrink import shrink
 from broker.simulation.stage import Outcome, play
 
 Plant = Callable[[], AbstractContextManager[None]]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is to be played: how long each history is, under whose settings, with which bug in the broker."""
+
+    hours: float
+    settings: Settings | None = None  # None: each history has its own, and everything may go wrong
+    plant: Plant = nullcontext
+    only: tuple[int, ...] | None = None  # of each history's entries, these alone happen
+
+    def history(self, seed: int) -> History:
+        settings = self.settings
+        whole = draw(seed, self.hours) if settings is None else ordinary(seed, self.hours, settings)
+        if self.only is None:
+            return whole
+        return whole.without(frozenset(range(len(whole.entries))) - frozenset(self.only))
+
+    def play(self, history: History, *, trace: bool = False) -> Outcome:
+        with self.plant():
+            return play(history, trace=trace)
 
 
 @dataclass(slots=True)
@@ -26,8 +49,12 @@ class Totals:
     hours: float = 0.0
     launches: int = 0
     crashes: int = 0
+    unserved: int = 0
     cost_usd_micros: int = 0
-    seconds: float = 0.0
+    idle_usd_micros: int = 0
+    rest_seconds_max: float = 0.0
+    seconds: float = 0.0  # on the wall
+    core_seconds: float = 0.0  # of all cores together
     faults: Counter[str] = field(default_factory=Counter)
     seen: Counter[str] = field(default_factory=Counter)
     stood_at: Counter[str] = field(default_factory=Counter)
@@ -39,7 +66,11 @@ class Totals:
         self.hours += outcome.hours
         self.launches += outcome.launches
         self.crashes += outcome.crashes
+        self.unserved += outcome.unserved
         self.cost_usd_micros += outcome.cost_usd_micros
+        self.idle_usd_micros += outcome.idle_usd_micros
+        self.rest_seconds_max = max(self.rest_seconds_max, outcome.rest_seconds)
+        self.core_seconds += outcome.core_seconds
         self.faults += outcome.faults
         self.seen += outcome.seen
         self.stood_at += outcome.stood_at
@@ -60,33 +91,63 @@ class Totals:
         )
 
 
-def run(
-    seeds: Iterator[int],
-    hours: float,
-    settings: Settings | None,
-    plant: Plant = nullcontext,
-    cores: int | None = None,
-) -> Iterator[Outcome]:
-    """The outcomes, in the order of the seeds."""
-    one = partial(_one, hours=hours, settings=settings, plant=plant)
+def run(seeds: Iterable[int], plan: Plan, cores: int | None = None) -> Iterator[Outcome]:
+    """The outcomes, in the order of the seeds, on so many cores: all of them by default."""
+    one = partial(_one, plan)
     cores = cores or os.cpu_count() or 1
     if cores == 1:
         yield from map(one, seeds)
         return
-    with multiprocessing.get_context("fork").Pool(cores) as pool:
-        yield from pool.imap(one, seeds, chunksize=1)
+    _CURRENT.append(plan)  # a plant cannot be sent to another process; what is there before the fork is there
+    try:
+        with multiprocessing.get_context("fork").Pool(cores) as pool:
+            yield from pool.imap(_one_of_current, seeds, chunksize=1)
+    finally:
+        _CURRENT.pop()
 
 
-def _one(seed: int, hours: float, settings: Settings | None, plant: Plant) -> Outcome:
-    with plant():
-        return play(draw(seed, hours, settings))
+_CURRENT: list[Plan] = []
 
 
-def timed(totals: Totals, outcomes: Iterator[Outcome], heard: Callable[[Totals], None]) -> Totals:
+def _one_of_current(seed: int) -> Outcome:
+    return _one(_CURRENT[-1], seed)
+
+
+def _one(plan: Plan, seed: int) -> Outcome:
+    started = time.process_time()
+    outcome = plan.play(plan.history(seed))
+    outcome.core_seconds = time.process_time() - started
+    return outcome
+
+
+def timed(outcomes: Iterable[Outcome], heard: Callable[[Totals, Outcome], None]) -> Totals:
     """Add up outcomes, telling after each."""
-    started = time.monotonic()
+    totals, started = Totals(), time.monotonic()
     for outcome in outcomes:
         totals.add(outcome)
         totals.seconds = time.monotonic() - started
-        heard(totals)
+        heard(totals, outcome)
     return totals
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """A broken promise, made short: which entries of its history it needs, and what happened then."""
+
+    outcome: Outcome
+    kept: tuple[int, ...]
+    history: History
+
+
+def examine(plan: Plan, broken: Outcome) -> Finding:
+    """Shorten a history that broke a promise, and play what is left with a transcript."""
+    promise = broken.violations[0].promise
+    whole = plan.history(broken.seed)
+
+    def breaks(history: History) -> bool:
+        return any(one.promise == promise for one in plan.play(history).violations)
+
+    short = shrink(whole, breaks)
+    left = list(short.entries)
+    kept = tuple(i for i, entry in enumerate(whole.entries) if left and entry is left[0] and left.pop(0))
+    return Finding(plan.play(short, trace=True), kept, short)

@@ -12,6 +12,7 @@ import random
 from dataclasses import replace
 from typing import Any
 
+from broker.core.errors import SettingsError
 from broker.core.settings import Settings, parse
 from broker.providers.sim_weather import CLEAR, STORM, Weather, swarm
 from broker.simulation.history import (
@@ -32,6 +33,7 @@ from broker.simulation.history import (
     WallJump,
 )
 
+IMAGE = "ami-0123456789abcdef0"
 TYPES = ("c7i.16xlarge", "c6i.16xlarge", "c7a.16xlarge")
 SESSIONS_PER_DAY = (1, 1, 2, 3)
 SESSION_SECONDS = (900.0, 7200.0)
@@ -67,6 +69,28 @@ def ordinary(seed: int, hours: float, settings: Settings) -> History:
     return _in_order(seed, hours, settings, FAIR, entries)
 
 
+def on_stage(settings: Settings, pool: str = "default") -> Settings:
+    """An operator's settings as the simulated cloud can serve them: this one pool, as `default`, on its EC2.
+
+    What is about time, sharing and caps stays as it is; a pool of local workers is given an image and a type.
+    Raises SettingsError when there is no such pool.
+    """
+    chosen = settings.pool.get(pool)
+    if chosen is None:
+        raise SettingsError([f"there is no pool '{pool}'; there is {', '.join(sorted(settings.pool))}"])
+    placed = chosen.model_copy(
+        update={
+            "provider": "ec2",
+            "region": "us-east-1",
+            "profile": None,
+            "image": chosen.image or IMAGE,
+            "instance_types": chosen.instance_types or TYPES,
+            "user_data_file": None,
+        }
+    )
+    return settings.model_copy(update={"pool": {"default": placed}})
+
+
 def _in_order(
     seed: int, hours: float, settings: Settings, weather: Weather, entries: list[Entry]
 ) -> History:
@@ -77,7 +101,7 @@ def _settings(rng: random.Random) -> Settings:
     pool: dict[str, Any] = {
         "provider": "ec2",
         "region": "us-east-1",
-        "image": "ami-0123456789abcdef0",
+        "image": IMAGE,
         "instance_types": list(rng.sample(TYPES, rng.randint(1, 3))),
         "market": rng.choice(["spot", "spot", "on-demand"]),
         "sharing": rng.choice(["shared", "exclusive"]),

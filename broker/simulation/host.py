@@ -11,7 +11,7 @@ import asyncio
 import contextvars
 import itertools
 import sqlite3
-from collections.abc import Callable, Coroutine, Generator, Mapping
+from collections.abc import Callable, Coroutine, Generator, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager, contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -171,7 +171,7 @@ class Host:
         self.close()
         assert incarnation.daemon is not None
         incarnation.daemon.context.store.die()
-        stood = sorted({_where(task) for task in incarnation.tasks if not task.done()})
+        stood = sorted({place for task in incarnation.tasks if not task.done() for place in _where(task)})
         for client in list(incarnation.clients):
             client.vanish()
         for task in list(incarnation.tasks):
@@ -241,14 +241,13 @@ def _owned_task(loop: asyncio.AbstractEventLoop, coroutine: Any, **options: Any)
     return task
 
 
-def _where(task: asyncio.Task[Any]) -> str:
-    """The innermost line of ours at which the task waits."""
-    line, coroutine = "?", cast(Any, task.get_coro())
+def _where(task: asyncio.Task[Any]) -> Iterator[str]:
+    """The lines of the broker's at which the task waits, one for each call that it is in."""
+    coroutine = cast(Any, task.get_coro())
     while coroutine is not None:
         frame = getattr(coroutine, "cr_frame", None)
         if frame is not None and "/broker/" in frame.f_code.co_filename:
             path = frame.f_code.co_filename.rpartition("/broker/")[2]
             if not path.startswith(("simulation/", "testing", "providers/sim")):
-                line = f"{path}:{frame.f_lineno}"
+                yield f"{path}:{frame.f_lineno}"
         coroutine = getattr(coroutine, "cr_await", None)
-    return line

@@ -61,6 +61,7 @@ class Outcome:
     stood_at: Counter[str]  # where tasks waited when the broker was killed
     waited: list[float]
     trace: list[str] = field(default_factory=list)
+    core_seconds: float = 0.0  # what it took to play
 
 
 def play(history: History, *, trace: bool = False) -> Outcome:
@@ -150,14 +151,16 @@ class Stage:
             return [("the broker recovers", "it does not run")]
         context = daemon.context
         found = [
-            ("no machine is orphaned", f"{m.id} is still {m.state}, launched {world.now - m.launched_at:.0f} s ago")
+            ("no machine is orphaned", f"{m.id}, launched at {m.launched_at:.0f} s, is still {m.state}")
             for m in world.ours()
         ]
-        found += [("the books are empty at rest", f"{worker.id} is {worker.state}") for worker in context.registry]
+        found += [("the books are empty at rest", f"{one.id} is {one.state}") for one in context.registry]
+        if world.witness.seen["write failed on a full disk"]:
+            return found  # what the disk did not take is cleaned up at the next start
         found += [("no order stays open", order.id) for order in context.store.open_orders()]
-        # What a full disk did not let the broker write is cleaned up at its next start.
-        leases = [] if world.witness.seen["write failed on a full disk"] else context.store.leases()
-        found += [("no lease stays for ever", f"{one.lease.id} of {one.instance_id}") for one in leases]
+        found += [
+            ("no lease stays for ever", f"{one.lease.id} of {one.instance_id}") for one in context.store.leases()
+        ]
         return found
 
     async def _serve_the_last(self) -> None:
@@ -188,7 +191,7 @@ class Stage:
             crashes=accidents.crashes,
             unserved=self._clients.unserved,
             rest_seconds=self._rest_seconds,
-            cost_usd_micros=sum(machine.cost_usd_micros(world.now) for machine in machines),
+            cost_usd_micros=round(sum(self._cost_usd_micros(machine) for machine in machines)),
             idle_usd_micros=round(sum(self._idle_usd_micros(machine) for machine in machines)),
             faults=world.sky.faults,
             seen=world.witness.seen,
@@ -196,6 +199,13 @@ class Stage:
             waited=self._clients.waited,
             trace=world.trace,
         )
+
+    def _price(self, machine: Machine) -> int:
+        """What the settings say that a machine costs; else what it costs in the simulated cloud."""
+        return self._world.pool.price_usd_micros_per_hour or machine.price_usd_micros_per_hour
+
+    def _cost_usd_micros(self, machine: Machine) -> float:
+        return self._price(machine) * machine.charged_seconds(self._world.now) / HOUR_SECONDS
 
     def _idle_usd_micros(self, machine: Machine) -> float:
         """What it cost while it ran and nobody used it."""
@@ -207,4 +217,4 @@ class Stage:
             idle_seconds += max(0.0, min(since_at, end_at) - until_at)
             until_at = max(until_at, min(last_at, end_at))
         idle_seconds += max(0.0, end_at - until_at)
-        return machine.price_usd_micros_per_hour * idle_seconds / HOUR_SECONDS
+        return self._price(machine) * idle_seconds / HOUR_SECONDS
