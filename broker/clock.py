@@ -6,12 +6,31 @@ jumps an hour ends nobody and makes nobody immortal.
 
 from __future__ import annotations
 
+import secrets
 import time
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 from typing import Protocol
+
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")  # (Linux: random(4)) anew with every start of the machine
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """Now, by every clock there is. `boot` names the run of the monotonic clock that `at` belongs to."""
+
+    boot: str
+    at: float
+    unix: float
 
 
 class Clock(Protocol):
     """Where time comes from."""
+
+    @property
+    def boot(self) -> str:
+        """Which run of the monotonic clock this is: it begins anew when the machine starts."""
 
     def monotonic(self) -> float:
         """Seconds since some moment in the past; never goes back."""
@@ -25,3 +44,15 @@ class SystemClock:
 
     monotonic = staticmethod(time.monotonic)
     wall = staticmethod(time.time)
+
+    @cached_property
+    def boot(self) -> str:
+        """Where nothing tells, each process has a clock of its own."""
+        try:
+            return BOOT_ID.read_text().strip()
+        except OSError:
+            return secrets.token_hex(8)
+
+
+def moment(clock: Clock) -> Moment:
+    return Moment(clock.boot, clock.monotonic(), clock.wall())

@@ -60,6 +60,7 @@ class Context:
     ended: set[str] = field(
         default_factory=set
     )  # instances whose end has been decided, also before the start
+    known_orders: set[str] = field(default_factory=set)  # placed by this broker, in this run or before
     unwanted: set[str] = field(default_factory=set)  # orders that TERMINATE_ALL met before they had a machine
 
     def pool(self, name: str) -> PoolSettings:

@@ -20,7 +20,7 @@ from pathlib import Path
 from aiohttp import web
 
 from broker import systemd
-from broker.clock import Clock
+from broker.clock import Clock, moment
 from broker.clouds import Cloud, Clouds
 from broker.context import Context
 from broker.core.errors import BrokerError, CloudUnreachable, SettingsError, StoreError
@@ -228,11 +228,12 @@ class Daemon:
 
     def _remember(self) -> None:
         """Open orders, leases and launch attempts of an earlier run."""
-        now, now_unix = self.clock.monotonic(), self.clock.wall()
-        for pool, placed_unix in self.context.store.attempts_since(now_unix - HOUR_SECONDS):
-            self.context.guard(pool).attempted(now - max(0.0, now_unix - placed_unix))
+        now = moment(self.clock)
+        for pool, ago_seconds in self.context.store.attempts(now, HOUR_SECONDS):
+            self.context.guard(pool).attempted(now.at - ago_seconds)
         for order in self.context.store.open_orders():
             self.orders.reopen(order)
+        self.context.known_orders |= self.context.store.order_ids()
         self.context.ended |= self.context.store.ended()
         for launched in self.context.store.launched_orders():
             self.context.expected[launched.instance_id] = launched

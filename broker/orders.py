@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from broker.clock import moment
 from broker.context import Context
 from broker.core.errors import (
     BrokerError,
@@ -50,6 +51,7 @@ class OpenOrder:
     sent_at: float  # when its last call was made: absence from a listing counts only a good while after it
     perhaps_launched: bool  # a call may have been carried out without an answer
     resend_at: float = 0.0  # not before; never, once the cloud has refused the same order as a different one
+    doubtful: bool = False  # refused when sent again, but its first call may still be on its way to the cloud
 
 
 class Orders:
@@ -61,6 +63,10 @@ class Orders:
 
     def get(self, order_id: str) -> OpenOrder | None:
         return self._open.get(order_id)
+
+    def doubtful(self, pool: str) -> int:
+        """Orders that probably come to nothing: no supply, but they count against the caps until it is sure."""
+        return sum(entry.doubtful and entry.order.pool == pool for entry in self._open.values())
 
     def unresolved(self) -> list[OpenOrder]:
         return list(self._open.values())
@@ -76,12 +82,13 @@ class Orders:
         now = self._context.now()
         self._context.registry.order(order, self._context.pool(order.pool).worker_port, now)
         entry = self._open[order.id] = OpenOrder(order, now, perhaps_launched=False)
+        self._context.known_orders.add(order.id)
         return entry
 
     async def place(self, entry: OpenOrder) -> None:
         """Returns when the order is on disk. Raises StoreError: then it is out of the books again."""
         try:
-            await self._context.store.order_placed(entry.order)
+            await self._context.store.order_placed(entry.order, moment(self._context.clock))
         except StoreError as error:
             self._forget(entry.order.id, OUTCOMES[type(error)])
             raise

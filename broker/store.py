@@ -23,6 +23,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from broker.clock import Moment
 from broker.core.errors import StoreError
 from broker.core.model import Lease, Market, Offering, Order, Worker
 
@@ -37,6 +38,9 @@ CREATE TABLE IF NOT EXISTS orders (
     created_unix REAL NOT NULL, state TEXT NOT NULL DEFAULT 'open', instance_id TEXT, outcome TEXT
 ) STRICT;
 CREATE TABLE IF NOT EXISTS ended (instance_id TEXT PRIMARY KEY, ended_unix REAL NOT NULL) STRICT;
+CREATE TABLE IF NOT EXISTS attempts (
+    order_id TEXT PRIMARY KEY, boot TEXT NOT NULL, placed_at REAL NOT NULL
+) STRICT;
 CREATE INDEX IF NOT EXISTS orders_state ON orders (state);
 CREATE TABLE IF NOT EXISTS leases (
     id TEXT PRIMARY KEY, instance_id TEXT NOT NULL, pool TEXT NOT NULL, address TEXT NOT NULL,
@@ -132,14 +136,25 @@ class Store:
 
     # --- orders ------------------------------------------------------------------------------------
 
-    async def order_placed(self, order: Order) -> None:
-        """Returns when the order is on disk."""
-        offering = json.dumps(asdict(order.offering))
-        await self._write(
-            True,
-            "INSERT INTO orders (id, pool, offering, parameters, created_unix) VALUES (?, ?, ?, ?, ?)",
-            (order.id, order.pool, offering, order.parameters, order.created_unix),
-        )
+    async def order_placed(self, order: Order, placed: Moment | None = None) -> None:
+        """Returns when the order is on disk. Without `placed`, its age is told by the wall clock alone."""
+        writes = [
+            self._write(
+                True,
+                "INSERT INTO orders (id, pool, offering, parameters, created_unix) VALUES (?, ?, ?, ?, ?)",
+                (
+                    order.id,
+                    order.pool,
+                    json.dumps(asdict(order.offering)),
+                    order.parameters,
+                    order.created_unix,
+                ),
+            )
+        ]
+        if placed is not None:
+            values = (order.id, placed.boot, placed.at)
+            writes.append(self._write(True, "INSERT INTO attempts VALUES (?, ?, ?)", values))
+        await asyncio.gather(*writes)  # they wait together, so they are one commit
 
     async def order_launched(self, order_id: str, instance_id: str) -> None:
         await self._write(
@@ -164,15 +179,25 @@ class Store:
             for order_id, pool, offering, parameters, created in rows
         ]
 
-    def attempts_since(self, unix: float) -> list[tuple[str, float]]:
-        """(pool, when on the wall clock) of every order placed since then, whatever came of it."""
-        return (
-            self._connections[True]
-            .execute(
-                "SELECT pool, created_unix FROM orders WHERE created_unix >= ? ORDER BY created_unix", (unix,)
-            )
-            .fetchall()
+    def order_ids(self) -> set[str]:
+        """Every order that is remembered, whatever came of it."""
+        return {row[0] for row in self._connections[True].execute("SELECT id FROM orders")}
+
+    def attempts(self, moment: Moment, within_seconds: float) -> list[tuple[str, float]]:
+        """(pool, seconds ago) of every order placed of late, whatever came of it.
+
+        By the machine's own uptime as long as it has not been started anew, because a wall clock may be set.
+        """
+        since_at, since_unix = moment.at - within_seconds, moment.unix - within_seconds
+        rows = self._connections[True].execute(
+            "SELECT pool, created_unix, boot, placed_at FROM orders LEFT JOIN attempts ON order_id = id "
+            "WHERE CASE WHEN boot = ? THEN placed_at >= ? ELSE created_unix >= ? END ORDER BY orders.rowid",
+            (moment.boot, since_at, since_unix),
         )
+        return [
+            (pool, max(0.0, moment.at - at if boot == moment.boot else moment.unix - unix))
+            for pool, unix, boot, at in rows
+        ]
 
     def launched_orders(self) -> list[LaunchedOrder]:
         """Orders whose machine had not been seen to end when the last broker stopped."""
@@ -293,6 +318,7 @@ class Store:
             "DELETE FROM orders WHERE state = 'closed' AND rowid <= (SELECT max(rowid) FROM orders) - ?",
             (CLOSED_ORDERS_MAX,),
         )
+        connection.execute("DELETE FROM attempts WHERE order_id NOT IN (SELECT id FROM orders)")
         connection.execute(
             "DELETE FROM ended WHERE rowid <= (SELECT max(rowid) FROM ended) - ?", (ENDED_MAX,)
         )

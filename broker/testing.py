@@ -37,6 +37,8 @@ REPLY_SECONDS_MAX = 86_400.0  # virtual seconds that `Client.ask` waits: a test 
 class ManualClock:
     """Stands still until told otherwise."""
 
+    boot = "manual"
+
     def __init__(self, monotonic: float = 0.0, wall: float = EPOCH_UNIX) -> None:
         self._monotonic, self._wall = monotonic, wall
 
@@ -158,6 +160,8 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
 
 class LoopClock:
     """The clock of the running loop; `jump` sets the wall clock without touching the monotonic one."""
+
+    boot = "virtual"
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop

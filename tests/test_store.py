@@ -11,10 +11,12 @@ import sys
 import textwrap
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from broker.clock import Moment
 from broker.core.errors import StoreError
 from broker.core.model import Lease, Market, Offering, Order, Worker, WorkerState
 from broker.store import CLOSED_ORDERS_MAX, Store
@@ -162,7 +164,22 @@ def test_attempts_are_remembered_whatever_came_of_them(tmp_path: Path) -> None:
         for number, pool in enumerate(("default", "gpu", "default")):
             await store.order_placed(order(f"cb-{number}", pool=pool, created_unix=1000.0 + number))
         await store.order_closed("cb-2", "no-capacity")
-        assert store.attempts_since(1001.0) == [("gpu", 1001.0), ("default", 1002.0)]
+        now = Moment("this boot", at=5.0, unix=1002.0)
+        assert store.attempts(now, within_seconds=1.0) == [("gpu", 1.0), ("default", 0.0)]
+
+    within(tmp_path, story)
+
+
+def test_an_attempt_keeps_its_age_when_the_wall_clock_is_set(tmp_path: Path) -> None:
+    """Simulated history, seed 141: set an hour ahead, the clock made a restarted broker forget its launches."""
+
+    async def story(store: Store) -> None:
+        await store.order_placed(order("cb-1", created_unix=1000.0), Moment("boot 1", at=100.0, unix=1000.0))
+        ahead = Moment("boot 1", at=110.0, unix=1010.0 + 7200.0)
+        assert store.attempts(ahead, within_seconds=3600.0) == [("default", 10.0)]
+        assert store.attempts(replace(ahead, at=100.0 + 3601.0), within_seconds=3600.0) == []
+        machine_started_anew = Moment("boot 2", at=1.0, unix=1500.0)
+        assert store.attempts(machine_started_anew, within_seconds=3600.0) == [("default", 500.0)]
 
     within(tmp_path, story)
 

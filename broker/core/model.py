@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from types import MappingProxyType
 
+UNKNOWN_CLIENT = "(unknown)"  # no client can call itself that: whoever may hold a machine that was found
 NO_TAGS: Mapping[str, str] = MappingProxyType({})
 
 

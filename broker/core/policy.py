@@ -160,14 +160,22 @@ class LaunchPlan:
 
 
 def plan_launches(
-    registry: Registry, name: str, pool: PoolSettings, demand: Demand, guard: LaunchGuard, now: float
+    registry: Registry,
+    name: str,
+    pool: PoolSettings,
+    demand: Demand,
+    guard: LaunchGuard,
+    now: float,
+    *,
+    doubtful: int = 0,
 ) -> LaunchPlan:
-    """How many machines to order now. Machines on order and booting are supply already.
+    """How many machines to order now. Machines on order and booting are supply already, except `doubtful`
+    orders, which fill a place under the cap and will probably bring nothing.
 
     Clients queue for a machine that exists (it may become free) and are refused at once when none does and
     none may be launched.
     """
-    supply = registry.count(name, WorkerState.ORDERED, WorkerState.BOOTING)
+    supply = registry.count(name, WorkerState.ORDERED, WorkerState.BOOTING) - doubtful
     shortfall = demand.workers_wanted() - supply
     if shortfall <= 0:
         return LaunchPlan()

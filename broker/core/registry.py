@@ -20,6 +20,7 @@ from heapq import heappop, heappush
 
 from broker.core.errors import Denied, IllegalStep, WorkerNotFound
 from broker.core.model import (
+    UNKNOWN_CLIENT,
     Event,
     Instance,
     Lease,
@@ -301,7 +302,10 @@ class Registry:
         self._held.setdefault((worker.pool, lease.client), {})[worker.id] = None
         self.renew(lease, now)
         self._reindex_holds(worker)
-        self._tell(LeaseGranted(lease, worker, len(holders) == 1, now))
+        first = len(holders) == 1
+        if lease.exclusive and UNKNOWN_CLIENT in holders:
+            self.end_lease(worker.id, UNKNOWN_CLIENT, "its client is known", now)
+        self._tell(LeaseGranted(lease, worker, first, now))
         return lease
 
     def renew(self, lease: Lease, now: float) -> None:
@@ -436,7 +440,8 @@ class Registry:
         return self._leases.get(worker_id, {}).keys() <= {client}
 
     def _require_no_conflict(self, holders: dict[str, Lease], lease: Lease) -> None:
-        others = [held for held in holders.values() if held.client != lease.client]
+        # The unknown client of a machine that was found is the first who comes: who else knows its address?
+        others = [held for held in holders.values() if held.client not in (lease.client, UNKNOWN_CLIENT)]
         if others and (lease.exclusive or any(held.exclusive for held in others)):
             raise Denied
 

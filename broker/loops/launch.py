@@ -87,7 +87,15 @@ class LaunchLoop:
             return
         self._send_again(name)
         demand, guard = context.waiting.demand(name), context.guard(name)
-        plan = plan_launches(context.registry, name, context.pool(name), demand, guard, context.now())
+        plan = plan_launches(
+            context.registry,
+            name,
+            context.pool(name),
+            demand,
+            guard,
+            context.now(),
+            doubtful=self._orders.doubtful(name),
+        )
         if plan.refusal is not None:
             self._tell(name, plan.refusal)
         if plan.obstacle:
@@ -133,7 +141,8 @@ class LaunchLoop:
 
     def _tell(self, name: str, error: BrokerError, wish: Wish | None = None, doubtful: int = 0) -> None:
         """Tell those clients for whom no machine is on its way that none will come."""
-        supply = self._context.registry.count(name, WorkerState.ORDERED, WorkerState.BOOTING) - doubtful
+        supply = self._context.registry.count(name, WorkerState.ORDERED, WorkerState.BOOTING)
+        supply -= doubtful + self._orders.doubtful(name)
         self._context.waiting.fail(name, error, wish=wish, supply=max(0, supply))
 
     def _send_again(self, name: str) -> None:
@@ -192,15 +201,20 @@ class LaunchLoop:
     def _failed(self, entry: OpenOrder, error: BrokerError) -> None:
         """The calls are over and brought no machine. Only a certain refusal closes the order.
 
-        The cloud looks at the token before it looks for capacity, so a refused offering is certain even when
-        an answer was lost before; throttles and permissions are looked at before the token and prove nothing.
+        The cloud looks at the token before it looks for capacity, so when a refused offering answers an order
+        sent again, no machine exists *yet*: the call before may still be on its way. Then the order stays open
+        until a listing has shown its machine or can be trusted to show none, while others are tried.
+        Throttles and permissions are looked at before the token and prove nothing.
         """
         order, now = entry.order, self._context.now()
         if entry.perhaps_launched and not isinstance(error, OfferingRefused | OrderSpent):
             entry.resend_at = now + (NEVER_SECONDS if isinstance(error, OrderMismatch) else RESEND_SECONDS)
             self._tell(order.pool, error, doubtful=1)
             return
-        self._orders.close(order, OUTCOMES.get(type(error), "failed"))
+        if entry.perhaps_launched and isinstance(error, OfferingRefused):
+            entry.doubtful, entry.resend_at = True, NEVER_SECONDS
+        else:
+            self._orders.close(order, OUTCOMES.get(type(error), "failed"))
         if isinstance(error, OfferingRefused):
             self._cooling[order.pool, order.offering] = (now + COOL_DOWN_SECONDS, error)
         elif isinstance(error, PermanentRefusal):

@@ -19,9 +19,10 @@ from broker.clouds import Cloud
 from broker.context import Context
 from broker.core import tags
 from broker.core.errors import BrokerError, CloudUnreachable, SettingsError
-from broker.core.model import Instance, InstanceState, Worker, WorkerState
+from broker.core.model import UNKNOWN_CLIENT, Instance, InstanceState, Lease, Worker, WorkerState
 from broker.core.policy import Reason, born_at
 from broker.core.registry import BOOKED, USABLE
+from broker.core.settings import PoolSettings
 from broker.orders import NEVER_LAUNCHED, VANISHED, Orders
 from broker.store import LaunchedOrder
 
@@ -220,6 +221,8 @@ class ReconcileLoop:
         if instance.id in self._context.ended:  # decided before; this listing is stale, or Terminate was lost
             return self._registry.drain(worker.id, Reason.ENDED_BEFORE, now)
         self._restore_leases(worker)
+        if identity.order not in self._context.known_orders:
+            self._count_as_busy(worker, pool)
         twin = self._registry.get(identity.order)
         if twin is not None and twin.id != worker.id and not self._registry.busy(worker.id):
             worker = self._registry.drain(worker.id, Reason.SURPLUS, now)  # one order, two machines
@@ -234,6 +237,14 @@ class ReconcileLoop:
         """A restart forgets nobody, and the time the broker was away is not held against its clients."""
         for stored in self._context.stored_leases.pop(worker.instance_id or "", ()):
             lease = replace(stored.lease, worker_id=worker.id)
+            self._registry.grant(lease, self._context.now())
+
+    def _count_as_busy(self, worker: Worker, pool: PoolSettings) -> None:
+        """A machine that this store knows nothing of (it was lost, or the machine was somebody else's) may be
+        in use: nobody is given it alone, and no RELEASE ends it, until its client has had time to PING."""
+        if not self._registry.busy(worker.id):
+            lease_id = f"unknown-{worker.id}"
+            lease = Lease(lease_id, worker.id, UNKNOWN_CLIENT, pool.idle_timeout, pool.exclusive)
             self._registry.grant(lease, self._context.now())
 
     async def _claim(self, cloud: Cloud, instance: Instance) -> None:

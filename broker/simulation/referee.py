@@ -181,8 +181,9 @@ class Referee:
 
     def terminated(self, at: float, machine: Machine) -> None:
         """The broker's Terminate was carried out on a machine that was running."""
-        if machine.running_at is None or self.excused(machine, at):
-            return
+        stopped_before = machine.stopped_running_at is not None and machine.stopped_running_at < at
+        if machine.running_at is None or stopped_before or self.excused(machine, at):
+            return  # one that had stopped by itself served nobody any more
         for hold in self._by_machine[machine.id]:
             if hold.live_at(at, self._pool.idle_timeout):
                 facts = f"{machine.id} was terminated; {hold.client} used it {at - hold.last_used_at:.1f} s before"
@@ -213,7 +214,12 @@ class Referee:
             self.broken(at, "launches never exceed the caps", facts)
 
     def store_lost(self) -> None:
-        """Somebody has damaged the store: what only it could tell is forgiven, the rest is not."""
+        """Somebody has damaged the store: what only it could tell is forgiven, the rest is not.
+
+        That is which orders there were, how many, and who wanted a worker of a shared pool for himself alone.
+        """
+        for hold in self._current.values():
+            hold.exclusive = self._pool.exclusive
         self._forgiven = frozenset(self._orders)
         self._orders_at.clear()
 

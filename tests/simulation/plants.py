@@ -104,7 +104,7 @@ def launches_of_the_hour_are_not_counted() -> Iterator[Any]:
 
 @planted
 def launches_of_the_hour_are_forgotten_at_a_restart() -> Iterator[Any]:
-    yield patch.object(store.Store, "attempts_since", lambda self, unix: [])
+    yield patch.object(store.Store, "attempts", lambda self, moment, within_seconds: [])
 
 
 # --- what listings mean ------------------------------------------------------------------------------------
@@ -217,6 +217,7 @@ def wall_clock_for_idle_times() -> Iterator[Any]:
         def __init__(self, clock: Clock) -> None:
             self._clock = clock
             self.jump = clock.jump  # type: ignore[attr-defined]
+            self.boot = clock.boot
 
         def monotonic(self) -> float:
             return self._clock.wall()
@@ -224,7 +225,7 @@ def wall_clock_for_idle_times() -> Iterator[Any]:
         def wall(self) -> float:
             return self._clock.wall()
 
-    yield patch("broker.simulation.stage.LoopClock", lambda loop: WallClock(LoopClock(loop)))
+    yield patch("broker.simulation.world.LoopClock", lambda loop: WallClock(LoopClock(loop)))
 
 
 @planted
