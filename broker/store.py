@@ -138,23 +138,14 @@ class Store:
 
     async def order_placed(self, order: Order, placed: Moment | None = None) -> None:
         """Returns when the order is on disk. Without `placed`, its age is told by the wall clock alone."""
-        writes = [
-            self._write(
-                True,
-                "INSERT INTO orders (id, pool, offering, parameters, created_unix) VALUES (?, ?, ?, ?, ?)",
-                (
-                    order.id,
-                    order.pool,
-                    json.dumps(asdict(order.offering)),
-                    order.parameters,
-                    order.created_unix,
-                ),
-            )
-        ]
-        if placed is not None:
-            values = (order.id, placed.boot, placed.at)
-            writes.append(self._write(True, "INSERT INTO attempts VALUES (?, ?, ?)", values))
-        await asyncio.gather(*writes)  # they wait together, so they are one commit
+        values = (order.id, order.pool, json.dumps(asdict(order.offering)), order.parameters, order.created_unix)
+        if placed is not None:  # queued in one go with the order, so it is in the same commit
+            self._queue(True, "INSERT INTO attempts VALUES (?, ?, ?)", (order.id, placed.boot, placed.at))
+        await self._write(
+            True,
+            "INSERT INTO orders (id, pool, offering, parameters, created_unix) VALUES (?, ?, ?, ?, ?)",
+            values,
+        )
 
     async def order_launched(self, order_id: str, instance_id: str) -> None:
         await self._write(
@@ -263,13 +254,16 @@ class Store:
             self._report(str(task.exception()))
 
     async def _write(self, durable: bool, sql: str, values: tuple[Any, ...]) -> None:
+        await asyncio.shield(self._queue(durable, sql, values))
+
+    def _queue(self, durable: bool, sql: str, values: tuple[Any, ...]) -> asyncio.Future[None]:
         loop = asyncio.get_running_loop()
         done: asyncio.Future[None] = loop.create_future()
         self._waiting[durable].append(_Write(sql, values, done))
         writer = self._writers[durable]
         if writer is None or writer.done():
             self._writers[durable] = loop.create_task(self._write_all(durable))
-        await asyncio.shield(done)
+        return done
 
     async def _write_all(self, durable: bool) -> None:
         while self._waiting[durable]:

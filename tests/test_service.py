@@ -552,7 +552,7 @@ def test_settings_that_cannot_work_do_not_keep_running_machines_alive_for_ever(t
         cloud.add()
         cloud.fail["open"].append(SettingsError(["pool.default.security_groups: there is no such group"]))
         async with running_broker(settings(), tmp_path, cloud=cloud) as broker:
-            reply = await broker.ask("GET_WORKER exclusive=yes wait=5")
+            reply = await broker.ask("GET_WORKER wait=5")
             assert "ERROR" not in reply, "the machine that runs is handed out"
             assert await broker.ask("GET_WORKER client=b exclusive=yes") == (
                 "ERROR: the broker's settings do not work: "

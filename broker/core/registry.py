@@ -303,7 +303,7 @@ class Registry:
         self.renew(lease, now)
         self._reindex_holds(worker)
         first = len(holders) == 1
-        if lease.exclusive and UNKNOWN_CLIENT in holders:
+        if lease.exclusive and lease.client != UNKNOWN_CLIENT and UNKNOWN_CLIENT in holders:
             self.end_lease(worker.id, UNKNOWN_CLIENT, "its client is known", now)
         self._tell(LeaseGranted(lease, worker, first, now))
         return lease
