@@ -237,6 +237,49 @@ def terminate_all(
     print(json.dumps(ended) if as_json else "\n".join(ended) or "nothing was running")
 
 
+# --- the simulator ---------------------------------------------------------------------------------------
+
+
+@app.command(epilog="Exit codes: 0 no promise was broken, 1 some were, 2 wrong usage or configuration.")
+def simulate(
+    seeds: Annotated[int, typer.Option(min=1, help="How many histories.")] = 100,
+    hours: Annotated[float, typer.Option(min=0.1, help="How long each is, in simulated hours.")] = 24.0,
+    seed: Annotated[int, typer.Option(min=0, help="The first one.")] = 0,
+    settings: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Ordinary days under these settings: launches, cost, waiting. Without it everything goes wrong.",
+        ),
+    ] = None,
+    pool: Annotated[str, typer.Option(help="Which pool of --settings.")] = "default",
+    plant: Annotated[
+        str | None, typer.Option(metavar="BUG", help="Break the broker first: is it found? In a clone only.")
+    ] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write all figures: Markdown, or JSON for a .json name."),
+    ] = None,
+    cores: Annotated[int | None, typer.Option(min=1, help="How many to use; all by default.")] = None,
+    only: Annotated[
+        str | None, typer.Option(metavar="N,N,…", help="Of each history, let only these entries happen.")
+    ] = None,
+) -> None:
+    """Run the real broker against a lying cloud in virtual time, and say what it broke."""
+    from broker.simulation.command import Wanted, simulate as run  # the daemon's libraries take half a second
+
+    chosen = None if settings is None else _load(settings).settings
+    kept = None if only is None else tuple(int(number) for number in only.split(",") if number)
+    wanted = Wanted(seeds, hours, seed, chosen, str(settings or ""), pool, plant, report, cores, kept)
+    try:
+        broken = run(wanted, errors)
+    except SettingsError as error:
+        _fail_settings(error)
+    except OSError as error:
+        _fail(f"cannot write the report: {error}", EXIT_USAGE)
+    raise typer.Exit(1 if broken else 0)
+
+
 # --- the configuration -----------------------------------------------------------------------------------
 
 

@@ -138,7 +138,13 @@ class Store:
 
     async def order_placed(self, order: Order, placed: Moment | None = None) -> None:
         """Returns when the order is on disk. Without `placed`, its age is told by the wall clock alone."""
-        values = (order.id, order.pool, json.dumps(asdict(order.offering)), order.parameters, order.created_unix)
+        values = (
+            order.id,
+            order.pool,
+            json.dumps(asdict(order.offering)),
+            order.parameters,
+            order.created_unix,
+        )
         if placed is not None:  # queued in one go with the order, so it is in the same commit
             self._queue(True, "INSERT INTO attempts VALUES (?, ?, ?)", (order.id, placed.boot, placed.at))
         await self._write(

@@ -31,7 +31,13 @@ from broker.store import Store
 
 COMMAND_SECONDS = 180.0  # how long an operator's command may take before its answer counts as missing
 START_AGAIN_SECONDS = 5.0  # the service manager's pause before it starts a broker that has ended by itself
-NOISE = (b"", b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", b"\x16\x03\x01\x02\x00\n", b"GET_WOR", b"NONSENSE 1 2 3\n")
+NOISE = (
+    b"",
+    b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
+    b"\x16\x03\x01\x02\x00\n",
+    b"GET_WOR",
+    b"NONSENSE 1 2 3\n",
+)
 FLOOD = 1000  # so much noise at once is scenario 35
 MANY = 10_000  # so many idle connections are scenario 34
 

@@ -42,7 +42,9 @@ class Wanted:
     def command(self, seed: int, kept: tuple[int, ...]) -> str:
         """What plays one history of these again, exactly."""
         words = [f"compute-broker simulate --seeds 1 --seed {seed} --hours {self.hours:g}"]
-        words += [f"--settings {self.settings_source} --pool {self.pool}"] if self.settings is not None else []
+        words += (
+            [f"--settings {self.settings_source} --pool {self.pool}"] if self.settings is not None else []
+        )
         words += [f"--plant {self.plant}"] if self.plant else []
         words += [f"--only {','.join(str(number) for number in kept)}"]
         return " ".join(words)
@@ -78,7 +80,9 @@ def simulate(wanted: Wanted, errors: Console) -> int:
 def plant_of(name: str) -> Plant:
     """A deliberate bug of the tests, which an installed broker does not have. Raises SettingsError."""
     if not (BROKER.parent / "tests" / "simulation" / "plants.py").is_file():
-        raise SettingsError(["--plant works in a clone of the repository only: the bugs are kept in its tests"])
+        raise SettingsError(
+            ["--plant works in a clone of the repository only: the bugs are kept in its tests"]
+        )
     sys.path.insert(0, str(BROKER.parent))
     plants: dict[str, Plant] = importlib.import_module(PLANTS_MODULE).PLANTS
     if name not in plants:
@@ -120,4 +124,6 @@ def _progress(errors: Console, seeds: int) -> Iterator[Callable[[Totals, Outcome
 
 def _tell_tenths(errors: Console, totals: Totals, seeds: int) -> None:
     if totals.seeds * TENTHS // seeds > (totals.seeds - 1) * TENTHS // seeds:
-        errors.print(f"{totals.seeds} of {seeds} histories, {totals.seconds:.0f} s, {totals.violations} broken")
+        errors.print(
+            f"{totals.seeds} of {seeds} histories, {totals.seconds:.0f} s, {totals.violations} broken"
+        )

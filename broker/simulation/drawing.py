@@ -91,9 +91,7 @@ def on_stage(settings: Settings, pool: str = "default") -> Settings:
     return settings.model_copy(update={"pool": {"default": placed}})
 
 
-def _in_order(
-    seed: int, hours: float, settings: Settings, weather: Weather, entries: list[Entry]
-) -> History:
+def _in_order(seed: int, hours: float, settings: Settings, weather: Weather, entries: list[Entry]) -> History:
     return History(seed, hours, settings, weather, tuple(sorted(entries, key=lambda entry: entry.at)))
 
 
@@ -171,9 +169,7 @@ def _visit(rng: random.Random, at: float, number: int, settings: Settings, polit
     )
 
 
-def _burst(
-    rng: random.Random, name: str, session: Session, settings: Settings, polite: bool
-) -> list[Entry]:
+def _burst(rng: random.Random, name: str, session: Session, settings: Settings, polite: bool) -> list[Entry]:
     """Asking in the same instant, not working long."""
     at, entries = rng.uniform(*session), []
     for number in range(rng.randint(*BURST_CLIENTS)):
@@ -196,7 +192,9 @@ def _crashes(rng: random.Random, hours: float, entries: list[Entry]) -> list[Ent
         torn = rng.random() < 0.03
         found.append(Crash(at, rng.randint(0, 60), rng.choice([1, 20, 300, 4000]), torn))
     for _ in range(rng.choice([0, 0, 1, 2])):
-        near = rng.choice(entries).at + rng.uniform(0, 60) if entries else rng.uniform(0, hours * HOUR_SECONDS)
+        near = (
+            rng.choice(entries).at + rng.uniform(0, 60) if entries else rng.uniform(0, hours * HOUR_SECONDS)
+        )
         found.append(Stop(near, rng.choice([1.0, 60.0, 600.0])))
     return found
 

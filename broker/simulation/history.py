@@ -120,9 +120,7 @@ class Idlers:
     seconds: float
 
 
-Entry = (
-    Visit | Crowd | Crash | Stop | WallJump | DiskFull | Operator | Outage | BrokenImage | Noise | Idlers
-)
+Entry = Visit | Crowd | Crash | Stop | WallJump | DiskFull | Operator | Outage | BrokenImage | Noise | Idlers
 
 
 @dataclass(frozen=True, slots=True)

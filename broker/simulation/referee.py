@@ -59,7 +59,9 @@ class Hold:
 class Referee:
     """Collects facts while a history is played; `violations` grows as promises break."""
 
-    def __init__(self, pool: PoolSettings, told: Callable[[Violation], None] = lambda violation: None) -> None:
+    def __init__(
+        self, pool: PoolSettings, told: Callable[[Violation], None] = lambda violation: None
+    ) -> None:
         self._pool = pool
         self._told = told
         self.violations: list[Violation] = []

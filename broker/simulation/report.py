@@ -29,7 +29,9 @@ def facts(totals: Totals, title: str) -> dict[str, Any]:
         "launches": totals.launches,
         "crashes": totals.crashes,
         "seconds": round(totals.seconds, 1),
-        "hours_per_core_second": round(totals.hours / totals.core_seconds, 1) if totals.core_seconds else None,
+        "hours_per_core_second": round(totals.hours / totals.core_seconds, 1)
+        if totals.core_seconds
+        else None,
         "waits": {
             "served": len(totals.waited),
             "not_served": totals.unserved,
@@ -39,7 +41,9 @@ def facts(totals: Totals, title: str) -> dict[str, Any]:
         "cost_usd": round(totals.cost_usd_micros / USD_MICROS, 2),
         "idle_usd": round(totals.idle_usd_micros / USD_MICROS, 2),
         "rest_seconds_max": totals.rest_seconds_max,
-        "scenarios": {str(one.number): {"title": one.title, "count": one.count(totals.seen)} for one in SCENARIOS},
+        "scenarios": {
+            str(one.number): {"title": one.title, "count": one.count(totals.seen)} for one in SCENARIOS
+        },
         "faults": dict(totals.faults.most_common()),
         "wait_points": {
             "of": len(points()),
@@ -98,7 +102,9 @@ def markdown(found: dict[str, Any], transcripts: Sequence[str]) -> str:
     if wait_points["never"]:
         parts += ["## Never struck by a kill\n", "".join(f"- {place}\n" for place in wait_points["never"])]
     if found["violations"]:
-        rows = [(one["seed"], f"{one['at']:.1f}", one["promise"], one["facts"]) for one in found["violations"]]
+        rows = [
+            (one["seed"], f"{one['at']:.1f}", one["promise"], one["facts"]) for one in found["violations"]
+        ]
         parts += ["## Broken promises\n", _table(("seed", "second", "promise", "facts"), rows)]
     parts += [f"```text\n{transcript}\n```\n" for transcript in transcripts]
     return "\n".join(parts)

@@ -159,7 +159,8 @@ class Stage:
             return found  # what the disk did not take is cleaned up at the next start
         found += [("no order stays open", order.id) for order in context.store.open_orders()]
         found += [
-            ("no lease stays for ever", f"{one.lease.id} of {one.instance_id}") for one in context.store.leases()
+            ("no lease stays for ever", f"{one.lease.id} of {one.instance_id}")
+            for one in context.store.leases()
         ]
         return found
 

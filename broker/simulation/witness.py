@@ -54,7 +54,10 @@ class Witness:
         self.seen: Counter[str] = Counter()
         self.asking = 0  # clients that wait for a worker at the moment
         self._sky, self._referee, self._daemon = sky, referee, daemon
-        self._failed: tuple[float, str] = (float("-inf"), "")  # when an order came to nothing, and of what kind
+        self._failed: tuple[float, str] = (
+            float("-inf"),
+            "",
+        )  # when an order came to nothing, and of what kind
         self._batch = 0  # how many machines the last Terminate named
         self._opened = 0
 
