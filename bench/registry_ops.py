@@ -149,6 +149,7 @@ class ManualClock:
     """Time that moves when told."""
 
     now: float
+    boot: str = "bench"
 
     def monotonic(self) -> float:
         return self.now

@@ -249,7 +249,7 @@ def simulate(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Ordinary days under these settings: launches, cost, waiting. Without it everything goes wrong.",
+            help="Ordinary days under these settings: launches, cost, waiting. Without: all goes wrong.",
         ),
     ] = None,
     pool: Annotated[str, typer.Option(help="Which pool of --settings.")] = "default",
@@ -266,7 +266,8 @@ def simulate(
     ] = None,
 ) -> None:
     """Run the real broker against a lying cloud in virtual time, and say what it broke."""
-    from broker.simulation.command import Wanted, simulate as run  # the daemon's libraries take half a second
+    from broker.simulation.command import Wanted  # the daemon's libraries take half a second
+    from broker.simulation.command import simulate as run
 
     chosen = None if settings is None else _load(settings).settings
     kept = None if only is None else tuple(int(number) for number in only.split(",") if number)

@@ -51,7 +51,7 @@ class OpenOrder:
     sent_at: float  # when its last call was made: absence from a listing counts only a good while after it
     perhaps_launched: bool  # a call may have been carried out without an answer
     resend_at: float = 0.0  # not before; never, once the cloud has refused the same order as a different one
-    doubtful: bool = False  # refused when sent again, but its first call may still be on its way to the cloud
+    doubtful: bool = False  # refused when sent again, but its first call may still be on its way
 
 
 class Orders:
@@ -65,7 +65,7 @@ class Orders:
         return self._open.get(order_id)
 
     def doubtful(self, pool: str) -> int:
-        """Orders that probably come to nothing: no supply, but they count against the caps until it is sure."""
+        """Orders that probably come to nothing: no supply, yet they count against the caps until it is sure."""
         return sum(entry.doubtful and entry.order.pool == pool for entry in self._open.values())
 
     def unresolved(self) -> list[OpenOrder]:

@@ -171,7 +171,7 @@ def test_attempts_are_remembered_whatever_came_of_them(tmp_path: Path) -> None:
 
 
 def test_an_attempt_keeps_its_age_when_the_wall_clock_is_set(tmp_path: Path) -> None:
-    """Simulated history, seed 141: set an hour ahead, the clock made a restarted broker forget its launches."""
+    """Simulated history, seed 141: a clock set an hour ahead made a restarted broker forget launches."""
 
     async def story(store: Store) -> None:
         await store.order_placed(order("cb-1", created_unix=1000.0), Moment("boot 1", at=100.0, unix=1000.0))

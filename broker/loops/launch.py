@@ -202,8 +202,8 @@ class LaunchLoop:
         """The calls are over and brought no machine. Only a certain refusal closes the order.
 
         The cloud looks at the token before it looks for capacity, so when a refused offering answers an order
-        sent again, no machine exists *yet*: the call before may still be on its way. Then the order stays open
-        until a listing has shown its machine or can be trusted to show none, while others are tried.
+        sent again, no machine exists *yet*: the call before may still be on its way. Then the order stays
+        open until a listing has shown its machine or can be trusted to show none, while others are tried.
         Throttles and permissions are looked at before the token and prove nothing.
         """
         order, now = entry.order, self._context.now()

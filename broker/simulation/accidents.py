@@ -1,4 +1,4 @@
-"""What befalls the broker from outside: kills, a full disk, a damaged file, jumping clocks, operators, noise."""
+"""What befalls the broker from outside: kills, a bad disk, jumping clocks, an outage, operators, noise."""
 
 from __future__ import annotations
 
@@ -148,8 +148,9 @@ class Accidents:
         world.sky.weather = replace(good, boot_failed=0.9, port_never=1.0)
         await asyncio.sleep(broken.seconds)
         if world.now < world.closing_at:
-            mended = {"boot_failed": good.boot_failed, "port_never": good.port_never}
-            world.sky.weather = replace(world.sky.weather, **mended)
+            world.sky.weather = replace(
+                world.sky.weather, boot_failed=good.boot_failed, port_never=good.port_never
+            )
 
     # --- people ----------------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 
 BROKER = Path(__file__).parent.parent
-# What runs in the daemon and is run here: not the web server, which has real sockets only, and no other cloud.
+# What runs in the daemon and is run here: not the web server, which has real sockets only; no other cloud.
 MODULES = ("daemon.py", "orders.py", "server.py", "service.py", "store.py", "loops/*.py", "providers/ec2*.py")
 REAL_ONLY = {"_listen", "listen"}  # opens sockets: there are none in a simulation
 

@@ -1,4 +1,4 @@
-"""The clients of a history: they ask, work, ping, die, come back, and tell the referee what they were told."""
+"""The clients of a history: they ask, work, ping, die, come back; the referee hears what they were told."""
 
 from __future__ import annotations
 

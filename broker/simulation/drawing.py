@@ -22,6 +22,7 @@ from broker.simulation.history import (
     Crash,
     Crowd,
     DiskFull,
+    Ending,
     Entry,
     History,
     Idlers,
@@ -150,13 +151,15 @@ def _work(
 
 def _visit(rng: random.Random, at: float, number: int, settings: Settings, polite: bool) -> Visit:
     idle = settings.pool["default"].idle_timeout
-    endings = ["release", "release", "release", "vanish", "linger"]
+    endings: list[Ending] = ["release", "release", "release", "vanish", "linger"]
+    if not polite:
+        endings.append("force")
     visit = Visit(
         at=at,
         name=f"client-{number}" if rng.random() < 0.8 else f"client-{rng.randint(0, 5)}",
         work_seconds=rng.choice([5.0, 60.0, 600.0, 3600.0, 9000.0]) * rng.uniform(0.5, 1.5),
         ping_seconds=min(rng.choice([60.0, 120.0, 240.0]), idle * 0.8),
-        ending=rng.choice(endings if polite else [*endings, "force"]),  # type: ignore[arg-type]
+        ending=rng.choice(endings),
         again=rng.choice([0, 0, 0, 1, 2]),
     )
     if polite:

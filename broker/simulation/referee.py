@@ -188,7 +188,8 @@ class Referee:
             return  # one that had stopped by itself served nobody any more
         for hold in self._by_machine[machine.id]:
             if hold.live_at(at, self._pool.idle_timeout):
-                facts = f"{machine.id} was terminated; {hold.client} used it {at - hold.last_used_at:.1f} s before"
+                ago_seconds = at - hold.last_used_at
+                facts = f"{machine.id} was terminated; {hold.client} used it {ago_seconds:.1f} s before"
                 self.broken(at, "no busy worker is killed", facts)
 
     def known(self, at: float, machines: Iterable[Machine], explains: Callable[[Machine], bool]) -> None:

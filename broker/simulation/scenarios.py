@@ -25,7 +25,7 @@ class Scenario:
 
 
 SCENARIOS = tuple(
-    Scenario(number, title, scenes)
+    Scenario(number, title, tuple(scenes))
     for number, title, *scenes in (
         (1, "killed right after RunInstances", "killed right after a launch"),
         (2, "RunInstances answered, the answer lost", "launch answer lost"),

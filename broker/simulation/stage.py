@@ -139,7 +139,7 @@ class Stage:
         world = self._world
         began_at = world.now
         limit = world.pool.idle_timeout + world.pool.boot_deadline + REST_SLACK_SECONDS
-        while (unrest := self._unrest()) and world.now < began_at + limit:
+        while (unrest := self._unrest()) and world.now < began_at + limit:  # noqa: ASYNC110 (no event tells)
             await asyncio.sleep(LOOK_SECONDS)
         self._rest_seconds = max(self._rest_seconds, world.now - began_at)
         for promise, facts in unrest:
@@ -168,8 +168,10 @@ class Stage:
         world = self._world
         last = Visit(world.now, "the-last", 5.0, 60.0, "release", wait=900.0)
         give_up_at = world.now + RECOVERY_SECONDS
-        while (address := await self._clients.get(last)) is None and world.now < give_up_at:
+        address = await self._clients.get(last)
+        while address is None and world.now < give_up_at:
             await asyncio.sleep(LOOK_SECONDS)
+            address = await self._clients.get(last)
         if address is None:
             world.referee.broken(world.now, "the broker recovers", "the last client was not served")
             return
