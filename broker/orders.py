@@ -65,7 +65,7 @@ class Orders:
         return self._open.get(order_id)
 
     def doubtful(self, pool: str) -> int:
-        """Orders that probably come to nothing: no supply, yet they count against the caps until it is sure."""
+        """Orders that probably come to nothing: no supply, yet they count against the caps meanwhile."""
         return sum(entry.doubtful and entry.order.pool == pool for entry in self._open.values())
 
     def unresolved(self) -> list[OpenOrder]:

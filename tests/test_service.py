@@ -644,6 +644,25 @@ def test_a_lease_that_could_not_be_written_is_not_taken_for_written_after_a_look
     live(tmp_path, story, chosen=settings(sharing="exclusive", max_workers=1), boots=False)
 
 
+def test_an_order_refused_when_sent_again_fills_its_place_until_its_first_call_cannot_arrive_any_more(
+    tmp_path: Path,
+) -> None:
+    """Simulated history, seed 42: a call on its way when the broker died arrived after the second was refused."""
+
+    async def story(broker: RunningBroker) -> None:
+        broker.cloud.fail["launch"].extend([lost_answer(), OfferingRefused()])
+        assert "[TIMEOUT]" in await broker.ask("GET_WORKER client=a wait=30")
+        assert broker.daemon.orders.doubtful("default") == 1
+        await asyncio.sleep(181)  # the offering has cooled down
+        assert "[TIMEOUT]" in await broker.ask("GET_WORKER client=b wait=30"), "the cap holds for both"
+        assert broker.cloud.count("launch") == 2
+        await asyncio.sleep(300)
+        assert broker.daemon.orders.doubtful("default") == 0
+        assert "ERROR" not in await broker.ask("GET_WORKER client=c")
+
+    live(tmp_path, story, chosen=settings(max_workers=1))
+
+
 def test_one_client_on_three_connections_buys_one_exclusive_machine(tmp_path: Path) -> None:
     async def story(broker: RunningBroker) -> None:
         replies = await asyncio.gather(*(broker.ask("GET_WORKER client=anna") for _ in range(3)))

@@ -309,3 +309,44 @@ def test_after_a_restart_the_ping_of_a_holder_is_answered_even_if_the_first_list
             assert await again.ask("GET_WORKER client=a") == address
 
     run_virtual(main())
+
+
+# --- machines that the store knows nothing of ----
+
+
+def test_a_damaged_store_gives_no_exclusive_worker_to_a_second_client(tmp_path: Path) -> None:
+    """Simulated history, seed 32."""
+
+    async def main() -> None:
+        chosen = settings(sharing="exclusive", max_workers=1)
+        async with running_broker(chosen, tmp_path / "one") as broker:
+            address = await broker.ask("GET_WORKER client=holder")
+        async with running_broker(chosen, tmp_path / "lost", cloud=broker.cloud) as again:
+            assert "[TIMEOUT]" in await again.ask("GET_WORKER client=other wait=60")
+            assert await again.ask(f"RELEASE {address} client=other") == "OK"
+            assert again.cloud.count("terminate") == 0, "it may be in use"
+            assert await again.ask(f"PING {address} client=holder") == "OK"
+            assert "[DENIED]" in await again.ask(f"PING {address} client=other"), (
+                "now it is known whose it is"
+            )
+            assert await again.ask("GET_WORKER client=holder") == address
+
+    run_virtual(main())
+
+
+def test_a_damaged_store_lets_no_release_end_a_shared_worker_under_clients_it_forgot(tmp_path: Path) -> None:
+    """Simulated history, seed 65."""
+
+    async def main() -> None:
+        async with running_broker(settings(), tmp_path / "one") as broker:
+            address = await broker.ask("GET_WORKER client=forgotten")
+        async with running_broker(settings(), tmp_path / "lost", cloud=broker.cloud) as again:
+            assert await again.ask("GET_WORKER client=other") == address, "it is shared all the same"
+            assert await again.ask(f"RELEASE {address} client=other") == "OK"
+            await asyncio.sleep(60)
+            assert await again.ask(f"PING {address} client=forgotten") == "OK"
+            await again.ask(f"RELEASE {address} client=forgotten")
+            await asyncio.sleep(901)  # whoever else may have held it has had the time to PING
+            assert again.cloud.count("terminate") == 1
+
+    run_virtual(main())
