@@ -1,6 +1,6 @@
 # Everything a newcomer needs is `make run` and `make test`; `make help` lists the rest.
 .DEFAULT_GOAL := help
-.PHONY: help setup run test check format bench lock
+.PHONY: help setup run test check format simulate bench lock
 
 help:           ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -24,6 +24,9 @@ check: setup    ## what must hold before a commit: format, lint, types, layers, 
 format: setup   ## format the code
 	.venv/bin/ruff format .
 	.venv/bin/ruff check --fix .
+
+simulate: setup ## the long simulation: 10,000 days on all cores; the report goes to simulation.md
+	.venv/bin/compute-broker simulate --seeds $(or $(SEEDS),10000) --report simulation.md $(ARGS)
 
 bench: setup    ## measure against peers on this machine; WRITE=1 keeps the figures in bench/RESULTS.md
 	.venv/bin/python -m bench.run $(if $(WRITE),--write) $(ARGS)

@@ -647,7 +647,7 @@ def test_a_lease_that_could_not_be_written_is_not_taken_for_written_after_a_look
 def test_an_order_refused_when_sent_again_fills_its_place_until_its_first_call_cannot_arrive_any_more(
     tmp_path: Path,
 ) -> None:
-    """Simulated history, seed 42: a call on its way when the broker died arrived after the second was refused."""
+    """Simulated history, seed 42: a call came late, after the one sent again was refused."""
 
     async def story(broker: RunningBroker) -> None:
         broker.cloud.fail["launch"].extend([lost_answer(), OfferingRefused()])

@@ -37,7 +37,7 @@ class Clients:
             if visit.ending in ("release", "force"):
                 await self.release(visit, address)
             if visit.ending == "linger" and turn < visit.again and world.now < world.closing_at:
-                await asyncio.sleep(max(0.0, world.pool.idle_timeout + turn - 0.5))
+                await asyncio.sleep(max(0.0, world.pool.idle_timeout + visit.late_seconds))
 
     async def crowd(self, crowd: Crowd) -> None:
         """A thousand at once; how they fare is what the referee is told."""

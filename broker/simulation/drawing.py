@@ -161,6 +161,7 @@ def _visit(rng: random.Random, at: float, number: int, settings: Settings, polit
         ping_seconds=min(rng.choice([60.0, 120.0, 240.0]), idle * 0.8),
         ending=rng.choice(endings),
         again=rng.choice([0, 0, 0, 1, 2]),
+        late_seconds=rng.uniform(-0.3, 0.6),  # Terminate's answer takes a fifth of a second
     )
     if polite:
         return visit

@@ -31,6 +31,7 @@ class Visit:
     wait: float | None = None
     patience_seconds: float | None = None  # hangs up when it has no answer by then
     again: int = 0  # so many times more, each about the moment its worker is due to be reaped
+    late_seconds: float = 0.0  # after that moment; negative: before
 
 
 @dataclass(frozen=True, slots=True)

@@ -89,7 +89,14 @@ def cap_ignores_machines_on_order() -> Iterator[Any]:
     """Only machines that are ready count against the cap and as supply."""
 
     def plan(
-        registry: Registry, name: str, pool: PoolSettings, demand: Demand, guard: LaunchGuard, now: float
+        registry: Registry,
+        name: str,
+        pool: PoolSettings,
+        demand: Demand,
+        guard: LaunchGuard,
+        now: float,
+        *,
+        doubtful: int = 0,
     ) -> LaunchPlan:
         room = pool.max_workers - registry.count(name, WorkerState.READY)
         return LaunchPlan(max(0, min(demand.workers_wanted(), room)))
