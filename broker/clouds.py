@@ -2,14 +2,18 @@
 
 While a cloud does not answer nothing is inferred from its silence and nothing new is bought from it: the
 books are frozen, warm workers are still handed out, and whoever would need a launch hears why at once.
+
+While another broker with our id is in charge of a cloud (core/claim.py), this one is read-only there. That is
+a matter of each cloud: two brokers with one id that buy in different regions do not meet.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from broker.core.errors import BrokerError, CloudError, CredentialsRefused, SettingsError
+from broker.core.claim import ACT_SECONDS_MAX, Claim
+from broker.core.errors import BrokerError, CloudError, CredentialsRefused, ReadOnly, SettingsError
 from broker.providers.base import Provider
 
 SCAN_FAILURES_MAX = 3  # so many failed scans in a row and the cloud counts as unreachable
@@ -27,11 +31,31 @@ class Cloud:
     failures: int = 0  # scans failed in a row
     error: BrokerError | None = None
     mistake: SettingsError | None = None  # nothing can be bought here until a person has mended the settings
+    rival: Claim | None = None  # another broker's claim, by which it is in charge here and we are not
+    claims: dict[str, Claim | None] = field(default_factory=dict)  # by living machine, as last listed
 
     @property
     def recovered(self) -> bool:
         """Whether a complete listing has come in since the start: before that, nothing may be launched."""
         return self.scanned_at is not None
+
+    def acts(self, now: float) -> bool:
+        """Whether machines may be launched and terminated: we are in charge, and looked at it of late.
+
+        A broker that was frozen or cut off looks first: another may have taken over meanwhile.
+        """
+        scanned_at = self.scanned_at
+        return self.rival is None and scanned_at is not None and now - scanned_at <= ACT_SECONDS_MAX
+
+    def read_only(self) -> ReadOnly | None:
+        """What clients hear while another broker is in charge here, or None."""
+        if self.rival is None:
+            return None
+        return ReadOnly(
+            f"another broker with this id ({self.rival.owner}, claim {self.rival.number}) is in charge of "
+            f"{self.provider.name}, and this one is read-only: ask that one; or stop it for good, and within "
+            "a quarter of an hour this one takes over"
+        )
 
     def scan_succeeded(self, started_at: float, wall_unix: float) -> None:
         self.scanned_at, self.scanned_unix = started_at, wall_unix
@@ -70,3 +94,7 @@ class Clouds:
 
     def recovered(self) -> bool:
         return all(cloud.recovered for cloud in self.all)
+
+    def read_only(self) -> list[ReadOnly]:
+        """One for each cloud of which another broker is in charge."""
+        return [error for cloud in self.all if (error := cloud.read_only()) is not None]

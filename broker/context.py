@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from broker.clock import Clock
 from broker.clouds import Cloud, Clouds
+from broker.core.claim import Claim
 from broker.core.model import Worker
 from broker.core.policy import LaunchGuard
 from broker.core.registry import Registry
@@ -61,6 +62,8 @@ class Context:
         default_factory=set
     )  # instances whose end has been decided, also before the start
     known_orders: set[str] = field(default_factory=set)  # placed by this broker, in this run or before
+    owner: str = ""  # which installation this is; known once the store is open
+    epoch: int = 0  # the number of our claim, the same on disk; 0 before we were ever in charge
     unwanted: set[str] = field(default_factory=set)  # orders that TERMINATE_ALL met before they had a machine
 
     def pool(self, name: str) -> PoolSettings:
@@ -75,6 +78,10 @@ class Context:
 
     def guard(self, pool: str) -> LaunchGuard:
         return self.guards.setdefault(pool, LaunchGuard())
+
+    def claim(self) -> Claim:
+        """What we write onto our machines now."""
+        return Claim(self.epoch, self.owner, self.clock.wall())
 
     def now(self) -> float:
         return self.clock.monotonic()

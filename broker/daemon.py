@@ -19,7 +19,7 @@ from pathlib import Path
 
 from aiohttp import web
 
-from broker import systemd
+from broker import installation, systemd
 from broker.clock import Clock, moment
 from broker.clouds import Cloud, Clouds
 from broker.context import Context
@@ -29,6 +29,7 @@ from broker.core.policy import HOUR_SECONDS, Reason
 from broker.core.registry import BOOKED, Registry
 from broker.core.settings import BrokerSettings, Settings, require_private, split_address
 from broker.logs import EventLog, Log
+from broker.loops.beat import BeatLoop
 from broker.loops.launch import LaunchLoop
 from broker.loops.probe import Connect, ProbeLoop, connects
 from broker.loops.reap import ReapLoop
@@ -36,7 +37,7 @@ from broker.loops.reconcile import ReconcileLoop
 from broker.loops.runner import LoopRunner
 from broker.loops.tagging import TaggingLoop
 from broker.metering import Meter
-from broker.orders import Orders
+from broker.orders import YIELDED, Orders
 from broker.providers.base import Provider
 from broker.providers.ec2 import Ec2Provider
 from broker.providers.local import LocalProvider
@@ -100,12 +101,15 @@ class Daemon:
         store_threaded: bool = True,
         ports: bool = True,
         new_id: Callable[[], str] = lambda: secrets.token_hex(12),
+        owner_of: Callable[[Path], str | None] = installation.owner_of,
     ) -> None:
         self.settings = settings
         self.clock = clock
         self._log = log
         self._notifier = systemd.Notifier(environ, lambda problem: log.warning(problem))
         self._environ = environ
+        self._state_dir = state_dir
+        self._owner_of = owner_of
         self._ports = ports  # False: no sockets at all; connections are made by `server.connect`
         self._sockets = _activated(environ, settings.broker)
         self._observers: list[Callable[[Event], None]] = []
@@ -131,6 +135,7 @@ class Daemon:
             report=report,
             changed=self._scanned,
             beat=self._beat,
+            charged=self._charged,
         )
         self.service = Service(
             context,
@@ -155,6 +160,7 @@ class Daemon:
             self.reap,
             self.launch,
             TaggingLoop(context, report),
+            BeatLoop(context, report),
             self.server,
         )
         self.runners = {loop.name: LoopRunner(loop, self.clock, self._loop_failed) for loop in loops}
@@ -185,6 +191,7 @@ class Daemon:
         self.context.store.open()
         id_lock = self._take_id() if self._ports else None
         try:
+            self.context.owner = await self._find_owner()
             self._remember()
             await self._open_providers()
             async with asyncio.TaskGroup() as tasks:
@@ -207,7 +214,7 @@ class Daemon:
     def _take_id(self) -> socket.socket | None:
         """The broker id, held while this process lives: two brokers with one id end each other's workers.
 
-        Two at one cloud on one machine, that is; on two machines nothing but their settings tells them apart.
+        Two at one cloud on one machine, that is; between two machines the claims decide (core/claim.py).
         """
         pools = [pool for pool in self.settings.pool.values() if pool.provider == "ec2"]
         if not pools or not sys.platform.startswith("linux"):
@@ -226,6 +233,14 @@ class Daemon:
             ) from None
         return lock
 
+    async def _find_owner(self) -> str:
+        """The same at every start of this installation. Raises StoreError."""
+        owner = self._owner_of(self._state_dir) or self.context.store.kept("owner")
+        if owner is None:
+            owner = secrets.token_hex(installation.OWNER_CHARS // 2)
+            await self.context.store.keep("owner", owner)
+        return owner
+
     def _remember(self) -> None:
         """Open orders, leases and launch attempts of an earlier run."""
         now = moment(self.clock)
@@ -235,6 +250,7 @@ class Daemon:
             self.orders.reopen(order)
         self.context.known_orders |= self.context.store.order_ids()
         self.context.ended |= self.context.store.ended()
+        self.context.epoch = int(self.context.store.kept("epoch") or 0)
         for launched in self.context.store.launched_orders():
             self.context.expected[launched.instance_id] = launched
         for stored in self.context.store.leases():
@@ -306,7 +322,8 @@ class Daemon:
         """READY=1, once workers can be handed out."""
         while not self.context.clouds.recovered():
             await self.context.scanned.wait()
-        self._notifier.ready(f"serving clients on {', '.join(self.server.addresses)}")
+        read_only = [error.message for error in self.context.clouds.read_only()]
+        self._notifier.ready("; ".join(read_only) or f"serving clients on {', '.join(self.server.addresses)}")
         workers = len(self.context.registry)
         self._log.info("ready", workers=workers, open_orders=len(self.orders.unresolved()))
 
@@ -342,7 +359,18 @@ class Daemon:
         self.reconcile.watch_closely()
         self._wake("reconcile")
 
+    def _charged(self, cloud: Cloud) -> None:
+        """We have come into charge of a cloud's machines, or another broker has."""
+        error, name = cloud.read_only(), cloud.provider.name
+        if error is None:
+            self._log.warning("in charge again", cloud=name, claim=str(self.context.claim()))
+            self._notifier.status(f"in charge of {name} again")
+        else:
+            self._log.error("READ-ONLY", cloud=name, error=error.message, rival=str(cloud.rival))
+            self._notifier.status(f"read-only: {error.message}")
+
     def _scanned(self) -> None:
+        self._wake("beat")
         if len(self.context.waiting):
             self._wake("launch")
 
@@ -352,6 +380,8 @@ class Daemon:
     def _guard_heard(self, event: Event) -> None:
         """Failed boots in a row open the breaker."""
         if not isinstance(event, WorkerChanged) or event.before is not WorkerState.BOOTING:
+            return
+        if event.worker.reason == YIELDED:
             return
         worker, guard = event.worker, self.context.guard(event.worker.pool)
         if worker.state is WorkerState.READY:
@@ -384,7 +414,8 @@ class Daemon:
         else:
             self._log.warning(event, **details)
         if "cloud" in details:  # what an operator wants to see in `systemctl status`
-            self._notifier.status(f"{event}: {error}" if error else event)
+            read_only = [refusal.message for refusal in self.context.clouds.read_only()]
+            self._notifier.status("; ".join([f"{event}: {error}" if error else event, *read_only]))
 
     def _loop_failed(self, name: str, error: Exception, pause_seconds: float) -> None:
         self.metrics.loop_failed(name)

@@ -27,6 +27,8 @@ from broker.core.policy import Reason
 
 NEVER_LAUNCHED = "never-launched"
 VANISHED = "vanished"  # forgotten because nothing was heard of it: it may come back
+YIELDED = "yielded"  # another broker is in charge of it now: here it is forgotten, there it lives on
+FORGOTTEN = (VANISHED, YIELDED)  # reasons that say nothing of the machine's end
 ENDING = (WorkerState.DRAINING, WorkerState.GONE)
 OUTCOMES: dict[
     type[BrokerError], str
@@ -131,7 +133,9 @@ class Orders:
         if not isinstance(event, WorkerChanged):
             return
         worker, context = event.worker, self._context
-        instance_id = worker.instance_id if worker.state in ENDING and worker.reason != VANISHED else None
+        instance_id = (
+            worker.instance_id if worker.state in ENDING and worker.reason not in FORGOTTEN else None
+        )
         if instance_id is not None and instance_id not in context.ended:
             context.ended.add(instance_id)
             context.store.soon(context.store.end_decided(instance_id, context.clock.wall()))

@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from broker.clouds import Cloud
 from broker.context import Context
 from broker.core import protocol
 from broker.core.errors import (
@@ -170,6 +171,7 @@ class Service:
         await self._recovered(name, deadline_at)
         self._require_possible(name, wish)
         for _ in range(HAND_OUT_ATTEMPTS_MAX):
+            self._require_charge(self._context.cloud(name))
             held_before = self._held(name, client)
             lease = self._take(name, client, exclusive, wish)
             if lease is None:
@@ -278,7 +280,7 @@ class Service:
     # --- PING, RELEASE, STATUS ---------------------------------------------------------------------
 
     def _ping_now(self, command: Ping, client: str) -> bytes | None:
-        worker = self._registry.by_address(command.address)
+        worker = self._held_worker(command.address)
         if worker is None:
             raise WorkerNotFound
         lease = self._registry.lease_of(worker.id, client)
@@ -289,16 +291,17 @@ class Service:
 
     async def _ping(self, command: Ping, client: str) -> bytes:
         """A client without a lease uses the worker, so it gets one, unless somebody else has it alone."""
-        worker = self._registry.by_address(command.address)
+        worker = self._held_worker(command.address)
         if worker is None:
             raise WorkerNotFound
         pool = self._context.pool(worker.pool)
         lease = Lease(self._new_id(), worker.id, client, pool.idle_timeout, pool.exclusive)
         await self._written(self._registry.grant(lease, self._now()))
+        self._require_charge(self._context.cloud_of(worker))
         return protocol.OK
 
     def _release(self, command: Release, client: str) -> bytes:
-        worker = self._registry.by_address(command.address)
+        worker = self._held_worker(command.address)
         if worker is None:
             return protocol.OK
         now = self._now()
@@ -311,6 +314,13 @@ class Service:
             self._registry.drain(worker.id, Reason.RELEASED, now)
             self._reap()
         return protocol.OK
+
+    def _held_worker(self, address: str) -> Worker | None:
+        """The worker at an address. Raises ReadOnly when it is another broker's, or may be."""
+        worker = self._registry.by_address(address)
+        for cloud in self._context.clouds.all if worker is None else (self._context.cloud_of(worker),):
+            self._require_charge(cloud)
+        return worker
 
     def _known(self) -> list[Worker]:
         return sorted(self._registry.in_state(*BOOKED), key=lambda worker: worker.born_at)
@@ -362,6 +372,8 @@ class Service:
         except BrokerError as error:
             # Where nobody has looked yet there may be more than the books hold: do not claim all is ended.
             unseen = None if self._context.clouds.recovered() else error
+        for cloud in self._context.clouds.all:  # "all" is not ours to end
+            self._require_charge(cloud)
         now = self._now()
         for name in self._context.settings.pool:
             self._context.waiting.fail(
@@ -384,6 +396,12 @@ class Service:
         if pool is None:
             raise BadRequest(f"there is no pool '{name}'; there is {', '.join(sorted(pools))}")
         return name or "default", pool
+
+    def _require_charge(self, cloud: Cloud | None) -> None:
+        """Raises ReadOnly while another broker is in charge of that cloud."""
+        error = cloud.read_only() if cloud is not None else None
+        if error is not None:
+            raise error
 
     def _require_possible(self, pool: str, wish: Wish) -> None:
         cloud = self._context.cloud(pool)

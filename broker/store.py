@@ -41,6 +41,7 @@ CREATE TABLE IF NOT EXISTS ended (instance_id TEXT PRIMARY KEY, ended_unix REAL 
 CREATE TABLE IF NOT EXISTS attempts (
     order_id TEXT PRIMARY KEY, boot TEXT NOT NULL, placed_at REAL NOT NULL
 ) STRICT;
+CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
 CREATE INDEX IF NOT EXISTS orders_state ON orders (state);
 CREATE TABLE IF NOT EXISTS leases (
     id TEXT PRIMARY KEY, instance_id TEXT NOT NULL, pool TEXT NOT NULL, address TEXT NOT NULL,
@@ -211,9 +212,25 @@ class Store:
         """The machine is on its way out: no later listing brings it back."""
         await self._write(True, "INSERT OR IGNORE INTO ended VALUES (?, ?)", (instance_id, unix))
 
+    async def end_revoked(self, instance_id: str) -> None:
+        """Another broker has taken the machine over: that its end was decided here means nothing any more."""
+        await self._write(True, "DELETE FROM ended WHERE instance_id = ?", (instance_id,))
+
     def ended(self) -> set[str]:
         """Instances whose end has been decided."""
         return {row[0] for row in self._connections[True].execute("SELECT instance_id FROM ended")}
+
+    # --- who this broker is ------------------------------------------------------------------------
+
+    async def keep(self, key: str, value: str) -> None:
+        """Returns when the fact is on disk."""
+        await self._write(True, "INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, value))
+
+    def kept(self, key: str) -> str | None:
+        """The fact that `keep` wrote last."""
+        query = "SELECT value FROM meta WHERE key = ?"
+        row = self._connections[True].execute(query, (key,)).fetchone()
+        return None if row is None else str(row[0])
 
     # --- leases ------------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import json
 from collections import defaultdict, deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -205,6 +206,7 @@ class FakeCloud:
     """
 
     name = "fake"
+    contested = True
 
     def __init__(
         self, broker_id: str, pools: Sequence[str] = ("default",), *, clock: Clock, boots: bool = True
@@ -266,8 +268,10 @@ class FakeCloud:
     def offerings(self, pool: str) -> Sequence[Offering]:
         return self.catalogue.get(pool, ())
 
-    def prepare(self, pool: str, order_id: str, offering: Offering, created_unix: float) -> Order:
-        return Order(order_id, pool, offering, "{}", created_unix)
+    def prepare(
+        self, pool: str, order_id: str, offering: Offering, created_unix: float, epoch: str = ""
+    ) -> Order:
+        return Order(order_id, pool, offering, json.dumps({"epoch": epoch}), created_unix)
 
     async def launch(self, order: Order) -> Instance:
         error = await self._call("launch", order, quiet=self.lose)
@@ -275,7 +279,8 @@ class FakeCloud:
             raise error
         machine = next((m for m in self.machines.values() if m.order_id == order.id), None)
         if machine is None:
-            instance = self._make(order.pool, order.id, order.offering)
+            epoch = json.loads(order.parameters).get("epoch", "")
+            instance = self._make(order.pool, order.id, order.offering, epoch)
             machine = self.machines[instance.id] = Machine(instance, order.id)
         if error is not None:
             raise error
@@ -306,6 +311,12 @@ class FakeCloud:
         machine = self.machines[instance_id]
         machine.instance = replace(machine.instance, tags={**machine.instance.tags, **new})
 
+    async def tag_all(self, instance_ids: Iterable[str], new: Mapping[str, str]) -> None:
+        ids = tuple(instance_ids)
+        await self._call("tag_all", ids, dict(new))
+        for machine in [self.machines[one] for one in ids if one in self.machines]:
+            machine.instance = replace(machine.instance, tags={**machine.instance.tags, **new})
+
     async def _call(self, api: str, *arguments: Any, quiet: bool = False) -> Exception | None:
         self.calls.append((api, arguments))
         await asyncio.sleep(0.001)
@@ -316,9 +327,9 @@ class FakeCloud:
             raise error
         return error
 
-    def _make(self, pool: str, order_id: str, offering: Offering) -> Instance:
+    def _make(self, pool: str, order_id: str, offering: Offering, epoch: str = "") -> Instance:
         now_unix = self._clock.wall()
-        identity = tags.Identity(self._broker_id, pool, order_id)
+        identity = tags.Identity(self._broker_id, pool, order_id, epoch=epoch)
         instance_id = f"i-{next(self._numbers):017d}"
         return Instance(
             instance_id,
@@ -470,15 +481,17 @@ async def running_broker(
     cloud: FakeCloud | None = None,
     boots: bool = True,
     others: Mapping[str, FakeCloud] = MappingProxyType({}),
+    owner: str | None = "host",
 ) -> AsyncIterator[RunningBroker]:
     """Start a broker, stop it in order at the end. With the `cloud` of an earlier one it plays a restart.
 
-    `others` are clouds of their own for some of the pools.
+    `others` are clouds of their own for some of the pools. A broker of another `owner` on the same cloud is
+    one on another host; with a clock of its own, whose wall somebody may set wrong.
     """
     clock = LoopClock(asyncio.get_running_loop())
     sky = cloud or FakeCloud(settings.broker.id, tuple(settings.pool), clock=cast(Clock, clock), boots=boots)
     numbers = itertools.count(1)
-    prefix = f"{clock.monotonic():.6f}"
+    prefix = f"{owner}-{clock.monotonic():.6f}"
     daemon = Daemon(
         settings,
         state_dir=state_dir,
@@ -490,6 +503,7 @@ async def running_broker(
         store_threaded=False,
         ports=False,
         new_id=lambda: f"{prefix}-{next(numbers)}",
+        owner_of=lambda directory: owner,
     )
     stop = asyncio.Event()
     running = asyncio.create_task(daemon.run(stop))

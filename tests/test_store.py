@@ -238,6 +238,38 @@ def test_a_lease_that_became_exclusive_is_exclusive_after_a_restart(tmp_path: Pa
     within(tmp_path, look)
 
 
+# --- who it is ----
+
+
+@BOTH_WAYS
+def test_what_a_broker_keeps_about_itself_outlives_it_and_a_file_without_it_is_no_trouble(
+    tmp_path: Path, threaded: bool
+) -> None:
+    async def story(store: Store) -> None:
+        connections(store)[0][1].execute("DROP TABLE meta")  # a file of the version before
+
+    async def later(store: Store) -> None:
+        assert store.kept("epoch") is None
+        await store.keep("epoch", "6")
+        await store.keep("epoch", "7")
+
+    async def at_last(store: Store) -> None:
+        assert store.kept("epoch") == "7"
+
+    for one in (story, later, at_last):
+        within(tmp_path, one, threaded=threaded)
+
+
+def test_an_end_that_was_decided_can_be_taken_back(tmp_path: Path) -> None:
+    async def story(store: Store) -> None:
+        await store.end_decided("i-1", 1.8e9)
+        await store.end_decided("i-2", 1.8e9)
+        await store.end_revoked("i-1")
+        assert store.ended() == {"i-2"}
+
+    within(tmp_path, story)
+
+
 # --- how it writes ----
 
 

@@ -12,7 +12,8 @@
     │   ├── LimitReached
     │   ├── BudgetReached
     │   ├── NoCapacity
-    │   └── Draining
+    │   ├── Draining
+    │   └── ReadOnly           another broker with this id is in charge
     ├── CloudError             the cloud, or the way to it; `sent` tells whether a machine may exist
     │   ├── OfferingRefused    this offering cannot be had now: try another, remember for a while
     │   │   └── QuotaReached
@@ -143,6 +144,12 @@ class Draining(Refusal):
     """the broker is shutting down: ask again in a moment"""
 
     code = Code.DRAINING
+
+
+class ReadOnly(Refusal):
+    """another broker with this id looks after the machines"""
+
+    code = Code.DENIED
 
 
 class CloudError(BrokerError):

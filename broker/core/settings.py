@@ -31,7 +31,7 @@ DURATION = re.compile(r"(?P<amount>\d+(\.\d+)?(e[+-]?\d+)?)(?P<unit>ms|s|m|h|d)?
 DURATION_SECONDS_MAX = 10 * 365 * 86_400  # no timeout means longer, and tags cannot tell a date after 9999
 UNIT_SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, None: 1.0}
 LOOPBACK = re.compile(r"127(\.\d{1,3}){3}|localhost|::1")
-TAGS_MAX = 40  # EC2 allows 50 on a resource (EC2 user guide, Tag restrictions); ours are six
+TAGS_MAX = 40  # EC2 allows 50 on a resource (EC2 user guide, Tag restrictions); ours are seven
 TAG_KEY_RESERVED = re.compile(r"compute-broker:.*|aws:.*|Name", re.IGNORECASE)
 
 

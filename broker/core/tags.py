@@ -15,6 +15,7 @@ POOL = "compute-broker:pool"
 ORDER = "compute-broker:order"
 EXPIRES = "compute-broker:expires"
 LAST_USED = "compute-broker:last-used"
+EPOCH = "compute-broker:epoch"
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,12 +27,14 @@ class Identity:
     order: str = ""
     expires_unix: float | None = None
     last_used_unix: float | None = None
+    epoch: str = ""  # the claim of the broker that looks after it, as core.claim writes it
 
 
 def launch_tags(
     identity: Identity, name: str, extra: Mapping[str, str], *, expires_unix: float
 ) -> dict[str, str]:
     """The tags of a launch call."""
+    epoch = {EPOCH: identity.epoch} if identity.epoch else {}
     return {
         **extra,
         NAME: name,
@@ -39,6 +42,7 @@ def launch_tags(
         POOL: identity.pool,
         ORDER: identity.order,
         EXPIRES: rfc3339(expires_unix),
+        **epoch,
     }
 
 
@@ -50,6 +54,7 @@ def read(tags: Mapping[str, str]) -> Identity:
         tags.get(ORDER, ""),
         unix(tags.get(EXPIRES, "")),
         unix(tags.get(LAST_USED, "")),
+        tags.get(EPOCH, ""),
     )
 
 

@@ -26,7 +26,7 @@ from broker.core.errors import (
 )
 from broker.core.model import Offering, Order, WorkerState
 from broker.core.policy import plan_launches
-from broker.orders import OUTCOMES, OpenOrder, Orders
+from broker.orders import OUTCOMES, YIELDED, OpenOrder, Orders
 from broker.waiting import Wish
 
 CALLS_MAX = 5  # for one order in a row; then the waiting clients hear why
@@ -81,9 +81,12 @@ class LaunchLoop:
         context.obstacles.pop(name, None)
         if cloud is None or not cloud.recovered or not context.waiting.of(name):
             return
-        refusal = cloud.refusal()
+        refusal = cloud.read_only() or cloud.refusal()
         if refusal is not None:
             self._tell(name, refusal)
+            return
+        if not cloud.acts(context.now()):
+            context.obstacles[name] = f"{cloud.provider.name} has not been listed for a while"
             return
         self._send_again(name)
         demand, guard = context.waiting.demand(name), context.guard(name)
@@ -120,7 +123,9 @@ class LaunchLoop:
             self._tell(name, offering if isinstance(offering, BrokerError) else CloudError(), wish)
             return
         context.guard(name).attempted(context.now())
-        order = cloud.provider.prepare(name, self._new_order_id(), offering, context.clock.wall())
+        epoch = str(context.claim()) if cloud.provider.contested else ""
+        now_unix = context.clock.wall()
+        order = cloud.provider.prepare(name, self._new_order_id(), offering, now_unix, epoch)
         self._start(order, self._place(self._orders.enter(order)))
 
     def _choose(self, name: str, wish: Wish) -> Offering | BrokerError:
@@ -177,6 +182,8 @@ class LaunchLoop:
     async def _call(self, entry: OpenOrder) -> None:
         """Make the launch call until it has an answer, CALLS_MAX times at most."""
         for call in range(1, CALLS_MAX + 1):
+            if self._yielded(entry):
+                return
             entry.sent_at = self._context.now()
             try:
                 await self._launch(entry.order)
@@ -191,6 +198,15 @@ class LaunchLoop:
                     return  # a listing has shown its machine meanwhile
             else:
                 return
+
+    def _yielded(self, entry: OpenOrder) -> bool:
+        """Whether another broker came into charge meanwhile: its clients decide what is launched."""
+        cloud = self._context.cloud(entry.order.pool)
+        if cloud is None or cloud.rival is None:
+            return False
+        if not entry.perhaps_launched:  # otherwise reconcile watches for its machine
+            self._orders.close(entry.order, YIELDED)
+        return True
 
     async def _launch(self, order: Order) -> None:
         cloud = self._context.cloud(order.pool)

@@ -52,7 +52,7 @@ class ReapLoop:
         clouds: dict[int, Cloud] = {}
         for worker in self._to_terminate(now):
             cloud = self._context.cloud_of(worker)
-            if cloud is not None:
+            if cloud is not None and cloud.acts(now):
                 clouds[id(cloud)] = cloud
                 by_cloud[id(cloud)].append(worker)
         due = [key for key in by_cloud if self._not_before.get(key, now) <= now]

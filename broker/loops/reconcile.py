@@ -5,6 +5,10 @@ listing for minutes after its launch, and now and then for no reason. A worker l
 cloud says `terminated`, or when it has been missing from many listings over a long time and does not answer
 either. A machine with our tag that the books do not know is taken in, whatever else is true of it.
 
+Before anything is acted on, each listing says who is in charge (core/claim.py). A broker that is not forgets
+what it knew: its workers, its orders and what it promised or decided about machines are another's now. When
+it comes into charge again it is as one that has just started: it takes in what it finds, as just used.
+
 Between full scans, workers that are about to change (no address yet, being terminated) are asked for by id.
 """
 
@@ -17,13 +21,13 @@ from typing import Any, TypeVar
 
 from broker.clouds import Cloud
 from broker.context import Context
-from broker.core import tags
-from broker.core.errors import BrokerError, CloudUnreachable, SettingsError
+from broker.core import claim, tags
+from broker.core.errors import BrokerError, CloudUnreachable, SettingsError, StoreError
 from broker.core.model import UNKNOWN_CLIENT, Instance, InstanceState, Lease, Worker, WorkerState
 from broker.core.policy import Reason, born_at
 from broker.core.registry import BOOKED, USABLE
 from broker.core.settings import PoolSettings
-from broker.orders import NEVER_LAUNCHED, VANISHED, Orders
+from broker.orders import NEVER_LAUNCHED, VANISHED, YIELDED, Orders
 from broker.store import LaunchedOrder
 
 SCAN_SECONDS_MAX = 60.0  # a listing that takes longer counts as failed
@@ -55,7 +59,10 @@ class Missing:
 
 
 class ReconcileLoop:
-    """See the module. `beat` is called after every tick: the loop is alive, whatever the cloud says."""
+    """See the module. `beat` is called after every tick: the loop is alive, whatever the cloud says.
+
+    `charged` hears of a cloud of which we have just come into charge, or ceased to be.
+    """
 
     name = "reconcile"
 
@@ -68,6 +75,7 @@ class ReconcileLoop:
         report: Report,
         changed: Callable[[], None],
         beat: Callable[[], None],
+        charged: Callable[[Cloud], None] = lambda cloud: None,
     ) -> None:
         self._context = context
         self._registry = context.registry
@@ -76,6 +84,9 @@ class ReconcileLoop:
         self._report = report
         self._changed = changed
         self._beat = beat
+        self._charged = charged
+        self._watches: dict[int, claim.Watch] = {}  # by cloud
+        self._raising = asyncio.Lock()
         self._began_at = self._scan_at = context.now()
         self._missing: dict[str, Missing] = {}
         self._watch_seconds = WATCH_SECONDS
@@ -127,8 +138,15 @@ class ReconcileLoop:
             return self._scan_failed(cloud, CloudUnreachable(f"a scan took over {SCAN_SECONDS_MAX:.0f} s"))
         except BrokerError as error:
             return self._scan_failed(cloud, error)
+        try:
+            await self._rule(cloud, [i for i in listing if self._is_ours(i) and i.state not in DEAD])
+        except StoreError as error:  # a claim that is not on disk is not made: nothing changes
+            return self._scan_failed(cloud, error)
         first, failures = not cloud.recovered, cloud.failures
-        await self._take_in(cloud, listing, started_at)
+        if cloud.rival is None:
+            await self._take_in(cloud, listing, started_at)
+        else:
+            self._stand_by(cloud, listing, started_at)
         cloud.scan_succeeded(started_at, self._context.clock.wall())
         if first:
             self._report("first scan complete", {"cloud": cloud.provider.name, "machines": len(listing)})
@@ -159,7 +177,7 @@ class ReconcileLoop:
         cloud.instance_ids = frozenset(instance.id for instance in listing)
         foreign = []
         for instance in listing:
-            if instance.tags.get(tags.BROKER) == self._broker_id:
+            if self._is_ours(instance):
                 await self.take_in(cloud, instance)
             else:
                 foreign.append(instance)
@@ -255,11 +273,76 @@ class ReconcileLoop:
         if pool is None or tags.BROKER in instance.tags or instance.state in DEAD:
             return
         try:
-            await cloud.provider.tag(instance.id, {tags.BROKER: self._broker_id, tags.POOL: pool})
+            new = {tags.BROKER: self._broker_id, tags.POOL: pool}
+            if cloud.provider.contested:
+                new[tags.EPOCH] = str(self._context.claim())
+            await cloud.provider.tag(instance.id, new)
         except BrokerError as error:
             self._report("claim failed", {"instance": instance.id, "error": error.message})
         else:
             self._report("claimed by its Name tag", {"instance": instance.id, "pool": pool})
+
+    # --- who is in charge --------------------------------------------------------------------------
+
+    def _is_ours(self, instance: Instance) -> bool:
+        return instance.tags.get(tags.BROKER) == self._broker_id
+
+    async def _rule(self, cloud: Cloud, living: list[Instance]) -> None:
+        """Come into charge, stay or yield. A number is on disk before it is used. Raises StoreError."""
+        context = self._context
+        if not cloud.provider.contested:
+            return
+        cloud.claims = {i.id: claim.read(tags.read(i.tags).epoch) for i in living}
+        watch = self._watches.setdefault(id(cloud), claim.Watch(context.owner))
+        listed = [one for one in cloud.claims.values() if one is not None]
+        ruling = watch.look(listed, context.now(), context.clock.wall())
+        if ruling.rival is None:
+            await self._raise_number(ruling.number)
+        before, cloud.rival = cloud.rival, ruling.rival
+        if (before and before.owner) != (cloud.rival and cloud.rival.owner):
+            self._charged(cloud)
+
+    async def _raise_number(self, number: int) -> None:
+        async with self._raising:  # two clouds may want different ones at a time
+            if number > self._context.epoch:
+                await self._context.store.keep("epoch", str(number))
+                self._context.epoch = number
+
+    def _stand_by(self, cloud: Cloud, listing: list[Instance], started_at: float) -> None:
+        """Another broker is in charge here. What our launches under way bring is its machine too."""
+        registry, context, now = self._registry, self._context, self._context.now()
+        refusal = cloud.read_only()
+        cloud.instance_ids = frozenset(instance.id for instance in listing)
+        for name in context.settings.pool:  # before a worker goes, or whoever waits would be given another
+            if context.cloud(name) is cloud and refusal is not None:
+                context.waiting.fail(name, refusal)
+        for worker in registry.in_state(*BOOKED - {WorkerState.ORDERED}):
+            if context.cloud_of(worker) is cloud:
+                self._missing.pop(worker.id, None)
+                registry.gone(worker.id, YIELDED, now)
+        for instance in listing:
+            entry = self._orders.get(tags.read(instance.tags).order)
+            if entry is not None:
+                self._orders.close(entry.order, YIELDED)
+            if instance.state not in DEAD and instance.id in context.ended:
+                context.ended.discard(instance.id)
+                context.store.soon(context.store.end_revoked(instance.id))
+        self._give_up_orders(cloud, started_at)
+        self._forget_what_was(cloud)
+
+    def _forget_what_was(self, cloud: Cloud) -> None:
+        """Leases and machines of an earlier run: whoever is in charge has gone on without them."""
+        context = self._context
+        for launched in list(context.expected.values()):
+            if context.cloud(launched.order.pool) is cloud or launched.instance_id in cloud.instance_ids:
+                del context.expected[launched.instance_id]
+                context.store.soon(context.store.order_closed(launched.order.id, YIELDED))
+        for leases in list(context.stored_leases.values()):
+            held = leases[0]
+            if context.cloud(held.pool) is cloud or held.instance_id in cloud.instance_ids:
+                del context.stored_leases[held.instance_id]
+                for stored in leases:
+                    context.store.soon(context.store.lease_ended(stored.lease.id))
 
     # --- what a listing does not show --------------------------------------------------------------
 
@@ -354,7 +437,7 @@ class ReconcileLoop:
 
     async def _watch_cloud(self, cloud: Cloud, workers: list[Worker]) -> None:
         ids = [w.instance_id for w in workers if w.instance_id and self._context.cloud_of(w) is cloud]
-        if not ids or not cloud.recovered:
+        if not ids or not cloud.recovered or cloud.rival is not None:
             return
         try:
             async with asyncio.timeout(SCAN_SECONDS_MAX):
@@ -362,7 +445,7 @@ class ReconcileLoop:
         except (TimeoutError, BrokerError) as error:
             self._report("look failed", {"cloud": cloud.provider.name, "error": str(error)})
             return
-        for instance in instances:
+        for instance in instances if cloud.rival is None else ():
             await self.take_in(cloud, instance)
 
     def _next_at(self) -> float:

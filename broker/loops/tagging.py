@@ -41,6 +41,8 @@ class TaggingLoop:
         cloud = context.cloud_of(worker)
         if context.registry.get(worker.id) is None or cloud is None or worker.instance_id is None:
             return
+        if cloud.rival is not None:
+            return
         used_at = context.registry.used_at(worker.id)
         if used_at <= self._written[worker.id]:
             return

@@ -1,4 +1,4 @@
-"""The port to a cloud: seven calls, and what each may raise.
+"""The port to a cloud: its calls, and what each may raise.
 
 Providers hide their cloud completely: they take and return the values of core.model and raise only the
 CloudError family (a few raise SettingsError from `open`, when the pool cannot work as configured). They do
@@ -16,6 +16,7 @@ not retry launches: whether a failed launch may have happened is the caller's mo
 | describe  | yes                             | PermanentRefusal. Leaves unknown ids out: no proof        |
 | terminate | yes, unknown ids are fine       | PermanentRefusal                                          |
 | tag       | yes                             | PermanentRefusal, InstanceNotFound                        |
+| tag_all   | yes, unknown ids are fine       | PermanentRefusal                                          |
 """
 
 from __future__ import annotations
@@ -59,6 +60,7 @@ class Provider(Protocol):
     """
 
     name: str  # where, for logs: "ec2 us-east-1"
+    contested: bool  # brokers on several hosts can reach the same machines: each machine carries a claim
 
     async def open(self) -> None:
         """Check what can be checked without spending anything; before every other call, until it succeeds.
@@ -73,8 +75,13 @@ class Provider(Protocol):
     def offerings(self, pool: str) -> Sequence[Offering]:
         """What the pool can buy, in order of preference; `cores` as far as the cloud has told."""
 
-    def prepare(self, pool: str, order_id: str, offering: Offering, created_unix: float) -> Order:
-        """The order with the exact parameters of its launch call, ready to be written to disk."""
+    def prepare(
+        self, pool: str, order_id: str, offering: Offering, created_unix: float, epoch: str = ""
+    ) -> Order:
+        """The order with the exact parameters of its launch call, ready to be written to disk.
+
+        `epoch` is the claim that a machine of a contested cloud carries from the launch call on.
+        """
 
     async def launch(self, order: Order) -> Instance:
         """One machine for this order. Sent again with the same order it returns the same machine, or raises
@@ -92,3 +99,6 @@ class Provider(Protocol):
 
     async def tag(self, instance_id: str, tags: Mapping[str, str]) -> None:
         """Write tags onto one machine."""
+
+    async def tag_all(self, instance_ids: Iterable[str], tags: Mapping[str, str]) -> None:
+        """Write the same tags onto many machines. An unknown one keeps no other from its own."""

@@ -34,7 +34,8 @@ from broker.providers.ec2_wire import (
 PAGE_SIZE = 1000  # the largest that DescribeInstances allows
 DESCRIBED_MAX = 100  # ids in one filter; 200 are allowed (AWS: EC2 user guide, "Filtering considerations")
 TERMINATED_MAX = 100  # ids in one call; 1,000 are allowed, smaller batches recommended
-TERMINATE_ROUNDS_MAX = 3  # calls that leave out the ids EC2 named; after that it is asked for one at a time
+TAGGED_MAX = 500  # ids in one call; 1,000 are allowed (AWS: EC2 API reference, CreateTags)
+ROUNDS_MAX = 3  # calls that leave out the ids EC2 named; after that it is asked for one at a time
 TOKEN_CHARS_MAX = 64  # (AWS: EC2 developer guide, "Ensuring idempotency in Amazon EC2 API requests")
 
 UNKNOWN_REGION = "(default region)"  # until the AWS configuration has been asked
@@ -47,6 +48,7 @@ class Ec2Provider:
     """See the module and base.Provider. Its pools share `region` and `profile`; None: AWS's own say."""
 
     name: str
+    contested = True
 
     def __init__(
         self,
@@ -107,12 +109,14 @@ class Ec2Provider:
             for kind in dict.fromkeys(settings.instance_types)
         )
 
-    def prepare(self, pool: str, order_id: str, offering: Offering, created_unix: float) -> Order:
+    def prepare(
+        self, pool: str, order_id: str, offering: Offering, created_unix: float, epoch: str = ""
+    ) -> Order:
         assert order_id.isascii(), "an order's id is its client token"
         assert len(order_id) <= TOKEN_CHARS_MAX, "an order's id is its client token"
         settings = self._pools[pool]
         launch_tags = tags.launch_tags(
-            tags.Identity(self._broker_id, pool, order_id),
+            tags.Identity(self._broker_id, pool, order_id, epoch=epoch),
             settings.name_tag,
             settings.tags,
             expires_unix=created_unix + settings.max_lifetime,
@@ -147,12 +151,19 @@ class Ec2Provider:
     async def terminate(self, instance_ids: Iterable[str]) -> None:
         refusals: list[PermanentRefusal] = []
         for batch in batches(instance_ids, TERMINATED_MAX):
-            await self._terminate(batch, refusals)
+            refusals += await self._for_all("TerminateInstances", "InstanceIds", batch)
         if refusals:
             raise refusals[0]
 
     async def tag(self, instance_id: str, tags: Mapping[str, str]) -> None:
         await self._api.call("CreateTags", Resources=[instance_id], Tags=tag_list(tags))
+
+    async def tag_all(self, instance_ids: Iterable[str], tags: Mapping[str, str]) -> None:
+        for batch in batches(instance_ids, TAGGED_MAX):
+            # A refusal is a missing permission: asking for each alone would be hundreds of the same.
+            refusals = await self._for_all("CreateTags", "Resources", batch, Tags=tag_list(tags), alone=False)
+            if refusals:
+                raise refusals[0]
 
     async def _adoptable(self) -> list[Instance]:
         """Living machines with an adopting pool's name that belong to no broker."""
@@ -183,29 +194,41 @@ class Ec2Provider:
             pool = next((one for one in adopters if one.name_tag == its_tags.get(tags.NAME)), None)
         return pool.address if pool else "public"
 
-    async def _terminate(self, ids: Sequence[str], refusals: list[PermanentRefusal]) -> None:
-        """All or none is EC2's rule: leave out what it names; when that does not help, ask for each alone."""
-        for _ in range(TERMINATE_ROUNDS_MAX):
+    async def _for_all(
+        self, api: str, named: str, ids: Sequence[str], *, alone: bool = True, **parameters: Any
+    ) -> list[PermanentRefusal]:
+        """All or none is EC2's rule: leave out what it names; when that does not help, ask for each alone,
+        with `alone` after a refusal too. Returns the refusals."""
+        for _ in range(ROUNDS_MAX):
             if not ids:
-                return
+                return []
             try:
-                await self._api.call("TerminateInstances", InstanceIds=list(ids))
+                await self._api.call(api, **{named: list(ids)}, **parameters)
             except InstanceNotFound as error:
                 unknown = named_in(error.message, ids)
                 if not unknown:
                     break
                 ids = [one for one in ids if one not in unknown]
-            except PermanentRefusal:
+            except PermanentRefusal as error:
+                if not alone:
+                    return [error]
                 break
             else:
-                return
+                return []
+        return await self._for_each(api, named, ids, **parameters)
+
+    async def _for_each(
+        self, api: str, named: str, ids: Sequence[str], **parameters: Any
+    ) -> list[PermanentRefusal]:
+        refusals: list[PermanentRefusal] = []
         for one in ids:
             try:
-                await self._api.call("TerminateInstances", InstanceIds=[one])
+                await self._api.call(api, **{named: [one]}, **parameters)
             except InstanceNotFound:
                 continue
             except PermanentRefusal as error:
                 refusals.append(error)
+        return refusals
 
 
 def _raise_any(problems: list[str]) -> None:

@@ -22,6 +22,7 @@ import psutil
 from broker.core.errors import (
     CloudError,
     CloudUnreachable,
+    InstanceNotFound,
     SettingsError,
 )
 from broker.core.model import Instance, InstanceState, Market, Offering, Order
@@ -49,6 +50,7 @@ class LocalProvider:
     """
 
     name = "local"
+    contested = False  # one host: the locks see to it, and no machine of another state directory is listed
 
     def __init__(
         self,
@@ -89,9 +91,11 @@ class LocalProvider:
             )
         ]
 
-    def prepare(self, pool: str, order_id: str, offering: Offering, created_unix: float) -> Order:
+    def prepare(
+        self, pool: str, order_id: str, offering: Offering, created_unix: float, epoch: str = ""
+    ) -> Order:
         settings = self._pools[pool]
-        identity = Identity(self._broker_id, pool, order_id)
+        identity = Identity(self._broker_id, pool, order_id, epoch=epoch)
         expires_unix = created_unix + settings.max_lifetime
         recipe = Recipe(
             settings.command,
@@ -117,6 +121,11 @@ class LocalProvider:
 
     async def tag(self, instance_id: str, tags: Mapping[str, str]) -> None:
         await self._call("tag", self._machines.tag, instance_id, tags)
+
+    async def tag_all(self, instance_ids: Iterable[str], tags: Mapping[str, str]) -> None:
+        for instance_id in instance_ids:
+            with suppress(InstanceNotFound):
+                await self.tag(instance_id, tags)
 
     async def _call(self, api: str, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Carry out blocking work in a thread, count it, and turn what the system says into our errors."""

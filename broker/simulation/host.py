@@ -27,6 +27,7 @@ from broker.providers.ec2 import Ec2Provider
 from broker.providers.ec2_api import Manners
 from broker.testing import Client, silent_log
 
+OWNER_ID = "0123456789abcdef"  # one installation, wherever the scratch space lies
 OWNER: contextvars.ContextVar[Incarnation | None] = contextvars.ContextVar("owner", default=None)
 Factory = Callable[[Manners], AbstractAsyncContextManager[Any]]
 
@@ -126,6 +127,7 @@ class Host:
             connect=self._connect,
             store_threaded=False,
             ports=False,
+            owner_of=lambda directory: OWNER_ID,
             new_id=lambda: f"{next(self._ids):06d}",
         )
         daemon.observe(lambda event: self._heard(event) if incarnation.alive else None)

@@ -18,7 +18,7 @@ INDEX = """compute-broker
 
 /metrics   for Prometheus
 /healthz   200 while every loop is alive and the cloud was scanned of late, else 503 with the reasons
-/readyz    200 once workers can be handed out, else 503 with the reason
+/readyz    200 once workers can be handed out, else 503 with the reason, such as: another broker is in charge
 """
 
 
@@ -46,13 +46,14 @@ class Health:
         return found
 
     def not_ready(self) -> list[str]:
-        """Why /readyz is red."""
-        return [
+        """Why /readyz is red. Not /healthz: a broker that stands by is well, and nobody shall restart it."""
+        unscanned = [
             f"{cloud.provider.name} has not been scanned yet"
             + (f": {cloud.error.message}" if cloud.error else "")
             for cloud in self._context.clouds.all
             if not cloud.recovered
         ]
+        return unscanned + [error.message for error in self._context.clouds.read_only()]
 
 
 def make_app(metrics: Metrics, health: Health) -> web.Application:

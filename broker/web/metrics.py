@@ -24,6 +24,7 @@ from broker.context import Context
 from broker.core.model import Event, WorkerChanged, WorkerState
 from broker.core.registry import BOOKED
 from broker.metering import Meter
+from broker.orders import YIELDED
 
 COMMAND_BUCKETS = (0.00001, 0.0001, 0.001, 0.01, 0.1, 1.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 LAUNCH_BUCKETS = (1.0, 5.0, 10.0, 20.0, 30.0, 45.0, 60.0, 90.0, 120.0, 180.0, 300.0, 600.0)
@@ -125,6 +126,8 @@ class Metrics(Collector):
                 self._launch_seconds.labels(worker.pool).observe(event.at - worker.born_at)
             case _, WorkerState.DRAINING:
                 self._terminations.labels(worker.pool, worker.reason).inc()
+            case _, WorkerState.GONE if worker.reason == YIELDED:
+                pass  # another broker looks after it
             case WorkerState.BOOTING | WorkerState.READY | WorkerState.SUSPECT, WorkerState.GONE:
                 self._terminations.labels(worker.pool, "lost").inc()
             case _:
@@ -143,6 +146,14 @@ class Metrics(Collector):
         yield from self._pool_gauges()
         yield from self._command_metrics()
         yield _gauge("compute_broker_connections", "Client connections.", self._connections())
+        read_only = GaugeMetricFamily(
+            "compute_broker_read_only",
+            "1 while another broker with this id is in charge of the cloud.",
+            labels=["cloud"],
+        )
+        for cloud in self._context.clouds.all:
+            read_only.add_metric([cloud.provider.name], float(cloud.rival is not None))
+        yield read_only
         scans = [cloud.scanned_unix for cloud in self._context.clouds.all]
         yield _gauge(
             "compute_broker_last_scan_timestamp_seconds",

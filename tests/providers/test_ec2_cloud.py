@@ -26,7 +26,7 @@ from broker.core.errors import (
 )
 from broker.core.model import InstanceState, Market, Order
 from broker.core.settings import PoolSettings
-from broker.core.tags import BROKER, LAST_USED, ORDER
+from broker.core.tags import BROKER, EPOCH, LAST_USED, ORDER
 from broker.providers import ec2_api
 from broker.providers.ec2 import Ec2Provider
 from tests.providers.ec2_support import NOW_UNIX, ONE_TYPE, endpoint, forget_aws, pool
@@ -414,6 +414,19 @@ async def test_a_terminated_machine_is_seen_shutting_down_first(proxy: FaultProx
         await provider.terminate([launched.id])
         states = [(await provider.listing())[0].state.value for _ in range(2)]
     assert states == ["shutting-down", "terminated"]
+
+
+async def test_the_claim_arrives_with_the_launch_and_is_renewed_on_all_machines(proxy: FaultProxy) -> None:
+    async with opened() as provider:
+        offering = provider.offerings("default")[0]
+        orders = [
+            provider.prepare("default", f"order-{n}", offering, NOW_UNIX, "1.a@2026-01-01T00:00:00Z")
+            for n in range(2)
+        ]
+        ids = [(await provider.launch(order)).id for order in orders]
+        assert {one.tags[EPOCH] for one in await provider.listing()} == {"1.a@2026-01-01T00:00:00Z"}
+        await provider.tag_all([ids[0], UNKNOWN_ID, ids[1]], {EPOCH: "2.b@2026-01-01T00:05:00Z"})
+        assert [one.tags[EPOCH] for one in await provider.listing()] == ["2.b@2026-01-01T00:05:00Z"] * 2
 
 
 async def test_a_tag_is_written_and_read_back(proxy: FaultProxy) -> None:

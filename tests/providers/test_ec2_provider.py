@@ -416,3 +416,57 @@ async def test_every_call_is_counted_with_its_outcome() -> None:
         ("RunInstances", "refused"),
         ("DescribeInstances", "cancelled"),
     ]
+
+
+# --- tags for many ---------------------------------------------------------------------------------
+
+
+async def test_many_machines_are_tagged_in_one_call_and_unknown_ones_keep_no_other_from_its_tag() -> None:
+    stale = client_error("CreateTags", "InvalidInstanceID.NotFound", "The instance ID 'i-2' does not exist")
+    client = ScriptedClient(CreateTags=[stale, {}])
+    async with opened(client) as provider:
+        await provider.tag_all(["i-1", "i-2", "i-3"], {"compute-broker:epoch": "1.a"})
+    assert client.sent("CreateTags") == [
+        {"Resources": ids, "Tags": [{"Key": "compute-broker:epoch", "Value": "1.a"}]}
+        for ids in (["i-1", "i-2", "i-3"], ["i-1", "i-3"])
+    ]
+
+
+async def test_when_ec2_does_not_say_which_id_is_unknown_each_is_tagged_alone() -> None:
+    nameless = client_error("CreateTags", "InvalidInstanceID.NotFound", "some do not exist")
+    client = ScriptedClient(CreateTags=[nameless, {}, nameless, {}])
+    async with opened(client) as provider:
+        await provider.tag_all(["i-1", "i-2", "i-3"], {"k": "v"})
+    sent = [one["Resources"] for one in client.sent("CreateTags")]
+    assert sent == [["i-1", "i-2", "i-3"], ["i-1"], ["i-2"], ["i-3"]]
+
+
+async def test_a_missing_permission_to_tag_is_asked_for_once() -> None:
+    client = ScriptedClient(CreateTags=client_error("CreateTags", "UnauthorizedOperation", "no"))
+    async with opened(client) as provider:
+        with pytest.raises(PermanentRefusal):
+            await provider.tag_all(["i-1", "i-2"], {"k": "v"})
+    assert len(client.sent("CreateTags")) == 1
+
+
+async def test_a_call_tags_five_hundred_at_most_and_none_is_made_for_nothing() -> None:
+    client = ScriptedClient()
+    async with opened(client) as provider:
+        await provider.tag_all([], {"k": "v"})
+        await provider.tag_all([f"i-{n}" for n in range(1001)], {"k": "v"})
+    assert [len(one["Resources"]) for one in client.sent("CreateTags")] == [500, 500, 1]
+
+
+async def test_the_claim_is_in_the_order_and_so_the_same_in_every_resend() -> None:
+    client = ScriptedClient(RunInstances={"Instances": [shape()]})
+    async with opened(client) as provider:
+        offering = provider.offerings("default")[0]
+        claimed = provider.prepare("default", "cb-1", offering, NOW_UNIX, "7.a@2026-01-01T00:00:00Z")
+        await provider.launch(claimed)
+        await provider.launch(claimed)
+        first, second = client.sent("RunInstances")
+        assert first == second
+        assert {"Key": "compute-broker:epoch", "Value": "7.a@2026-01-01T00:00:00Z"} in first[
+            "TagSpecifications"
+        ][0]["Tags"]
+        assert "epoch" not in provider.prepare("default", "cb-2", offering, NOW_UNIX).parameters

@@ -6,12 +6,13 @@ import asyncio
 import itertools
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from broker.core.claim import BEAT_SECONDS, STALE_SECONDS
 from broker.core.settings import Settings, parse
 from broker.daemon import Daemon
 from broker.providers.ec2 import Ec2Provider
@@ -44,7 +45,9 @@ def settings(**more: Any) -> Settings:
 
 
 @asynccontextmanager
-async def a_broker(sim: SimEC2, chosen: Settings, state_dir: Path) -> AsyncIterator[Daemon]:
+async def a_broker(
+    sim: SimEC2, chosen: Settings, state_dir: Path, owner: str = "host"
+) -> AsyncIterator[Daemon]:
     """A real Daemon that buys from the simulated EC2."""
     clock = WatchedClock(asyncio.get_running_loop())
     provider = Ec2Provider(
@@ -66,7 +69,8 @@ async def a_broker(sim: SimEC2, chosen: Settings, state_dir: Path) -> AsyncItera
         connect=sim.connect,
         store_threaded=False,
         ports=False,
-        new_id=lambda: f"{clock.monotonic():.6f}-{next(numbers)}",
+        new_id=lambda: f"{owner}-{clock.monotonic():.6f}-{next(numbers)}",
+        owner_of=lambda directory: owner,
     )
     stop = asyncio.Event()
     running = asyncio.create_task(daemon.run(stop))
@@ -188,3 +192,71 @@ def test_a_broker_waits_out_an_outage_and_finds_its_workers_again(tmp_path: Path
     sim = live(tmp_path, story, steady(), sharing="exclusive", max_lifetime="24h")
     assert sim.faults[str(Fault.OUTAGE)] > 100
     assert EVERY_API not in sim.calls
+
+
+# --- two brokers with one id, on two hosts ------------------------------------------------------------------
+
+
+def read_only(daemon: Daemon) -> bool:
+    return bool(daemon.context.clouds.read_only())
+
+
+@pytest.mark.parametrize("weather", [steady(), STORM], ids=["steady", "storm"])
+def test_a_second_broker_stands_by_takes_over_and_ends_what_the_first_one_left(
+    weather: Weather, tmp_path: Path
+) -> None:
+    async def stand_by(first: Daemon, second: Daemon) -> None:
+        """Two hours in which somebody uses the first one, and asks the second one in vain."""
+        for _ in range(120):
+            await ask(first, "GET_WORKER client=ann wait=300")
+            assert read_only(second)
+            assert not read_only(first)
+            assert (await ask(second, "GET_WORKER client=ben")).endswith("[DENIED]")
+            await asyncio.sleep(60)
+
+    async def main() -> SimEC2:
+        loop = asyncio.get_running_loop()
+        sim = SimEC2(random.Random(7), loop.time, lambda: EPOCH_UNIX + loop.time(), steady())
+        async with AsyncExitStack() as hosts:
+            async with a_broker(sim, settings(), tmp_path / "a", "a") as first:
+                await ask(first, "GET_WORKER client=ann")
+                second = await hosts.enter_async_context(a_broker(sim, settings(), tmp_path / "b", "b"))
+                await asyncio.sleep(60)
+                sim.weather = weather
+                await stand_by(first, second)
+                sim.heal(steady())
+                await ask(first, "GET_WORKER client=ann")
+            died_at = loop.time()
+            while read_only(second):
+                await asyncio.sleep(10)
+            assert STALE_SECONDS - BEAT_SECONDS - 60 < loop.time() - died_at < STALE_SECONDS + 60
+            assert sim.alive() != []
+            await asyncio.sleep(1200)
+            assert sim.alive() == []
+        return sim
+
+    sim = run_virtual(main())
+    assert sim.violations == []
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_two_brokers_that_start_at_once_in_a_storm_end_up_with_one_in_charge(
+    seed: int, tmp_path: Path
+) -> None:
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        weather = swarm(random.Random(seed), STORM)
+        sim = SimEC2(random.Random(seed), loop.time, lambda: EPOCH_UNIX + loop.time(), weather)
+        first, second = (a_broker(sim, settings(), tmp_path / name, name) for name in "ab")
+        async with first as a, second as b:
+            for _ in range(30):
+                await asyncio.gather(ask(a, "GET_WORKER wait=60"), ask(b, "GET_WORKER wait=60"))
+                await asyncio.sleep(60)
+            sim.heal()
+            for _ in range(40):
+                await asyncio.gather(ask(a, "GET_WORKER wait=60"), ask(b, "GET_WORKER wait=60"))
+                await asyncio.sleep(60)
+            assert sorted(map(read_only, (a, b))) == [False, True]
+            assert len(sim.alive()) == 1
+
+    run_virtual(main())
