@@ -85,6 +85,7 @@ class ReapLoop:
     async def _terminate(self, cloud: Cloud, workers: list[Worker]) -> None:
         ids = [worker.instance_id for worker in workers if worker.instance_id]
         key = id(cloud)
+        await self._decided(ids)
         try:
             await cloud.provider.terminate(ids)
         except BrokerError as error:
@@ -100,6 +101,13 @@ class ReapLoop:
         for worker in workers:
             self._sent(worker, now)
         self._terminated()
+
+    async def _decided(self, ids: list[str]) -> None:
+        """Returns when the end of these machines is on disk. A Terminate can arrive long after its broker has
+        died: the next one must know, or it would hand out what is about to end. A full disk keeps nobody
+        alive."""
+        store, now_unix = self._context.store, self._context.clock.wall()
+        await asyncio.gather(*(store.end_decided(one, now_unix) for one in ids), return_exceptions=True)
 
     def _sent(self, worker: Worker, now: float) -> None:
         self._sent_at[worker.id] = now

@@ -130,3 +130,32 @@ def test_a_fault_over_one_worker_does_not_make_the_others_immortal(tmp_path: Pat
         assert broker.cloud.running() == []
 
     live(tmp_path, story, chosen=settings(sharing="exclusive"))
+
+
+def test_that_a_worker_ends_is_on_disk_before_the_cloud_is_told(tmp_path: Path) -> None:
+    """A Terminate that is still on its way when the broker dies must not meet a worker that its successor
+    has handed out."""
+
+    async def story(broker: RunningBroker) -> None:
+        broker.cloud.hold["terminate"] = asyncio.Event()
+        address = await broker.ask("GET_WORKER")
+        (instance,) = broker.cloud.running()
+        await broker.ask(f"RELEASE {address}")
+        on_disk: list[set[str]] = []
+        while not broker.cloud.count("terminate"):
+            on_disk.append(broker.daemon.context.store.ended())
+            await asyncio.sleep(0)
+        assert on_disk[-1] == {instance}
+        broker.cloud.hold["terminate"].set()
+
+    live(tmp_path, story)
+
+
+def test_a_full_disk_does_not_keep_an_idle_worker_alive(tmp_path: Path) -> None:
+    async def story(broker: RunningBroker) -> None:
+        address = await broker.ask("GET_WORKER")
+        broker.daemon.context.store.die()
+        await broker.ask(f"RELEASE {address}")
+        await broker.until(lambda: not broker.cloud.running(), seconds_max=10)
+
+    live(tmp_path, story)
