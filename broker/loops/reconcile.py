@@ -215,13 +215,16 @@ class ReconcileLoop:
         """The entry for a machine that the books do not know by its id: its order's, or a new one."""
         identity = tags.read(instance.tags)
         entry = self._orders.get(identity.order)
-        if entry is not None:
-            if instance.state is InstanceState.TERMINATED:
-                self._orders.close(entry.order, "spent")
-                return None
-            return await self._orders.launched(entry.order, instance)
         if instance.state is InstanceState.TERMINATED:
+            self._drop_leases_of(instance.id)
+            if entry is not None:
+                self._orders.close(entry.order, "spent")
             return None
+        if entry is not None:
+            worker = await self._orders.launched(entry.order, instance)
+            if worker.state in USABLE:  # a lease can be on disk although the launch is not: it was full
+                self._restore_leases(worker)
+            return worker
         now, name = self._context.now(), identity.pool or "default"
         pool = self._context.pool(name)
         age_seconds = self._context.clock.wall() - instance.launched_unix if instance.launched_unix else 0.0
@@ -236,8 +239,8 @@ class ReconcileLoop:
             price_usd_micros_per_hour=pool.price_usd_micros_per_hour,
         )
         self._context.home[worker.id] = cloud
-        if instance.id in self._context.ended:  # decided before; this listing is stale, or Terminate was lost
-            return self._registry.drain(worker.id, Reason.ENDED_BEFORE, now)
+        if instance.id in self._context.ended:  # this listing is stale, or Terminate was lost
+            return self._end_again(worker)
         self._restore_leases(worker)
         if identity.order not in self._context.known_orders:
             self._count_as_busy(worker, pool)
@@ -250,6 +253,16 @@ class ReconcileLoop:
         """The store remembers its launch and no lease on it: it is surely unused, so its age counts."""
         expected, leased = self._context.expected, self._context.stored_leases
         return instance.id in expected and instance.id not in leased and instance.launched_unix > 0
+
+    def _end_again(self, worker: Worker) -> Worker:
+        """Its end was decided before the start: nothing brings it back, not even a lease left on disk."""
+        self._drop_leases_of(worker.instance_id or "")
+        return self._registry.drain(worker.id, Reason.ENDED_BEFORE, self._context.now())
+
+    def _drop_leases_of(self, instance_id: str) -> None:
+        """What an earlier run has left on disk: its machine ends, or has ended."""
+        for stored in self._context.stored_leases.pop(instance_id, ()):
+            self._context.store.soon(self._context.store.lease_ended(stored.lease.id))
 
     def _restore_leases(self, worker: Worker) -> None:
         """A restart forgets nobody, and the time the broker was away is not held against its clients."""
@@ -413,15 +426,17 @@ class ReconcileLoop:
     def _enter_unseen(self, unseen: Instance, pool: str, order_id: str | None) -> None:
         port = self._context.pool(pool).worker_port
         worker = self._registry.adopt(unseen, pool, port, self._context.now(), order_id=order_id)
-        self._restore_leases(worker)
+        if unseen.id in self._context.ended:
+            self._end_again(worker)
+        else:
+            self._restore_leases(worker)
 
     def _drop_stored_leases(self, started_at: float) -> None:
         """A lease whose machine no listing has shown for a good while has ended with it."""
         if started_at - self._began_at < EXPECTED_SECONDS or not self._context.clouds.recovered():
             return
-        for stored in [lease for leases in self._context.stored_leases.values() for lease in leases]:
-            self._context.store.soon(self._context.store.lease_ended(stored.lease.id))
-        self._context.stored_leases.clear()
+        for instance_id in list(self._context.stored_leases):
+            self._drop_leases_of(instance_id)
 
     # --- between scans -----------------------------------------------------------------------------
 

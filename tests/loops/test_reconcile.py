@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sqlite3
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import pytest
 
 from broker.core import tags
 from broker.core.errors import CredentialsRefused, Throttled
-from broker.core.model import InstanceState, WorkerState
+from broker.core.model import InstanceState, Lease, WorkerState
 from broker.testing import RunningBroker, lost_answer, run_virtual, running_broker
 from tests.support.brokers import live, settings
 
@@ -331,6 +333,83 @@ def test_a_damaged_store_gives_no_exclusive_worker_to_a_second_client(tmp_path: 
             )
             assert await again.ask("GET_WORKER client=holder") == address
 
+
+def test_a_machine_whose_end_was_decided_before_a_restart_is_not_brought_back_by_a_listing_that_misses_it(
+    tmp_path: Path,
+) -> None:
+    async def main() -> None:
+        async with running_broker(settings(sharing="exclusive"), tmp_path) as broker:
+            address = await broker.ask("GET_WORKER client=a")
+            (instance,) = broker.cloud.running()
+            broker.cloud.fail["terminate"].append(Throttled())
+            await broker.ask(f"RELEASE {address} client=a")
+            await broker.until(lambda: broker.cloud.count("terminate"))
+        broker.cloud.machines[instance].hidden = True
+        _write_lease(tmp_path, Lease("late", instance, "a", 900.0, True), address)
+        async with running_broker(settings(sharing="exclusive"), tmp_path, cloud=broker.cloud) as again:
+            assert await again.ask(f"PING {address} client=a") == "ERROR: Worker not found"
+            await again.until(lambda: instance not in again.cloud.running(), seconds_max=10)
+            assert await again.ask("GET_WORKER client=b") != address
+            again.cloud.machines[instance].hidden = False
+            await scanned(again, 2)
+            assert [worker.instance_id for worker in again.registry] == again.cloud.running()
+            assert [held.lease.client for held in again.daemon.context.store.leases()] == ["b"]
+
+    run_virtual(main())
+
+
+def test_a_lease_that_outlived_the_end_of_its_machine_does_not_bring_it_back(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with running_broker(settings(), tmp_path) as broker:
+            address = await broker.ask("GET_WORKER client=a")
+            (instance,) = broker.cloud.running()
+            broker.cloud.fail["terminate"].append(Throttled())
+            await broker.ask(f"RELEASE {address} client=a")
+            await broker.until(lambda: broker.cloud.count("terminate"))
+        broker.cloud.ends_at_once = False
+        _write_lease(tmp_path, Lease("late", instance, "a", 900.0, False), address)
+        async with running_broker(settings(), tmp_path, cloud=broker.cloud) as again:
+            await again.until(lambda: instance not in again.cloud.running(), seconds_max=10)
+            again.cloud.machines[instance].hidden = True
+            await scanned(again, 3)
+            assert again.daemon.runners["reconcile"].failures_total == 0
+            assert await again.ask(f"PING {address} client=a") == "ERROR: Worker not found"
+            assert again.daemon.context.store.leases() == []
+
+    run_virtual(main())
+
+
+def test_a_machine_that_the_first_listing_shows_terminated_is_not_brought_back_by_one_that_misses_it(
+    tmp_path: Path,
+) -> None:
+    async def main() -> None:
+        async with running_broker(settings(), tmp_path) as broker:
+            address = await broker.ask("GET_WORKER client=a")
+            (instance,) = broker.cloud.running()
+        broker.cloud.set_state(instance, InstanceState.TERMINATED)
+        async with running_broker(settings(), tmp_path, cloud=broker.cloud) as again:
+            await scanned(again)
+            again.cloud.machines[instance].hidden = True
+            await scanned(again, 2)
+            assert await again.ask(f"PING {address} client=a") == "ERROR: Worker not found"
+            assert again.daemon.context.store.leases() == []
+
+    run_virtual(main())
+
+
+def test_a_lease_is_kept_although_the_launch_of_its_machine_could_not_be_written(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with running_broker(settings(sharing="exclusive"), tmp_path) as broker:
+            address = await broker.ask("GET_WORKER client=a")
+        with closing(sqlite3.connect(tmp_path / "broker.db")) as file, file:
+            file.execute("UPDATE orders SET state = 'open', instance_id = NULL")
+        async with running_broker(settings(sharing="exclusive"), tmp_path, cloud=broker.cloud) as again:
+            assert await again.ask(f"PING {address} client=b") == (
+                "ERROR: the worker is held by another client [DENIED]"
+            )
+            assert await again.ask("GET_WORKER client=b") != address
+            assert await again.ask(f"PING {address} client=a") == "OK"
+
     run_virtual(main())
 
 
@@ -350,3 +429,12 @@ def test_a_damaged_store_lets_no_release_end_a_shared_worker_under_clients_it_fo
             assert again.cloud.count("terminate") == 1
 
     run_virtual(main())
+
+
+def _write_lease(directory: Path, lease: Lease, address: str) -> None:
+    """What a broker leaves that is killed after it has written a machine's end, and before its lease's."""
+    with closing(sqlite3.connect(directory / "broker.db")) as file, file:
+        file.execute(
+            "INSERT INTO leases VALUES (?, ?, 'default', ?, ?, ?, ?)",
+            (lease.id, lease.worker_id, address, lease.client, lease.ttl_seconds, lease.exclusive),
+        )
