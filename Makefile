@@ -1,6 +1,6 @@
 # Everything a newcomer needs is `make run` and `make test`; `make help` lists the rest.
 .DEFAULT_GOAL := help
-.PHONY: help setup run test check format simulate bench lock
+.PHONY: help setup run test check kills format simulate bench lock
 
 help:           ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -20,6 +20,10 @@ check: setup    ## what must hold before a commit: format, lint, types, layers, 
 	.venv/bin/mypy
 	.venv/bin/lint-imports
 	.venv/bin/python -m pytest -q -n 4 --dist loadfile $(ARGS)
+
+kills: setup    ## kill the daemon 240 times at random moments; KILLS=… KILLS_SEED=… say otherwise
+	KILLS=$${KILLS:-240} KILLS_SEED=$${KILLS_SEED:-$$(date +%s)} \
+		.venv/bin/python -m pytest -q -s tests/acceptance/test_kills.py $(ARGS)
 
 format: setup   ## format the code
 	.venv/bin/ruff format .

@@ -87,9 +87,9 @@ class Conversation:
         assert line is not None, f"the connection ended without a reply; before that: {self._heard!r}"
         return line
 
-    def answered(self) -> bool:
-        """Whether a reply, or the end of the connection, can be read now."""
-        return b"\n" in self._heard or bool(select.select([self._socket], [], [], 0)[0])
+    def answered(self, seconds_max: float = 0.0) -> bool:
+        """Whether a reply, or the end of the connection, can be read within so long."""
+        return b"\n" in self._heard or bool(select.select([self._socket], [], [], seconds_max)[0])
 
     def rest(self, seconds_max: float = SECONDS_MAX) -> list[str]:
         """Every further reply until the broker hangs up; fails when it does not."""
