@@ -20,7 +20,7 @@ def test_an_exclusive_worker_is_not_given_to_a_second_client_while_the_first_is_
     promises: Promises,
 ) -> None:
     promises.told(hold("a", until=20.0), 10.0)
-    with pytest.raises(AssertionError, match="b was told 127.0.0.9, which a holds alone"):
+    with pytest.raises(AssertionError, match=r"b was told 127\.0\.0\.9, which a holds alone"):
         promises.told(hold("b", until=25.0), 15.0)
     promises.told(hold("b", until=35.0), 25.0)
 
