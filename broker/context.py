@@ -61,6 +61,7 @@ class Context:
     ended: set[str] = field(
         default_factory=set
     )  # instances whose end has been decided, also before the start
+    reopened: set[str] = field(default_factory=set)  # orders that were open at the start
     known_orders: set[str] = field(default_factory=set)  # placed by this broker, in this run or before
     owner: str = ""  # which installation this is; known once the store is open
     epoch: int = 0  # the number of our claim, the same on disk; 0 before we were ever in charge

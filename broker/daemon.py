@@ -248,6 +248,7 @@ class Daemon:
             self.context.guard(pool).attempted(now.at - ago_seconds)
         for order in self.context.store.open_orders():
             self.orders.reopen(order)
+            self.context.reopened.add(order.id)
         self.context.known_orders |= self.context.store.order_ids()
         self.context.ended |= self.context.store.ended()
         self.context.epoch = int(self.context.store.kept("epoch") or 0)

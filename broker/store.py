@@ -29,6 +29,7 @@ from broker.core.model import Lease, Market, Offering, Order, Worker
 
 CLOSED_ORDERS_MAX = 1000  # history for a person who asks what happened; older ones are dropped
 ENDED_MAX = 10_000  # ended machines that are remembered: EC2 shows each for about an hour
+GAP_FILE = "leases-missing"  # "1": the disk did not take every lease
 BUSY_TIMEOUT_SECONDS = 5.0  # another process looking into the file must not fail a write
 
 SCHEMA_VERSION = 1
@@ -89,6 +90,8 @@ class Store:
         self._soon: set[asyncio.Task[None]] = set()
         self._connections: dict[bool, sqlite3.Connection] = {}
         self._lock: int | None = None
+        self._leases_refused = 0  # writes that failed since the start
+        self.leases_missing = False  # an earlier broker could not write every lease
 
     @property
     def path(self) -> Path:
@@ -106,6 +109,7 @@ class Store:
                     raise
                 self._set_aside(error)
                 self._connect()
+            self._read_gap()
         except (OSError, sqlite3.Error) as error:
             self.release_lock()
             raise StoreError(f"cannot use the state directory {self._directory}: {error}") from error
@@ -250,6 +254,12 @@ class Store:
             ),
         )
 
+    async def leases_are_whole(self) -> None:
+        """What was missing has been made up for, and the disk takes it: the next start may rely on it."""
+        await self._write(False, "DELETE FROM leases WHERE id = ''", ())
+        if not self._leases_refused:
+            self._mark_gap(b"0")
+
     async def lease_ended(self, lease_id: str) -> None:
         await self._write(False, "DELETE FROM leases WHERE id = ?", (lease_id,))
 
@@ -299,6 +309,9 @@ class Store:
                         self._thread, self._commit, durable, batch
                     )
             except (sqlite3.Error, RuntimeError) as error:  # RuntimeError: the thread has been shut down
+                if not durable:
+                    self._leases_refused += 1
+                    self._mark_gap(b"1")
                 problem = StoreError(f"cannot write {self.path}: {error}; is the disk full?")
                 for write in batch:
                     write.done.set_exception(problem)
@@ -306,6 +319,20 @@ class Store:
             else:
                 for write in batch:
                     write.done.set_result(None)
+
+    def _mark_gap(self, mark: bytes) -> None:
+        """Whether leases are missing: one byte that is there from the start, so a full disk takes it too."""
+        try:
+            with (self._directory / GAP_FILE).open("r+b") as file:
+                file.write(mark)
+        except OSError as error:
+            self._report(f"{self._directory / GAP_FILE} cannot be written: {error}")
+
+    def _read_gap(self) -> None:
+        path = self._directory / GAP_FILE
+        if not path.exists():
+            path.write_bytes(b"0")
+        self.leases_missing = path.read_bytes() != b"0"
 
     def _commit(self, durable: bool, batch: list[_Write]) -> None:
         connection = self._connections[durable]

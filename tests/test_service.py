@@ -663,6 +663,27 @@ def test_an_order_refused_when_sent_again_fills_its_place_until_its_first_call_c
     live(tmp_path, story, chosen=settings(max_workers=1))
 
 
+def test_clients_whose_leases_a_full_disk_refused_keep_their_worker_over_a_restart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Simulated history, seed 13: another client's RELEASE ended their worker after the restart."""
+
+    async def main() -> None:
+        async with running_broker(settings(), tmp_path) as broker:
+            address = await broker.ask("GET_WORKER client=first")
+            FullDisk(broker, monkeypatch)
+            assert await broker.ask("GET_WORKER client=refused") == address
+        monkeypatch.undo()
+        async with running_broker(settings(), tmp_path, cloud=broker.cloud) as again:
+            await again.ask(f"RELEASE {address} client=first")
+            await asyncio.sleep(60)
+            assert await again.ask(f"PING {address} client=refused") == "OK"
+        async with running_broker(settings(), tmp_path, cloud=broker.cloud) as third:
+            assert not third.daemon.context.store.leases_missing, "made up for, and written"
+
+    run_virtual(main())
+
+
 def test_one_client_on_three_connections_buys_one_exclusive_machine(tmp_path: Path) -> None:
     async def story(broker: RunningBroker) -> None:
         replies = await asyncio.gather(*(broker.ask("GET_WORKER client=anna") for _ in range(3)))

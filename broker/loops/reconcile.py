@@ -26,7 +26,6 @@ from broker.core.errors import BrokerError, CloudUnreachable, SettingsError, Sto
 from broker.core.model import UNKNOWN_CLIENT, Instance, InstanceState, Lease, Worker, WorkerState
 from broker.core.policy import Reason, born_at
 from broker.core.registry import BOOKED, USABLE
-from broker.core.settings import PoolSettings
 from broker.orders import NEVER_LAUNCHED, VANISHED, YIELDED, Orders
 from broker.store import LaunchedOrder
 
@@ -149,6 +148,7 @@ class ReconcileLoop:
             self._stand_by(cloud, listing, started_at)
         cloud.scan_succeeded(started_at, self._context.clock.wall())
         if first:
+            self._context.store.soon(self._context.store.leases_are_whole())
             self._report("first scan complete", {"cloud": cloud.provider.name, "machines": len(listing)})
         elif failures:
             self._report(
@@ -224,6 +224,8 @@ class ReconcileLoop:
             worker = await self._orders.launched(entry.order, instance)
             if worker.state in USABLE:  # a lease can be on disk although the launch is not: it was full
                 self._restore_leases(worker)
+                if entry.order.id in self._context.reopened:
+                    self._count_forgotten_clients(worker, known=True)
             return worker
         now, name = self._context.now(), identity.pool or "default"
         pool = self._context.pool(name)
@@ -242,8 +244,7 @@ class ReconcileLoop:
         if instance.id in self._context.ended:  # this listing is stale, or Terminate was lost
             return self._end_again(worker)
         self._restore_leases(worker)
-        if identity.order not in self._context.known_orders:
-            self._count_as_busy(worker, pool)
+        self._count_forgotten_clients(worker, known=identity.order in self._context.known_orders)
         twin = self._registry.get(identity.order)
         if twin is not None and twin.id != worker.id and not self._registry.busy(worker.id):
             worker = self._registry.drain(worker.id, Reason.SURPLUS, now)  # one order, two machines
@@ -252,6 +253,8 @@ class ReconcileLoop:
     def _known_to_be_idle(self, instance: Instance) -> bool:
         """The store remembers its launch and no lease on it: it is surely unused, so its age counts."""
         expected, leased = self._context.expected, self._context.stored_leases
+        if self._context.store.leases_missing:
+            return False
         return instance.id in expected and instance.id not in leased and instance.launched_unix > 0
 
     def _end_again(self, worker: Worker) -> Worker:
@@ -270,10 +273,14 @@ class ReconcileLoop:
             lease = replace(stored.lease, worker_id=worker.id)
             self._registry.grant(lease, self._context.now())
 
-    def _count_as_busy(self, worker: Worker, pool: PoolSettings) -> None:
-        """A machine that this store knows nothing of (it was lost, or the machine was somebody else's) may be
-        in use: nobody is given it alone, and no RELEASE ends it, until its client has had time to PING."""
-        if not self._registry.busy(worker.id):
+    def _count_forgotten_clients(self, worker: Worker, *, known: bool) -> None:
+        """A machine may have clients of which the store does not tell: it knows nothing of the machine (it
+        was lost, or the machine was somebody else's), or the disk did not take every lease. Then nobody is
+        given it alone, and no RELEASE ends it, until its clients have had time to PING."""
+        if known and not self._context.store.leases_missing:
+            return
+        pool = self._context.pool(worker.pool)
+        if not (pool.exclusive and self._registry.busy(worker.id)):
             lease_id = f"unknown-{worker.id}"
             lease = Lease(lease_id, worker.id, UNKNOWN_CLIENT, pool.idle_timeout, pool.exclusive)
             self._registry.grant(lease, self._context.now())
@@ -430,6 +437,7 @@ class ReconcileLoop:
             self._end_again(worker)
         else:
             self._restore_leases(worker)
+            self._count_forgotten_clients(worker, known=True)
 
     def _drop_stored_leases(self, started_at: float) -> None:
         """A lease whose machine no listing has shown for a good while has ended with it."""
