@@ -331,6 +331,7 @@ class Store:
     def _read_gap(self) -> None:
         path = self._directory / GAP_FILE
         if not path.exists():
+            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
             path.write_bytes(b"0")
         self.leases_missing = path.read_bytes() != b"0"
 

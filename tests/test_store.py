@@ -475,7 +475,8 @@ def test_only_the_broker_itself_may_read_its_state(tmp_path: Path) -> None:
     try:
         within(directory, use)
         with opened(directory):
-            assert modes(directory) == {"": 0o700, "broker.db": 0o600, "lock": 0o600} | logs(directory, 0o600)
+            files = {"": 0o700, "broker.db": 0o600, "leases-missing": 0o600, "lock": 0o600}
+            assert modes(directory) == files | logs(directory, 0o600)
     finally:
         os.umask(old)
 

@@ -89,5 +89,7 @@ def test_adopt_name_tag_takes_over_the_machine_of_an_older_broker_and_no_other(l
     assert lab.works(address)
     assert lab.launch_calls() == []
     assert broker.ask(f"RELEASE {address}") == "OK"
+    assert lab.state(older) == "running", "the older broker's clients may use it still"
+    assert broker.ask(f"RELEASE {address} force") == "OK"
     eventually(lambda: lab.state(older) == "terminated")
     assert (lab.state(anothers), lab.state(unrelated)) == ("running", "running")

@@ -22,7 +22,7 @@ from typing import Protocol, cast
 from broker.clock import Clock, SystemClock
 from broker.core import errors
 from broker.core.errors import BrokerError
-from broker.core.model import InstanceState
+from broker.core.model import InstanceState, WorkerState
 from broker.core.settings import Settings, parse
 from broker.daemon import Daemon
 from broker.testing import Client, FakeCloud, LoopClock, silent_log
@@ -93,6 +93,9 @@ class Stage:
         match direction.verb:
             case "waiting":
                 await self.until(lambda: len(self.daemon.context.waiting) == direction.amount)
+            case "booting":
+                registry = self.daemon.context.registry
+                await self.until(lambda: registry.count("default", WorkerState.BOOTING) == direction.amount)
             case "seconds":
                 await asyncio.sleep(direction.amount)
             case "boot":

@@ -17,6 +17,7 @@ HEADER = re.compile(r"(?P<about>broker|cloud|pool [a-z][a-z0-9-]*): (?P<pairs>\S
 DIRECTION = re.compile(r"\* (?P<verb>[a-z]+)(?: (?P<amount>\d+))?")
 DIRECTIONS = {
     "waiting": True,
+    "booting": True,
     "seconds": True,
     "boot": False,
     "stop": False,
