@@ -1,4 +1,4 @@
-"""The port to a cloud: seven calls, and what each may raise.
+"""The port to a cloud: eight calls, the time there, and what each may raise.
 
 Providers hide their cloud completely: they take and return the values of core.model and raise only the
 CloudError family (a few raise SettingsError from `open`, when the pool cannot work as configured). They do
@@ -16,6 +16,7 @@ not retry launches: whether a failed launch may have happened is the caller's mo
 | describe  | yes                             | PermanentRefusal. Leaves unknown ids out: no proof        |
 | terminate | yes, unknown ids are fine       | PermanentRefusal                                          |
 | tag       | yes                             | PermanentRefusal, InstanceNotFound                        |
+| clock     | yes, no cloud involved          | nothing                                                   |
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
+from broker.core.cloudtime import Span
 from broker.core.errors import (
     CloudError,
     CloudUnreachable,
@@ -91,3 +93,7 @@ class Provider(Protocol):
 
     async def tag(self, instance_id: str, tags: Mapping[str, str]) -> None:
         """Write tags onto one machine."""
+
+    def clock_unix(self, at: float) -> Span:
+        """What the cloud's own clock shows at a monotonic moment, as far as its answers have told: bills
+        go by it. Until the first answer, and where the cloud is this machine, this machine's wall clock."""
