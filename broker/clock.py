@@ -1,7 +1,7 @@
 """The two clocks, behind one name, so that tests and simulations can bring their own.
 
-Idle times and deadlines run on the monotonic clock, money and tags on the wall clock: a wall clock that
-jumps an hour ends nobody and makes nobody immortal.
+Idle times and deadlines run on the monotonic clock, tags on the wall clock: a wall clock that jumps an hour
+ends nobody and makes nobody immortal. Money runs on the cloud's clock: core/cloudtime.py.
 """
 
 from __future__ import annotations

@@ -10,8 +10,10 @@ from dataclasses import dataclass, field
 
 from broker.clock import Clock
 from broker.clouds import Cloud, Clouds
+from broker.core import prices
 from broker.core.claim import Claim
-from broker.core.model import Worker
+from broker.core.model import Instance, Worker
+from broker.core.money import Price
 from broker.core.policy import LaunchGuard
 from broker.core.registry import Registry
 from broker.core.settings import PoolSettings, Settings
@@ -21,6 +23,8 @@ from broker.waiting import Waiting
 FORGOTTEN_POOL = PoolSettings.model_validate(
     {}
 )  # rules for machines whose pool the configuration has dropped
+
+FORGOTTEN_EC2_POOL = FORGOTTEN_POOL.model_copy(update={"provider": "ec2"})
 
 
 class Signal:
@@ -69,6 +73,13 @@ class Context:
 
     def pool(self, name: str) -> PoolSettings:
         return self.settings.pool.get(name, FORGOTTEN_POOL)
+
+    def price(self, pool: str, machine: Instance) -> Price:
+        """What the machine costs. Where EC2 is used, one whose pool is not configured any more is EC2's."""
+        settings = self.pool(pool)
+        if pool not in self.settings.pool and any(p.provider == "ec2" for p in self.settings.pool.values()):
+            settings = FORGOTTEN_EC2_POOL
+        return prices.price(settings, machine.instance_type, machine.cores, machine.market)
 
     def cloud(self, pool: str) -> Cloud | None:
         return self.clouds.of(pool)

@@ -25,9 +25,11 @@ from broker.clouds import Cloud, Clouds
 from broker.context import Context
 from broker.core.errors import BrokerError, CloudUnreachable, SettingsError, StoreError
 from broker.core.model import Event, InstanceState, WorkerChanged, WorkerSeen, WorkerState
+from broker.core.money import USD_MICROS
 from broker.core.policy import HOUR_SECONDS, Reason
 from broker.core.registry import BOOKED, Registry
 from broker.core.settings import BrokerSettings, Settings, require_private, split_address
+from broker.ledger import Ledger
 from broker.logs import EventLog, Log
 from broker.loops.beat import BeatLoop
 from broker.loops.launch import LaunchLoop
@@ -77,6 +79,7 @@ def make_providers(
                 region=region,
                 profile=profile,
                 clock_wall=clock.wall,
+                clock_monotonic=clock.monotonic,
                 on_call=on_call,
             )
         else:
@@ -118,19 +121,21 @@ class Daemon:
         clouds = Clouds(providers(settings, state_dir, clock, self._cloud_called))
         self.context = Context(settings, registry, clouds, store, clock)
         self.orders = Orders(self.context)
+        self.ledger = Ledger(self.context, settings.broker.id)
         self._wire(connect, new_id)
 
     def _wire(self, connect: Connect, new_id: Callable[[], str]) -> None:
         context, report = self.context, self._report
         wake_launch, wake_reap = (lambda: self._wake("launch")), (lambda: self._wake("reap"))
         self.launch = LaunchLoop(
-            context, self.orders, new_order_id=lambda: f"cb-{new_id()}", wake=wake_launch
+            context, self.orders, self.ledger, new_order_id=lambda: f"cb-{new_id()}", wake=wake_launch
         )
         self.probe = ProbeLoop(context, lambda: self._wake("probe"), connect)
         self.reap = ReapLoop(context, report, terminated=self._look_closely)
         self.reconcile = ReconcileLoop(
             context,
             self.orders,
+            self.ledger,
             broker_id=self.settings.broker.id,
             report=report,
             changed=self._scanned,
@@ -166,7 +171,9 @@ class Daemon:
         self.runners = {loop.name: LoopRunner(loop, self.clock, self._loop_failed) for loop in loops}
         self.health = Health(context, list(self.runners.values()))
         self.meter = Meter()
-        self.metrics = Metrics(context, self.meter, commands, lambda: len(self.server.connections))
+        self.metrics = Metrics(
+            context, self.meter, self.ledger, commands, lambda: len(self.server.connections)
+        )
         self._observers += [
             EventLog(self._log).heard,
             self.meter.heard,
@@ -194,6 +201,7 @@ class Daemon:
             self.context.owner = await self._find_owner()
             self._remember()
             await self._open_providers()
+            self._say_what_is_assumed()
             async with asyncio.TaskGroup() as tasks:
                 web_runner = await self._listen() if self._ports else None
                 listening()
@@ -256,6 +264,7 @@ class Daemon:
             self.context.expected[launched.instance_id] = launched
         for stored in self.context.store.leases():
             self.context.stored_leases.setdefault(stored.instance_id, []).append(stored)
+        self.ledger.recall()
 
     async def _open_providers(self) -> None:
         """Find out now what a person has to mend; what only the cloud can mend is tried again later."""
@@ -298,6 +307,22 @@ class Daemon:
             machines=len(listing),
         )
 
+    def _say_what_is_assumed(self) -> None:
+        """Once a pool: costs and budgets go by prices that nobody has set."""
+        for name, cloud in ((name, self.context.cloud(name)) for name in self.settings.pool):
+            offerings = cloud.provider.offerings(name) if cloud else ()
+            prices = {
+                o.instance_type: o.price_usd_micros_per_hour / USD_MICROS
+                for o in offerings
+                if o.price_assumed
+            }
+            if prices:
+                self._log.warning(
+                    "no price_usd_per_hour is set: on-demand list prices are assumed",
+                    pool=name,
+                    prices=prices,
+                )
+
     async def _listen(self) -> web.AppRunner:
         settings = self.settings.broker
         if settings.insecure_listen:
@@ -334,6 +359,7 @@ class Daemon:
         self.service.close()
         await self.server.close(ANSWER_SECONDS_MAX)
         await self.launch.settle(SETTLE_SECONDS_MAX)
+        self.ledger.save()
         if web_runner is not None:
             await web_runner.cleanup()
         alive = [

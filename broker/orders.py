@@ -103,14 +103,13 @@ class Orders:
             # Closed too early, or a second machine for one order: it has our tag, so it is ours to keep.
             worker = registry.by_instance(instance.id)
             if worker is None:
-                pool = self._context.pool(order.pool)
                 worker = registry.adopt(
                     instance,
                     order.pool,
-                    pool.worker_port,
+                    self._context.pool(order.pool).worker_port,
                     now,
                     order_id=order.id,
-                    price_usd_micros_per_hour=pool.price_usd_micros_per_hour,
+                    price=self._context.price(order.pool, instance),
                 )
         elif worker.state is WorkerState.ORDERED:
             worker = registry.launched(order.id, instance, now)

@@ -343,6 +343,7 @@ class Service:
             "instance_type": worker.offering.instance_type,
             "cores": worker.cores,
             "market": str(worker.offering.market),
+            "price_assumed": worker.offering.price_assumed,
             "age_seconds": round(now - worker.born_at),
             "reason": worker.reason,
         }

@@ -1,4 +1,4 @@
-"""What the cloud cannot tell back, in SQLite under the state directory: open orders and leases.
+"""What the cloud cannot tell back, in SQLite under the state directory: open orders, leases, costs.
 
 Losing this file loses history, never a machine. Two connections with two promises: an order is on the disk
 itself before its launch call (`synchronous=FULL`), because a forgotten order is a forgotten machine; a lease
@@ -19,17 +19,20 @@ import os
 import sqlite3
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any
 
 from broker.clock import Moment
 from broker.core.errors import StoreError
+from broker.core.ledger import Run
 from broker.core.model import Lease, Market, Offering, Order, Worker
 
 CLOSED_ORDERS_MAX = 1000  # history for a person who asks what happened; older ones are dropped
 ENDED_MAX = 10_000  # ended machines that are remembered: EC2 shows each for about an hour
 GAP_FILE = "leases-missing"  # "1": the disk did not take every lease
+RUNS_MAX = 10_000  # machines whose cost is remembered: weeks of a busy broker. Older ones are dropped,
+RUNS_KEPT_SECONDS = 2 * 86_400.0  # but none whose cost may count for today's budget
 BUSY_TIMEOUT_SECONDS = 5.0  # another process looking into the file must not fail a write
 
 SCHEMA_VERSION = 1
@@ -48,6 +51,16 @@ CREATE TABLE IF NOT EXISTS leases (
     id TEXT PRIMARY KEY, instance_id TEXT NOT NULL, pool TEXT NOT NULL, address TEXT NOT NULL,
     client TEXT NOT NULL, ttl_seconds REAL NOT NULL, exclusive INTEGER NOT NULL
 ) STRICT;
+CREATE TABLE IF NOT EXISTS runs (
+    instance_id TEXT PRIMARY KEY, pool TEXT NOT NULL, market TEXT NOT NULL,
+    price_usd_micros_per_hour INTEGER NOT NULL, price_assumed INTEGER NOT NULL,
+    not_running_until_unix REAL NOT NULL, running_from_unix REAL, running_until_unix REAL,
+    ended_by_unix REAL, reclaimed INTEGER
+) STRICT;
+"""
+DROP_OLD_RUNS = """
+DELETE FROM runs WHERE rowid <= (SELECT max(rowid) FROM runs) - ? AND ended_by_unix < ? + (
+    SELECT max(coalesce(ended_by_unix, running_until_unix, not_running_until_unix)) FROM runs)
 """
 
 
@@ -236,6 +249,19 @@ class Store:
         row = self._connections[True].execute(query, (key,)).fetchone()
         return None if row is None else str(row[0])
 
+    # --- runs --------------------------------------------------------------------------------------
+
+    async def run_changed(self, run: Run) -> None:
+        """Returns when the run is on disk as it is now."""
+        await self._write(
+            True, "INSERT OR REPLACE INTO runs VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", astuple(run)
+        )
+
+    def runs(self) -> list[Run]:
+        """Every machine that is remembered, the one that was written last at the end."""
+        rows = self._connections[True].execute("SELECT * FROM runs ORDER BY rowid")
+        return [_run(*row) for row in rows]
+
     # --- leases ------------------------------------------------------------------------------------
 
     async def lease_granted(self, lease: Lease, worker: Worker) -> None:
@@ -367,6 +393,7 @@ class Store:
         connection.execute(
             "DELETE FROM ended WHERE rowid <= (SELECT max(rowid) FROM ended) - ?", (ENDED_MAX,)
         )
+        connection.execute(DROP_OLD_RUNS, (RUNS_MAX, -RUNS_KEPT_SECONDS))
         for (finding,) in connection.execute("PRAGMA quick_check"):
             if finding != "ok":
                 raise sqlite3.DatabaseError(finding)
@@ -405,3 +432,13 @@ class Store:
 def _offering(text: str) -> Offering:
     values = json.loads(text)
     return Offering(**{**values, "market": Market(values["market"])})
+
+
+def _run(
+    id_: str, pool: str, market: str, price: int, assumed: int, not_until: float, *rest: float | None
+) -> Run:
+    begun, until, ended, reclaimed = rest
+    reclaimed_or_not = None if reclaimed is None else bool(reclaimed)
+    return Run(
+        id_, pool, Market(market), price, bool(assumed), not_until, begun, until, ended, reclaimed_or_not
+    )

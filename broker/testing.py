@@ -24,6 +24,7 @@ import structlog
 
 from broker.clock import Clock
 from broker.core import tags
+from broker.core.cloudtime import Span
 from broker.core.errors import CloudUnreachable, OrderSpent
 from broker.core.model import Instance, InstanceState, Market, Offering, Order
 from broker.core.settings import Settings
@@ -316,6 +317,10 @@ class FakeCloud:
         await self._call("tag_all", ids, dict(new))
         for machine in [self.machines[one] for one in ids if one in self.machines]:
             machine.instance = replace(machine.instance, tags={**machine.instance.tags, **new})
+
+    def clock_unix(self, at: float) -> Span:
+        wall_unix = self._clock.wall() - (self._clock.monotonic() - at)
+        return Span(wall_unix, wall_unix)
 
     async def _call(self, api: str, *arguments: Any, quiet: bool = False) -> Exception | None:
         self.calls.append((api, arguments))

@@ -1,8 +1,6 @@
-"""What is measured: seconds that machines ran, seconds that they were used, and what that cost."""
+"""What is measured: seconds that machines ran, seconds that they were used."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -10,13 +8,10 @@ from hypothesis import strategies as st
 
 from broker.core.model import InstanceState, Worker
 from broker.core.registry import Registry
-from broker.core.settings import parse
 from broker.metering import Meter, PoolTotals
-from broker.testing import run_virtual, running_broker
 from tests.core.generated import FEW
-from tests.core.make import MOON, PORT, instance, lease, order
+from tests.core.make import PORT, instance, lease, order
 
-HOURLY = MOON.price_usd_micros_per_hour
 PENDING, DYING = InstanceState.PENDING, InstanceState.SHUTTING_DOWN
 
 
@@ -44,89 +39,49 @@ class Books(Registry):
         return self.meter.totals(pool, now)
 
 
-# --- money ----------------------------------------------------------------------------------------------
+# --- running --------------------------------------------------------------------------------------------
 
 
-def test_nothing_costs_nothing() -> None:
-    assert Books().totals(1e6) == PoolTotals(0.0, 0.0, 0, 0)
+def test_where_nothing_ran_there_is_nothing() -> None:
+    assert Books().totals(1e6) == PoolTotals(0.0, 0.0)
 
 
-def test_a_machine_costs_from_when_it_runs_until_it_stops() -> None:
+def test_a_machine_runs_from_when_the_cloud_says_so_until_it_stops() -> None:
     books = Books()
     books.launch(1, 0.0, state=PENDING)
-    assert books.totals(100.0) == PoolTotals(0.0, 0.0, 0, 0), "pending is free"
+    assert books.totals(100.0) == PoolTotals(0.0, 0.0), "pending is not running"
     books.see(1, InstanceState.RUNNING, 100.0)
-    assert books.totals(1900.0) == PoolTotals(1800.0, 0.0, HOURLY // 2, HOURLY)
+    assert books.totals(1900.0) == PoolTotals(1800.0, 0.0)
     books.see(1, DYING, 3700.0)
-    ended = PoolTotals(3600.0, 0.0, HOURLY, 0)
-    assert books.totals(3700.0) == books.totals(1e6) == ended
+    assert books.totals(3700.0) == books.totals(1e6) == PoolTotals(3600.0, 0.0)
     books.end(1, 4000.0)
-    assert books.totals(1e6) == ended
+    assert books.totals(1e6) == PoolTotals(3600.0, 0.0)
 
 
-def test_an_order_that_came_to_nothing_costs_nothing() -> None:
-    books = Books()
-    books.order(order("o-1"), PORT, 0.0)
-    books.refused("o-1", "no-capacity", 5.0)
-    assert books.totals(1e6) == PoolTotals(0.0, 0.0, 0, 0)
-
-
-def test_a_machine_that_is_drained_costs_until_the_cloud_says_that_it_ended() -> None:
+def test_a_machine_that_is_drained_runs_until_the_cloud_says_that_it_ended() -> None:
     books = Books()
     books.launch(1, 0.0)
     books.drain("o-1", "idle", 600.0)
     books.terminating("o-1", 601.0)
-    assert books.totals(3600.0).cost_usd_micros == HOURLY
+    assert books.totals(3600.0).running_seconds == 3600.0
     books.gone("o-1", "terminated", 3600.0)
-    assert books.totals(7200.0).cost_usd_micros == HOURLY
+    assert books.totals(7200.0).running_seconds == 3600.0
 
 
-def test_a_launch_costs_a_minute_at_least() -> None:
+def test_a_machine_that_was_taken_over_runs_from_now_on() -> None:
     books = Books()
-    books.launch(1, 0.0)
-    assert books.totals(1.0).cost_usd_micros == round(HOURLY / 60)
-    books.end(1, 2.0)
-    assert books.totals(2.0).cost_usd_micros == round(HOURLY / 60)
+    books.adopt(instance("i-9"), "default", PORT, 500.0)
+    assert books.totals(536.0).running_seconds == 36.0
 
 
-def test_a_machine_that_seemed_to_stop_for_a_moment_does_not_cost_a_second_minute() -> None:
-    books = Books()
-    books.launch(1, 0.0)
-    books.see(1, PENDING, 120.0)  # a stale answer of the cloud
-    books.see(1, InstanceState.RUNNING, 121.0)
-    books.end(1, 131.0)
-    assert books.totals(131.0).cost_usd_micros == pytest.approx(HOURLY * 130 / 3600, abs=1)
-
-
-def test_a_machine_that_was_taken_over_costs_from_now_on_and_no_minute() -> None:
-    books = Books()
-    books.adopt(instance("i-9"), "default", PORT, 500.0, price_usd_micros_per_hour=HOURLY)
-    assert books.totals(500.0) == PoolTotals(0.0, 0.0, 0, HOURLY)
-    assert books.totals(536.0).cost_usd_micros == HOURLY // 100
-
-
-def test_each_pool_has_its_own_bill() -> None:
+def test_each_pool_is_measured_by_itself() -> None:
     books = Books()
     books.launch(1, 0.0)
     books.launch(2, 0.0)
     books.launch(3, 0.0, pool="gpu")
-    assert books.totals(3600.0) == PoolTotals(7200.0, 0.0, 2 * HOURLY, 2 * HOURLY)
-    assert books.totals(3600.0, "gpu") == PoolTotals(3600.0, 0.0, HOURLY, HOURLY)
-    assert books.totals(3600.0, "other").cost_usd_micros == 0
-
-
-def test_a_restart_does_not_make_machines_free(tmp_path: Path) -> None:
-    settings = parse({"pool": {"default": {"price_usd_per_hour": 1.0}}}, {})
-
-    async def story() -> None:
-        async with running_broker(settings, tmp_path) as first:
-            await first.ask("GET_WORKER")
-        async with running_broker(settings, tmp_path, cloud=first.cloud) as second:
-            await second.until(lambda: len(second.registry))
-            totals = second.daemon.meter.totals("default", second.clock.monotonic())
-            assert totals.cost_usd_micros_per_hour == 1_000_000
-
-    run_virtual(story())
+    assert books.totals(3600.0) == PoolTotals(7200.0, 0.0)
+    assert books.totals(3600.0, "gpu") == PoolTotals(3600.0, 0.0)
+    assert books.totals(3600.0, "other") == PoolTotals(0.0, 0.0)
 
 
 # --- use ------------------------------------------------------------------------------------------------
@@ -190,11 +145,11 @@ def test_a_client_that_wants_the_worker_alone_does_not_count_twice() -> None:
 
 
 def test_use_is_a_share_of_what_ran_and_never_more_than_all() -> None:
-    assert PoolTotals(0.0, 0.0, 0, 0).utilization_ratio == 0.0
-    assert PoolTotals(0.0, 5.0, 0, 0).utilization_ratio == 0.0
-    assert PoolTotals(100.0, 25.0, 0, 0).utilization_ratio == 0.25
-    assert PoolTotals(0.5, 0.25, 0, 0).utilization_ratio == 0.5
-    assert PoolTotals(100.0, 125.0, 0, 0).utilization_ratio == 1.0, "held, but not running yet"
+    assert PoolTotals(0.0, 0.0).utilization_ratio == 0.0
+    assert PoolTotals(0.0, 5.0).utilization_ratio == 0.0
+    assert PoolTotals(100.0, 25.0).utilization_ratio == 0.25
+    assert PoolTotals(0.5, 0.25).utilization_ratio == 0.5
+    assert PoolTotals(100.0, 125.0).utilization_ratio == 1.0, "held, but not running yet"
 
 
 @given(
@@ -207,15 +162,13 @@ def test_use_is_a_share_of_what_ran_and_never_more_than_all() -> None:
 )
 @FEW
 def test_what_has_been_counted_is_never_taken_back(steps: list[tuple[str, int, float]]) -> None:
-    """The cost is a Prometheus counter: a step down would be read as a restart."""
-    books, now, before, machines = Books(), 0.0, 0, 0
+    books, now = Books(), 0.0
     for number in (1, 2, 3):
         books.launch(number, now, state=PENDING)
     for what, number, seconds in steps:
         now += seconds
         worker = books.get(f"o-{number}")
-        assert books.totals(now).cost_usd_micros >= before
-        before = books.totals(now).cost_usd_micros
+        before = books.totals(now)
         if worker is None:
             continue
         match what:
@@ -228,7 +181,5 @@ def test_what_has_been_counted_is_never_taken_back(steps: list[tuple[str, int, f
             case "end":
                 books.end(number, now)
         after = books.totals(now)
-        assert after.cost_usd_micros >= before
-        assert after.running_seconds >= 0
-        machines = sum(worker.running for worker in books)
-        assert after.cost_usd_micros_per_hour == machines * HOURLY
+        assert after.running_seconds >= before.running_seconds
+        assert after.busy_seconds >= before.busy_seconds

@@ -18,8 +18,9 @@ import pytest
 
 from broker.clock import Moment
 from broker.core.errors import StoreError
+from broker.core.ledger import Run
 from broker.core.model import Lease, Market, Offering, Order, Worker, WorkerState
-from broker.store import CLOSED_ORDERS_MAX, Store
+from broker.store import CLOSED_ORDERS_MAX, RUNS_MAX, Store
 
 ROOT = Path(__file__).resolve().parents[1]
 OFFERING = Offering("us-east-1", "c7i.16xlarge", Market.SPOT, "us-east-1a", 64, 1_200_000)
@@ -117,6 +118,67 @@ def test_an_order_is_on_disk_even_when_the_next_thing_that_happens_is_a_kill(tmp
         assert store.open_orders() == [order("cb-1")]
 
     within(tmp_path, story)
+
+
+# --- runs ---
+
+
+def run(name: str, **changes: object) -> Run:
+    values = {"pool": "default", "market": Market.SPOT, "price_usd_micros_per_hour": 1_200_000}
+    more = {"price_assumed": False, "not_running_until_unix": 1.8e9, **changes}
+    return Run(name, **{**values, **more})  # type: ignore[arg-type]
+
+
+@BOTH_WAYS
+def test_what_is_known_of_a_machines_cost_is_read_back_as_it_was_written(
+    tmp_path: Path, threaded: bool
+) -> None:
+    whole = run(
+        "i-2",
+        price_assumed=True,
+        running_from_unix=1.8e9 + 0.25,
+        running_until_unix=1.8e9 + 1.5,
+        ended_by_unix=1.8e9 + 2.75,
+        reclaimed=False,
+    )
+
+    async def story(store: Store) -> None:
+        for one in (run("i-1"), run("i-2"), whole):
+            await store.run_changed(one)
+
+    within(tmp_path, story, threaded=threaded)
+    with opened(tmp_path) as store:
+        assert store.runs() == [run("i-1"), whole]
+
+
+def test_a_file_from_before_there_were_runs_is_taken_over(tmp_path: Path) -> None:
+    async def story(store: Store) -> None:
+        await store.order_placed(order("cb-1"))
+
+    within(tmp_path, story)
+    connection = sqlite3.connect(tmp_path / "broker.db")
+    connection.execute("DROP TABLE runs")
+    connection.close()
+    with opened(tmp_path) as store:
+        assert store.runs() == []
+        assert store.open_orders() == [order("cb-1")]
+
+
+def test_only_old_runs_are_dropped_and_none_of_today(tmp_path: Path) -> None:
+    def days_ago(number: int, days: float) -> Run:
+        return run(f"i-{number}", ended_by_unix=1.8e9 - days * 86_400)
+
+    old = [days_ago(number, 3) for number in range(5)]
+    recent = [days_ago(number, 1) for number in range(5, 10)]
+    open_one = run("i-open", not_running_until_unix=1.8e9 - 90 * 86_400)
+    newest = [run(f"i-{number}", ended_by_unix=1.8e9) for number in range(10, 10 + RUNS_MAX)]
+
+    async def story(store: Store) -> None:
+        await asyncio.gather(*(store.run_changed(one) for one in [open_one, *old, *recent, *newest]))
+
+    within(tmp_path, story, threaded=False)
+    with opened(tmp_path) as store:
+        assert store.runs() == [open_one, *recent, *newest]
 
 
 def test_orders_are_synced_to_the_disk_itself_and_leases_to_the_system(tmp_path: Path) -> None:

@@ -1,9 +1,9 @@
 """The nouns: frozen values that everything else passes around.
 
 Two kinds of time, never mixed. Fields that end in `_at` are seconds on the monotonic clock, which only
-this process understands; fields that end in `_unix` are seconds of the wall clock, fit for tags, the store
-and money. Leases and hand-outs move clocks often, so those clocks live in the registry beside these
-values, not in them.
+this process understands; fields that end in `_unix` are seconds since 1970, fit for tags, the store and
+money: of our wall clock, or of the cloud's where the cloud has said them. Leases and hand-outs move clocks
+often, so those clocks live in the registry beside these values, not in them.
 """
 
 from __future__ import annotations
@@ -60,6 +60,7 @@ class Offering:
     zone: str = ""
     cores: int | None = None
     price_usd_micros_per_hour: int = 0
+    price_assumed: bool = False  # nobody has said: the on-demand list price stands in
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +93,7 @@ class Instance:
     launched_unix: float = 0.0
     tags: Mapping[str, str] = field(default_factory=lambda: NO_TAGS, hash=False)
     reason: str = ""  # why it left `running`, in the cloud's words
+    ended_unix: float | None = None  # the second in which that happened, where the cloud names it
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,8 +6,25 @@ Linux spot and on-demand machines are billed per second while `running`, at leas
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 BILLED_SECONDS_MIN = 60.0
 SECONDS_PER_HOUR = 3600
+USD_MICROS = 1_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Price:
+    """What a running machine costs an hour; `assumed` when nobody has said so and a list price stands in."""
+
+    usd_micros_per_hour: int = 0
+    assumed: bool = False
+
+
+def dollars(usd_micros: int) -> str:
+    """For people: `$12.34`, and for small sums as many digits as it takes."""
+    usd = usd_micros / USD_MICROS
+    return f"${usd:.2f}" if usd >= 1 or usd_micros % 10_000 == 0 else f"${usd:.4f}"
 
 
 def billed_seconds(running_seconds: float) -> float:

@@ -8,10 +8,12 @@ Nothing in here acts, and nothing in here is remembered except in LaunchGuard, w
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
 from broker.core.errors import BrokerError, LimitReached
+from broker.core.ledger import Budget
 from broker.core.model import Worker, WorkerState
 from broker.core.registry import BOOKED, Registry
 from broker.core.settings import PoolSettings
@@ -168,12 +170,15 @@ def plan_launches(
     now: float,
     *,
     doubtful: int = 0,
+    budgets: Sequence[Budget] = (),
+    price_usd_micros_per_hour: int = 0,
 ) -> LaunchPlan:
     """How many machines to order now. Machines on order and booting are supply already, except `doubtful`
     orders, which fill a place under the cap and will probably bring nothing.
 
     Clients queue for a machine that exists (it may become free) and are refused at once when none does and
-    none may be launched.
+    none may be launched. `price_usd_micros_per_hour` is that of the dearest machine that might be ordered:
+    each order counts with it before the next is allowed.
     """
     supply = registry.count(name, WorkerState.ORDERED, WorkerState.BOOTING) - doubtful
     shortfall = demand.workers_wanted() - supply
@@ -183,8 +188,14 @@ def plan_launches(
     room = pool.max_workers - registry.count(name, *BOOKED)
     if refusal is None and room <= 0:
         refusal = LimitReached(f"the pool's max_workers = {pool.max_workers} is reached")
+    orders = min(shortfall, room, pool.launches_per_hour - len(guard.attempts))
+    for budget in budgets if refusal is None else ():
+        orders = budget.launches(price_usd_micros_per_hour, orders)
+        if orders <= 0:
+            refusal = budget.refusal()
+            break
     if refusal is None:
-        return LaunchPlan(min(shortfall, room, pool.launches_per_hour - len(guard.attempts)))
+        return LaunchPlan(orders)
     if registry.count(name, *BOOKED):
         return LaunchPlan(obstacle=refusal.message)
     return LaunchPlan(refusal=refusal)

@@ -33,7 +33,9 @@ from broker.core.model import (
     WorkerSeen,
     WorkerState,
 )
+from broker.core.money import Price
 
+FREE = Price()
 S = WorkerState
 
 
@@ -180,7 +182,7 @@ class Registry:
         *,
         order_id: str | None = None,
         born_at: float | None = None,
-        price_usd_micros_per_hour: int = 0,
+        price: Price = FREE,
     ) -> Worker:
         """BOOTING: a machine of ours that the books do not know, found in a listing. It counts as just used.
 
@@ -192,7 +194,8 @@ class Registry:
             instance.market,
             instance.zone,
             instance.cores,
-            price_usd_micros_per_hour,
+            price.usd_micros_per_hour,
+            price.assumed,
         )
         worker = Worker(
             instance.id,

@@ -69,6 +69,7 @@ PositiveSeconds = Annotated[Seconds, Field(gt=0)]
 SocketAddress = Annotated[str, BeforeValidator(_socket_address)]
 Names = Annotated[tuple[str, ...], BeforeValidator(_names)]
 Words = Annotated[tuple[str, ...], BeforeValidator(_words)]
+Budget = Annotated[float | None, Field(ge=0, allow_inf_nan=False)]  # dollars; None: no limit
 PoolName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{0,31}$")]
 
 
@@ -126,6 +127,9 @@ class BrokerSettings(Section):
     reconcile_interval: PositiveSeconds = Field(
         30.0, le=300.0, description="How often the cloud is scanned; five minutes at most."
     )
+    budget_usd_per_day: Budget = Field(
+        None, description="Launches stop when all pools together have spent so much on one day (UTC)."
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="What is logged.")
     log_format: Literal["auto", "json", "console"] = Field(
         "auto", description="auto: JSON unless stderr is a terminal."
@@ -179,7 +183,11 @@ class PoolSettings(Section):
         0.0,
         ge=0,
         allow_inf_nan=False,
-        description="What a running worker of this pool is taken to cost, for the cost metrics.",
+        description="What a running worker of this pool costs. 0: not known, and for ec2 the on-demand list "
+        "price is assumed.",
+    )
+    budget_usd_per_day: Budget = Field(
+        None, description="Launches stop when the pool has spent so much on one day (UTC)."
     )
 
     command: Words = Field(

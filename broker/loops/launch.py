@@ -26,6 +26,7 @@ from broker.core.errors import (
 )
 from broker.core.model import Offering, Order, WorkerState
 from broker.core.policy import plan_launches
+from broker.ledger import Ledger
 from broker.orders import OUTCOMES, YIELDED, OpenOrder, Orders
 from broker.waiting import Wish
 
@@ -46,10 +47,17 @@ class LaunchLoop:
     name = "launch"
 
     def __init__(
-        self, context: Context, orders: Orders, *, new_order_id: Callable[[], str], wake: Callable[[], None]
+        self,
+        context: Context,
+        orders: Orders,
+        ledger: Ledger,
+        *,
+        new_order_id: Callable[[], str],
+        wake: Callable[[], None],
     ) -> None:
         self._context = context
         self._orders = orders
+        self._ledger = ledger
         self._new_order_id = new_order_id
         self._wake = wake
         self._in_flight: dict[str, asyncio.Task[None]] = {}  # order id → the task that makes its calls
@@ -90,6 +98,8 @@ class LaunchLoop:
             return
         self._send_again(name)
         demand, guard = context.waiting.demand(name), context.guard(name)
+        budgets = self._ledger.budgets(name)
+        prices = [one.price_usd_micros_per_hour for one in cloud.provider.offerings(name)] if budgets else []
         plan = plan_launches(
             context.registry,
             name,
@@ -98,6 +108,8 @@ class LaunchLoop:
             guard,
             context.now(),
             doubtful=self._orders.doubtful(name),
+            budgets=budgets,
+            price_usd_micros_per_hour=max(prices, default=0),
         )
         if plan.refusal is not None:
             self._tell(name, plan.refusal)
@@ -212,7 +224,10 @@ class LaunchLoop:
         cloud = self._context.cloud(order.pool)
         if cloud is None:
             raise PermanentRefusal(f"pool '{order.pool}' is not configured any more")
-        await self._orders.launched(order, await cloud.provider.launch(order))
+        asked_at = self._context.now()
+        instance = await cloud.provider.launch(order)
+        self._ledger.saw(cloud, [instance], asked_at)
+        await self._orders.launched(order, instance)
 
     def _failed(self, entry: OpenOrder, error: BrokerError) -> None:
         """The calls are over and brought no machine. Only a certain refusal closes the order.

@@ -26,6 +26,7 @@ from broker.core.errors import BrokerError, CloudUnreachable, SettingsError, Sto
 from broker.core.model import UNKNOWN_CLIENT, Instance, InstanceState, Lease, Worker, WorkerState
 from broker.core.policy import Reason, born_at
 from broker.core.registry import BOOKED, USABLE
+from broker.ledger import Ledger
 from broker.orders import NEVER_LAUNCHED, VANISHED, YIELDED, Orders
 from broker.store import LaunchedOrder
 
@@ -69,6 +70,7 @@ class ReconcileLoop:
         self,
         context: Context,
         orders: Orders,
+        ledger: Ledger,
         *,
         broker_id: str,
         report: Report,
@@ -79,6 +81,7 @@ class ReconcileLoop:
         self._context = context
         self._registry = context.registry
         self._orders = orders
+        self._ledger = ledger
         self._broker_id = broker_id
         self._report = report
         self._changed = changed
@@ -137,6 +140,7 @@ class ReconcileLoop:
             return self._scan_failed(cloud, CloudUnreachable(f"a scan took over {SCAN_SECONDS_MAX:.0f} s"))
         except BrokerError as error:
             return self._scan_failed(cloud, error)
+        self._ledger.listed(cloud, listing, started_at)
         try:
             await self._rule(cloud, [i for i in listing if self._is_ours(i) and i.state not in DEAD])
         except StoreError as error:  # a claim that is not on disk is not made: nothing changes
@@ -238,7 +242,7 @@ class ReconcileLoop:
             now,
             order_id=identity.order or None,
             born_at=now - age_seconds if idle else born_at(pool, age_seconds, now),
-            price_usd_micros_per_hour=pool.price_usd_micros_per_hour,
+            price=self._context.price(name, instance),
         )
         self._context.home[worker.id] = cloud
         if instance.id in self._context.ended:  # this listing is stale, or Terminate was lost
@@ -432,7 +436,8 @@ class ReconcileLoop:
 
     def _enter_unseen(self, unseen: Instance, pool: str, order_id: str | None) -> None:
         port = self._context.pool(pool).worker_port
-        worker = self._registry.adopt(unseen, pool, port, self._context.now(), order_id=order_id)
+        price = self._context.price(pool, unseen)
+        worker = self._registry.adopt(unseen, pool, port, self._context.now(), order_id=order_id, price=price)
         if unseen.id in self._context.ended:
             self._end_again(worker)
         else:
@@ -462,12 +467,14 @@ class ReconcileLoop:
         ids = [w.instance_id for w in workers if w.instance_id and self._context.cloud_of(w) is cloud]
         if not ids or not cloud.recovered or cloud.rival is not None:
             return
+        asked_at = self._context.now()
         try:
             async with asyncio.timeout(SCAN_SECONDS_MAX):
                 instances = await cloud.provider.describe(ids)
         except (TimeoutError, BrokerError) as error:
             self._report("look failed", {"cloud": cloud.provider.name, "error": str(error)})
             return
+        self._ledger.saw(cloud, instances, asked_at)
         for instance in instances if cloud.rival is None else ():
             await self.take_in(cloud, instance)
 

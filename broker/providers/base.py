@@ -1,4 +1,4 @@
-"""The port to a cloud: its calls, and what each may raise.
+"""The port to a cloud: its calls, the time there, and what each may raise.
 
 Providers hide their cloud completely: they take and return the values of core.model and raise only the
 CloudError family (a few raise SettingsError from `open`, when the pool cannot work as configured). They do
@@ -17,6 +17,7 @@ not retry launches: whether a failed launch may have happened is the caller's mo
 | terminate | yes, unknown ids are fine       | PermanentRefusal                                          |
 | tag       | yes                             | PermanentRefusal, InstanceNotFound                        |
 | tag_all   | yes, unknown ids are fine       | PermanentRefusal                                          |
+| clock     | yes, no cloud involved          | nothing                                                   |
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
+from broker.core.cloudtime import Span
 from broker.core.errors import (
     CloudError,
     CloudUnreachable,
@@ -102,3 +104,7 @@ class Provider(Protocol):
 
     async def tag_all(self, instance_ids: Iterable[str], tags: Mapping[str, str]) -> None:
         """Write the same tags onto many machines. An unknown one keeps no other from its own."""
+
+    def clock_unix(self, at: float) -> Span:
+        """What the cloud's own clock shows at a monotonic moment, as far as its answers have told: bills
+        go by it. Until the first answer, and where the cloud is this machine, this machine's wall clock."""

@@ -7,12 +7,14 @@ and a Terminate that EC2 refuses as a whole, because of one id, still ends all t
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from broker.core import tags
+from broker.core import prices, tags
+from broker.core.cloudtime import Span
 from broker.core.errors import CloudUnreachable, InstanceNotFound, OrderSpent, PermanentRefusal, SettingsError
 from broker.core.model import Instance, InstanceState, Market, Offering, Order
 from broker.core.settings import PoolSettings
@@ -58,6 +60,7 @@ class Ec2Provider:
         region: str | None,
         profile: str | None,
         clock_wall: Callable[[], float],
+        clock_monotonic: Callable[[], float] = lambda: asyncio.get_running_loop().time(),
         client_factory: ClientFactory | None = None,
         on_call: OnCall = lambda api, outcome: None,
         page_size: int = PAGE_SIZE,
@@ -67,7 +70,7 @@ class Ec2Provider:
         self._client_factory = client_factory or account.client
         self._broker_id, self._pools, self._page_size = broker_id, dict(pools), page_size
         self._clock_wall = clock_wall
-        self._api = Ec2Api(on_call, clock_wall)
+        self._api = Ec2Api(on_call, clock_wall, clock_monotonic)
         self._region = region or ""
         self._recipes: dict[str, Recipe] = {}
         self._cores: dict[str, int] = {}
@@ -98,15 +101,18 @@ class Ec2Provider:
 
     def offerings(self, pool: str) -> Sequence[Offering]:
         settings = self._pools[pool]
-        return tuple(
-            Offering(
-                region=self._region,
-                instance_type=kind,
-                market=Market(settings.market),
-                cores=self._cores.get(kind),
-                price_usd_micros_per_hour=settings.price_usd_micros_per_hour,
-            )
-            for kind in dict.fromkeys(settings.instance_types)
+        return tuple(self._offering(settings, kind) for kind in dict.fromkeys(settings.instance_types))
+
+    def _offering(self, settings: PoolSettings, kind: str) -> Offering:
+        market, cores = Market(settings.market), self._cores.get(kind)
+        cost = prices.price(settings, kind, cores, market)
+        return Offering(
+            self._region,
+            kind,
+            market,
+            cores=cores,
+            price_usd_micros_per_hour=cost.usd_micros_per_hour,
+            price_assumed=cost.assumed,
         )
 
     def prepare(
@@ -164,6 +170,9 @@ class Ec2Provider:
             refusals = await self._for_all("CreateTags", "Resources", batch, Tags=tag_list(tags), alone=False)
             if refusals:
                 raise refusals[0]
+
+    def clock_unix(self, at: float) -> Span:
+        return self._api.clock_unix(at)
 
     async def _adoptable(self) -> list[Instance]:
         """Living machines with an adopting pool's name that belong to no broker."""

@@ -12,7 +12,8 @@ import os
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import dataclass
-from functools import cache
+from email.utils import parsedate_to_datetime
+from functools import cache, lru_cache
 from typing import Any, Protocol
 
 from aiobotocore.config import AioConfig
@@ -20,6 +21,7 @@ from aiobotocore.session import AioSession
 from botocore import exceptions as sdk
 from botocore.loaders import Loader, create_loader
 
+from broker.core.cloudtime import CloudClock, Span, hear
 from broker.core.errors import CloudUnreachable, CredentialsRefused, SettingsError
 from broker.providers.ec2_errors import CANCELLED, OK, outcome_of, translate
 
@@ -165,10 +167,16 @@ class Account:
 
 
 class Ec2Api:
-    """The door. `connect` before the first call; `close` lets go of every connection."""
+    """The door. `connect` before the first call; `close` lets go of every connection.
 
-    def __init__(self, on_call: OnCall, clock_wall: Callable[[], float]) -> None:
-        self._on_call, self._clock_wall = on_call, clock_wall
+    Every answer, a refusal too, tells the time at EC2's end: see `clock_unix`.
+    """
+
+    def __init__(
+        self, on_call: OnCall, clock_wall: Callable[[], float], clock_monotonic: Callable[[], float]
+    ) -> None:
+        self._on_call, self._clock_wall, self._clock_monotonic = on_call, clock_wall, clock_monotonic
+        self._clock: CloudClock | None = None
         self._exits = AsyncExitStack()
         self._launcher: Ec2Client | None = None
         self._reader: Ec2Client | None = None
@@ -197,18 +205,35 @@ class Ec2Api:
             raise CloudUnreachable("EC2 has not been reached since the start")
         method = getattr(client, METHODS[api])
         async with self._launch_turns if launches else self._other_turns:
+            sent_at = self._clock_monotonic()
             try:
                 answer: Answer = await method(**parameters)
             except asyncio.CancelledError:
                 self._on_call(api, CANCELLED)
                 raise
             except Exception as error:  # translate says what is known of the call's fate
+                self._hear(sent_at, getattr(error, "response", None))
                 ours = translate(error, api, self._clock_wall())
                 self._on_call(api, outcome_of(ours))
                 # The SDK's text on refused credentials may quote the signed request: it ends here.
                 raise ours from (None if isinstance(ours, CredentialsRefused) else error)
+        self._hear(sent_at, answer)
         self._on_call(api, OK)
         return answer
+
+    def clock_unix(self, at: float) -> Span:
+        """EC2's clock at a monotonic moment; our wall clock until EC2 has answered for the first time."""
+        if self._clock is not None:
+            return self._clock.unix(at)
+        wall_unix = self._clock_wall() - (self._clock_monotonic() - at)
+        return Span(wall_unix, wall_unix)
+
+    def _hear(self, sent_at: float, response: Any) -> None:
+        """An answer's Date. Without one, or with one that is none, nothing has been said of the time."""
+        metadata = response.get("ResponseMetadata") if isinstance(response, dict) else None
+        date_unix = _unix_of((metadata or {}).get("HTTPHeaders", {}).get("date", ""))
+        if date_unix is not None:
+            self._clock = hear(self._clock, sent_at, self._clock_monotonic(), date_unix)
 
     async def every(self, api: str, key: str, **parameters: Any) -> list[dict[str, Any]]:
         """The items of all pages, or an error: never some of them."""
@@ -221,3 +246,18 @@ class Ec2Api:
                 return items
             parameters["NextToken"] = token
         raise CloudUnreachable(f"EC2's answer to {api} does not end: {PAGES_MAX} pages and no last one")
+
+
+def _unix_of(date: str) -> float | None:
+    """`Thu, 01 Jan 2026 08:00:00 GMT`: the day, which hardly ever changes, and the time in it."""
+    day, _, time = date.rpartition(" GMT")[0].rpartition(" ")
+    try:
+        hours, minutes, seconds = time.split(":")
+        return _day_unix(day) + int(hours) * 3600 + int(minutes) * 60 + int(seconds)
+    except (TypeError, ValueError):
+        return None
+
+
+@lru_cache(maxsize=8)
+def _day_unix(day: str) -> float:
+    return parsedate_to_datetime(f"{day} 00:00:00 GMT").timestamp()

@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
+from functools import lru_cache
 from itertools import islice
 from typing import Any
 
@@ -26,6 +28,7 @@ ADDRESS_FIELD = {"public": "PublicIpAddress", "private": "PrivateIpAddress", "dn
 FILTER_SPECIAL = re.compile(
     r"([\\*?])"
 )  # wildcards, and what makes them plain (AWS: EC2 user guide, "Filtering")
+TRANSITION = re.compile(r"\((?P<moment>\d{4}-\d\d-\d\d \d\d:\d\d:\d\d) (?:GMT|UTC)\)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +112,7 @@ def instance_from(shape: Shape, region: str, address: str, tags: Mapping[str, st
         launched_unix=launched.timestamp() if launched else 0.0,
         tags=tags,
         reason=_reason(shape.get("StateReason") or {}),
+        ended_unix=_named_second(shape),
     )
 
 
@@ -116,6 +120,25 @@ def _reason(state_reason: Shape) -> str:
     """`Client.UserInitiatedShutdown: User initiated shutdown`; mostly AWS's message begins with the code."""
     code, message = state_reason.get("Code", ""), state_reason.get("Message", "")
     return message if message.startswith(code) else f"{code}: {message}".removesuffix(": ")
+
+
+def _named_second(shape: Shape) -> float | None:
+    """When it left `running`, if EC2 says so: `User initiated (2026-01-31 08:00:00 GMT)`, whole seconds.
+
+    Only an end through the API has a time; a reclaim, or a shutdown from within, has none.
+    """
+    words = shape.get("StateTransitionReason")
+    running = shape["State"]["Name"] in (InstanceState.PENDING, InstanceState.RUNNING)
+    return _second_in(words) if words and not running else None
+
+
+@lru_cache(maxsize=1024)  # a dead machine is listed for an hour
+def _second_in(words: str) -> float | None:
+    match = TRANSITION.search(words)
+    try:
+        return datetime.fromisoformat(f"{match['moment']}+00:00").timestamp() if match else None
+    except ValueError:
+        return None
 
 
 def tag_list(tags: Mapping[str, str]) -> list[dict[str, str]]:

@@ -19,6 +19,7 @@ from typing import ParamSpec, TypeVar
 
 import psutil
 
+from broker.core.cloudtime import Span
 from broker.core.errors import (
     CloudError,
     CloudUnreachable,
@@ -64,6 +65,7 @@ class LocalProvider:
     ) -> None:
         self._broker_id = broker_id
         self._pools = pools
+        self._clock_wall = clock_wall
         self._machines = LocalMachines(broker_id, state_dir / "local", clock_wall, environ)
         self._on_call = on_call
         self._terminate_grace_seconds = terminate_grace_seconds
@@ -126,6 +128,10 @@ class LocalProvider:
         for instance_id in instance_ids:
             with suppress(InstanceNotFound):
                 await self.tag(instance_id, tags)
+
+    def clock_unix(self, at: float) -> Span:
+        wall_unix = self._clock_wall() - (asyncio.get_running_loop().time() - at)
+        return Span(wall_unix, wall_unix)
 
     async def _call(self, api: str, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Carry out blocking work in a thread, count it, and turn what the system says into our errors."""

@@ -59,6 +59,7 @@ class Machine:
     ended_by: str = ""  # a caller's name, "aws", "itself", "operator"
     reason_code: str = ""
     reason: str = ""
+    transition_reason: str = ""  # as EC2 writes it: only what a caller did has a time
 
     private_address: str = ""
     public_address: str = ""

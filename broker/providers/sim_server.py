@@ -9,6 +9,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from email.utils import formatdate
+from functools import lru_cache
 from typing import Any, cast
 
 from broker.providers.ec2_errors import client_error
@@ -53,7 +54,11 @@ class Server:
         self.calls[call.api] += 1
         self.changer.watch(call)
         try:
-            call.answer = self._serve(call)
+            answer = self._serve(call)
+            call.answer = {
+                **answer,
+                "ResponseMetadata": {"HTTPStatusCode": 200, "HTTPHeaders": self._headers()},
+            }
         except Refused as refused:
             call.error = self._error(call.api, refused)
         if self._sky.report is not None:
@@ -109,8 +114,23 @@ class Server:
     def _error(self, api: str, refused: Refused) -> Exception:
         error = client_error(api, refused.code, refused.message, refused.status)
         metadata = cast(Any, error).response["ResponseMetadata"]
-        metadata["HTTPHeaders"] = {"date": formatdate(self._sky.unix(self._sky.at), usegmt=True)}
+        metadata["HTTPHeaders"] = self._headers()
         return error
+
+    def _headers(self) -> dict[str, str]:
+        return {"date": _date(int(self._sky.unix(self._sky.at)))}
+
+
+def _date(unix: int) -> str:
+    """Whole seconds, cut off, as HTTP has it. Every answer needs one, so the day is kept."""
+    minutes, seconds = divmod(unix % 86_400, 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{_day(unix // 86_400)} {hours:02d}:{minutes:02d}:{seconds:02d} GMT"
+
+
+@lru_cache(maxsize=8)
+def _day(number: int) -> str:
+    return formatdate(number * 86_400, usegmt=True).removesuffix(" 00:00:00 GMT")
 
 
 def _server_error() -> Refused:

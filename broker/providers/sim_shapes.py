@@ -88,7 +88,7 @@ def _instance(machine: Machine, current: InstanceState, tags: Mapping[str, str],
         shape["StateReason"] = {"Code": "pending", "Message": "pending"}
     elif machine.reason_code and current is not InstanceState.RUNNING:
         shape["StateReason"] = {"Code": machine.reason_code, "Message": machine.reason}
-        shape["StateTransitionReason"] = machine.reason
+        shape["StateTransitionReason"] = machine.transition_reason
     return shape | _addresses(machine, current, at)
 
 

@@ -10,6 +10,7 @@ import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Any
 
 from broker.core import tags
@@ -24,6 +25,7 @@ USER_INITIATED = (
     "Client.UserInitiatedShutdown",
     "Client.UserInitiatedShutdown: User initiated shutdown",
 )
+SHUT_DOWN_FROM_WITHIN = "Client.InstanceInitiatedShutdown"
 PUBLIC_FIRST, PUBLIC_COUNT = (198, 18, 0, 0), 131_070  # a network that is never routed (RFC 2544)
 PRIVATE_FIRST, PRIVATE_COUNT = (10, 0, 0, 0), 16_777_214
 STRANGERS_KINDS = ("t3.micro", "m7i.large", "c7i.4xlarge")
@@ -201,7 +203,7 @@ class World:
             return
         sky, weather = self.sky, self.sky.weather
         machine.ended_at, machine.ended_by = sky.at, by
-        machine.reason_code, machine.reason = code, reason
+        self._explain(machine, code, reason)
         machine.enter(InstanceState.SHUTTING_DOWN, sky.at)
         sky.tell("shutting down", f"{machine.id} by {by}: {reason}")
         del self.alive[machine.id]
@@ -211,6 +213,14 @@ class World:
             sky.agenda.plan(sky.at + seconds, self._fault_if_shutting_down, machine)
             seconds += sky.fates.within(weather.stuck_shutting_down_seconds)
         sky.agenda.plan(sky.at + seconds, self.terminated, machine)
+
+    def _explain(self, machine: Machine, code: str, reason: str) -> None:
+        """Why it leaves its state, in both of EC2's ways to say so."""
+        machine.reason_code, machine.reason = code, reason
+        machine.transition_reason = "" if code == SHUT_DOWN_FROM_WITHIN else reason
+        if (code, reason) == USER_INITIATED:
+            moment = datetime.fromtimestamp(int(self.sky.unix(self.sky.at)), UTC)
+            machine.transition_reason = f"User initiated ({moment:%Y-%m-%d %H:%M:%S} GMT)"
 
     def terminated(self, machine: Machine) -> None:
         if machine.state is not InstanceState.SHUTTING_DOWN:
@@ -224,7 +234,7 @@ class World:
         """Somebody stops it, as an operator may: it keeps existing and is not billed."""
         if not machine.runs:
             return
-        machine.reason_code, machine.reason = USER_INITIATED
+        self._explain(machine, *USER_INITIATED)
         machine.enter(InstanceState.STOPPING, self.sky.at)
         self.sky.tell("stopping", machine.id)
         self._release(machine)
@@ -247,7 +257,7 @@ class World:
 
     def shut_down(self, machine: Machine) -> None:
         """From within, as its user data or its owner may."""
-        code = "Client.InstanceInitiatedShutdown"
+        code = SHUT_DOWN_FROM_WITHIN
         if machine.ends_when_shut_down or machine.spot:
             self.end(machine, "itself", code, f"{code}: Instance initiated shutdown")
         else:

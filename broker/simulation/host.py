@@ -105,6 +105,10 @@ class Host:
         self.now: Incarnation | None = None
         asyncio.get_running_loop().set_task_factory(_owned_task)
 
+    @property
+    def running(self) -> bool:
+        return self.now is not None and self.now.alive
+
     def start(self) -> Incarnation:
         """A new process. Whether its start succeeds is seen later."""
         self._numbers += 1

@@ -22,13 +22,15 @@ from prometheus_client.registry import Collector
 
 from broker.context import Context
 from broker.core.model import Event, WorkerChanged, WorkerState
+from broker.core.money import USD_MICROS
 from broker.core.registry import BOOKED
+from broker.core.settings import Settings
+from broker.ledger import Ledger
 from broker.metering import Meter
 from broker.orders import YIELDED
 
 COMMAND_BUCKETS = (0.00001, 0.0001, 0.001, 0.01, 0.1, 1.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 LAUNCH_BUCKETS = (1.0, 5.0, 10.0, 20.0, 30.0, 45.0, 60.0, 90.0, 120.0, 180.0, 300.0, 600.0)
-USD_MICROS = 1_000_000
 
 
 # A `_created` series for each counter would double the page and help nobody.
@@ -73,10 +75,16 @@ class Metrics(Collector):
     """Everything that is measured. `registry` is what /metrics serves."""
 
     def __init__(
-        self, context: Context, meter: Meter, commands: CommandStats, connections: Callable[[], int]
+        self,
+        context: Context,
+        meter: Meter,
+        ledger: Ledger,
+        commands: CommandStats,
+        connections: Callable[[], int],
     ) -> None:
         self._context = context
         self._meter = meter
+        self._ledger = ledger
         self._connections = connections
         self.commands = commands
         self.registry = CollectorRegistry()
@@ -144,6 +152,7 @@ class Metrics(Collector):
 
     def collect(self) -> Iterator[Metric]:
         yield from self._pool_gauges()
+        yield from self._money()
         yield from self._command_metrics()
         yield _gauge("compute_broker_connections", "Client connections.", self._connections())
         read_only = GaugeMetricFamily(
@@ -170,29 +179,53 @@ class Metrics(Collector):
             "Busy worker-seconds over running worker-seconds since the broker started.",
             labels=["pool"],
         )
-        cost = CounterMetricFamily(
-            "compute_broker_cost_usd",
-            "Cost since the broker started, at the configured price.",
-            labels=["pool"],
-        )
-        per_hour = GaugeMetricFamily(
-            "compute_broker_cost_usd_per_hour", "What the running workers cost an hour.", labels=["pool"]
-        )
         breaker = GaugeMetricFamily(
             "compute_broker_launch_breaker_open",
             "1 while launches pause after failed boots.",
             labels=["pool"],
         )
-        for pool in sorted({*self._context.settings.pool, *(worker.pool for worker in registry)}):
+        for pool in self._pools():
             for state in sorted(BOOKED):
                 workers.add_metric([pool, str(state)], registry.count(pool, state))
             leases.add_metric([pool], registry.lease_count(pool))
-            totals = self._meter.totals(pool, now)
-            utilization.add_metric([pool], totals.utilization_ratio)
-            cost.add_metric([pool], totals.cost_usd_micros / USD_MICROS)
-            per_hour.add_metric([pool], totals.cost_usd_micros_per_hour / USD_MICROS)
+            utilization.add_metric([pool], self._meter.totals(pool, now).utilization_ratio)
             breaker.add_metric([pool], float(now < self._context.guard(pool).closed_until_at))
-        yield from (workers, leases, utilization, cost, per_hour, breaker)
+        yield from (workers, leases, utilization, breaker)
+
+    def _money(self) -> Iterator[Metric]:
+        ledger, settings = self._ledger, self._context.settings
+        cost = CounterMetricFamily(
+            "compute_broker_cost_usd",
+            "What machines have cost since the broker started, at most.",
+            labels=["pool"],
+        )
+        today = GaugeMetricFamily(
+            "compute_broker_cost_usd_today",
+            "What they have cost since midnight UTC, at most.",
+            labels=["pool"],
+        )
+        per_hour = GaugeMetricFamily(
+            "compute_broker_cost_usd_per_hour", "What the running workers cost an hour.", labels=["pool"]
+        )
+        assumed = GaugeMetricFamily(
+            "compute_broker_price_assumed",
+            "1 where no price is set and the on-demand list price stands in.",
+            labels=["pool"],
+        )
+        for pool in self._pools():
+            cost.add_metric([pool], ledger.cost_usd_micros(pool) / USD_MICROS)
+            today.add_metric([pool], ledger.cost_usd_micros_today(pool) / USD_MICROS)
+            per_hour.add_metric([pool], ledger.cost_usd_micros_per_hour(pool) / USD_MICROS)
+            assumed.add_metric([pool], float(self._price_is_assumed(pool)))
+        yield from (cost, today, per_hour, assumed)
+        yield from _budgets(settings)
+
+    def _price_is_assumed(self, pool: str) -> bool:
+        cloud = self._context.cloud(pool)
+        return cloud is not None and any(one.price_assumed for one in cloud.provider.offerings(pool))
+
+    def _pools(self) -> list[str]:
+        return sorted({*self._context.settings.pool, *(worker.pool for worker in self._context.registry)})
 
     def _command_metrics(self) -> Iterator[Metric]:
         total = CounterMetricFamily(
@@ -212,3 +245,19 @@ def _gauge(name: str, text: str, value: float) -> Metric:
     family = GaugeMetricFamily(name, text)
     family.add_metric([], value)
     return family
+
+
+def _budgets(settings: Settings) -> Iterator[Metric]:
+    """No sample where there is no budget: a budget of 0 is something else."""
+    of_pools = GaugeMetricFamily(
+        "compute_broker_budget_usd_per_day", "The pool's budget for a day (UTC).", labels=["pool"]
+    )
+    for name, pool in settings.pool.items():
+        if pool.budget_usd_per_day is not None:
+            of_pools.add_metric([name], pool.budget_usd_per_day)
+    of_all = GaugeMetricFamily(
+        "compute_broker_budget_of_all_usd_per_day", "The budget of all pools together for a day (UTC)."
+    )
+    if settings.broker.budget_usd_per_day is not None:
+        of_all.add_metric([], settings.broker.budget_usd_per_day)
+    yield from (of_pools, of_all)

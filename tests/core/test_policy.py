@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from broker.core.errors import LimitReached
+from broker.core.errors import BudgetReached, LimitReached
+from broker.core.ledger import Budget
 from broker.core.model import Worker, WorkerState
 from broker.core.policy import (
     Demand,
@@ -257,6 +258,33 @@ def says(plan: LaunchPlan) -> str | None:
     """What waiting clients are told at once."""
     assert plan.orders == 0 or plan.refusal is None
     return None if plan.refusal is None else plan.refusal.message
+
+
+def affordable(registry: Registry, demand: Demand, *budgets: Budget) -> LaunchPlan:
+    """A machine costs 10."""
+    guard = LaunchGuard()
+    return plan_launches(
+        registry, "default", POOL, demand, guard, 0.0, budgets=budgets, price_usd_micros_per_hour=10
+    )
+
+
+def test_no_more_is_ordered_than_every_budget_allows() -> None:
+    pools, brokers = Budget("the pool's", 25, 0, 0), Budget("the broker's", 15, 0, 0)
+    assert affordable(Registry(), Demand(exclusive=4)) == LaunchPlan(4)
+    assert affordable(Registry(), Demand(exclusive=4), pools) == LaunchPlan(3)
+    assert affordable(Registry(), Demand(exclusive=4), pools, brokers) == LaunchPlan(2)
+    assert affordable(Registry(), Demand(exclusive=4), brokers, pools) == LaunchPlan(2)
+
+
+def test_who_waits_hears_which_budget_is_spent_unless_a_machine_may_become_free() -> None:
+    registry, spent = Registry(), Budget("the broker's", 20, 15, 5)
+    plan = affordable(registry, Demand(sharing=1), Budget("the pool's", 25, 0, 0), spent)
+    assert isinstance(plan.refusal, BudgetReached)
+    assert plan.orders == 0
+    assert plan.refusal.message == spent.refusal().message
+    ready(registry, 0.0)
+    waits = affordable(registry, Demand(exclusive=1), spent)
+    assert waits == LaunchPlan(obstacle=spent.refusal().message)
 
 
 def test_nobody_waits_and_nothing_is_ordered() -> None:

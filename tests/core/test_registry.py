@@ -19,6 +19,7 @@ from broker.core.model import (
     WorkerSeen,
     WorkerState,
 )
+from broker.core.money import Price
 from broker.core.registry import BOOKED, LIFE, USABLE, Registry, Step
 from tests.core import naive_registry
 from tests.core.make import MOON, PORT, instance, lease, order
@@ -166,11 +167,11 @@ def test_a_machine_found_in_a_listing_is_taken_in_with_its_age_and_its_price() -
         NOW,
         order_id="lost",
         born_at=NOW - 50,
-        price_usd_micros_per_hour=5,
+        price=Price(5, assumed=True),
     )
     assert (found.id, found.order_id, found.state, found.born_at) == (MACHINE, "lost", S.BOOTING, NOW - 50)
     assert (found.offering.zone, found.cores, found.offering.market) == ("moon-b", 8, Market.SPOT)
-    assert found.offering.price_usd_micros_per_hour == 5
+    assert (found.offering.price_usd_micros_per_hour, found.offering.price_assumed) == (5, True)
     assert books.used_at(MACHINE) == NOW, "it counts as just used"
     other = books.adopt(instance("i-2"), "gpu", PORT, NOW)
     assert (other.born_at, other.order_id, other.offering.price_usd_micros_per_hour) == (NOW, None, 0)

@@ -79,7 +79,8 @@ def test_the_defaults_are_those_that_are_documented() -> None:
     ("key", "least", "most"),
     [
         ("worker_port", 1, 65_535), ("max_workers", 0, None), ("launches_per_hour", 0, None),
-        ("boot_failures_max", 1, None), ("price_usd_per_hour", 0, None), ("wait", 0, DURATION_SECONDS_MAX),
+        ("boot_failures_max", 1, None), ("price_usd_per_hour", 0, None), ("budget_usd_per_day", 0, None),
+        ("wait", 0, DURATION_SECONDS_MAX),
     ],
 )  # fmt: skip
 def test_a_number_may_be_as_small_and_as_large_as_makes_sense(key: str, least: int, most: int | None) -> None:

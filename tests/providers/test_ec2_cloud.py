@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -468,3 +469,27 @@ async def test_a_clock_that_is_off_is_told_with_the_refused_credentials(proxy: F
             CredentialsRefused, match=r"\(AuthFailure; this machine's clock is \d+ s behind AWS's\)"
         ):
             await provider.listing()  # the test's clock says New Year 2026
+
+
+# --- time ------------------------------------------------------------------------------------------------
+
+
+async def test_the_clouds_clock_is_told_by_its_answers_and_not_by_this_machines_wall_clock(
+    proxy: FaultProxy,
+) -> None:
+    async with opened() as provider:  # whose wall clock stands at NOW_UNIX
+        await provider.listing()
+        before_unix = time.time()
+        span = provider.clock_unix(time.monotonic())
+        assert span.earliest_unix <= time.time()
+        assert before_unix <= span.latest_unix
+        assert span.latest_unix - span.earliest_unix < 30.0
+
+
+async def test_a_terminated_machine_has_the_second_of_its_end(proxy: FaultProxy) -> None:
+    async with opened() as provider:
+        instance = await provider.launch(an_order(provider))
+        await provider.terminate([instance.id])
+        (dead,) = await provider.listing()
+        assert dead.ended_unix is not None
+        assert abs(dead.ended_unix - time.time()) < 60.0

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
+from broker.core.cloudtime import Span
 from broker.core.errors import (
     CloudUnreachable,
     CredentialsRefused,
@@ -470,3 +471,30 @@ async def test_the_claim_is_in_the_order_and_so_the_same_in_every_resend() -> No
             "TagSpecifications"
         ][0]["Tags"]
         assert "epoch" not in provider.prepare("default", "cb-2", offering, NOW_UNIX).parameters
+
+
+# --- time ----------------------------------------------------------------------------------------------
+
+
+def dated(text: str) -> dict[str, Any]:
+    return {"Reservations": [], "ResponseMetadata": {"HTTPHeaders": {"date": text}}}
+
+
+@pytest.mark.parametrize("text", ["", "yesterday", "Thu, 99 Jan 2026 00:00:00 GMT"])
+async def test_until_the_cloud_has_told_the_time_this_machines_clock_stands_in(text: str) -> None:
+    async with opened(
+        ScriptedClient(DescribeInstances=dated(text)), clock_monotonic=lambda: 50.0
+    ) as provider:
+        await provider.listing()
+        assert provider.clock_unix(40.0) == Span(NOW_UNIX - 10.0, NOW_UNIX - 10.0)
+
+
+async def test_a_refusal_tells_the_time_too() -> None:
+    refusal = client_error("DescribeInstances", "RequestExpired", "", 400)
+    cast(Any, refusal).response["ResponseMetadata"] |= dated("Fri, 02 Jan 2026 00:00:00 GMT")[
+        "ResponseMetadata"
+    ]
+    async with opened(ScriptedClient(DescribeInstances=refusal), clock_monotonic=lambda: 50.0) as provider:
+        with pytest.raises(CredentialsRefused):
+            await provider.listing()
+        assert provider.clock_unix(50.0) == Span(NOW_UNIX + 86_400.0, NOW_UNIX + 86_401.0)

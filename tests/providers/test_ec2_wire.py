@@ -171,6 +171,27 @@ def test_the_reason_of_an_end_is_told_in_the_clouds_words(
     assert instance.reason == reason
 
 
+@pytest.mark.parametrize(
+    ("state", "words", "unix"),
+    [
+        ("terminated", "User initiated (2026-01-01 00:00:07 GMT)", 1_767_225_607.0),
+        ("shutting-down", "User initiated (2026-01-01 00:00:07 GMT)", 1_767_225_607.0),
+        ("stopped", "User initiated (2026-01-01 00:00:07 UTC)", 1_767_225_607.0),  # moto's way
+        ("running", "User initiated (2026-01-01 00:00:07 GMT)", None),  # it was stopped, and runs again
+        ("terminated", "User initiated", None),
+        ("terminated", "User initiated (2026-13-41 00:00:07 GMT)", None),
+        ("terminated", "Server.SpotInstanceTermination: Spot instance termination", None),
+        ("terminated", "", None),
+        ("terminated", None, None),
+    ],
+)
+def test_the_second_of_an_end_is_known_where_ec2_names_it(
+    state: str, words: str | None, unix: float | None
+) -> None:
+    instance = instance_from(shape(state=state, StateTransitionReason=words), "us-east-1", "public", {})
+    assert instance.ended_unix == unix
+
+
 def test_a_filter_takes_its_values_literally() -> None:
     assert filter_of("tag:Name", ["a*b?\\"]) == {"Name": "tag:Name", "Values": ["a\\*b\\?\\\\"]}
     assert filters(instance_id=("i-1",)) == [{"Name": "instance-id", "Values": ["i-1"]}]

@@ -258,6 +258,9 @@ def test_a_terminated_machine_shuts_down_and_stays_visible_for_an_hour() -> None
         dead = await lab.one()
         assert dead["State"] == {"Code": 48, "Name": "terminated"}
         assert dead["StateReason"]["Code"] == "Client.UserInitiatedShutdown"
+        assert machine.ended_at is not None
+        ended = datetime.fromtimestamp(int(EPOCH_UNIX + machine.ended_at), UTC)
+        assert dead["StateTransitionReason"] == f"User initiated ({ended:%Y-%m-%d %H:%M:%S} GMT)"
         assert "PublicIpAddress" not in dead
         await asyncio.sleep(3590)
         assert await lab.ids() == [machine.id]
@@ -322,6 +325,7 @@ def test_a_machine_that_shuts_itself_down_ends_or_stops_as_it_was_told_at_its_la
         shown = {one["InstanceId"]: one for one in await lab.shown()}
         assert shown[ends.id]["State"]["Name"] == "terminated"
         assert shown[ends.id]["StateReason"]["Code"] == "Client.InstanceInitiatedShutdown"
+        assert shown[ends.id]["StateTransitionReason"] == ""
         assert shown[stops.id]["State"]["Name"] == "stopped"
         assert "PublicIpAddress" not in shown[stops.id]
 

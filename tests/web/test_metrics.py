@@ -14,7 +14,8 @@ from broker.core.errors import OfferingRefused
 from broker.core.model import InstanceState, Market, Offering, WorkerState
 from broker.core.policy import Reason
 from broker.core.protocol import NAMES
-from broker.testing import RunningBroker
+from broker.core.settings import parse
+from broker.testing import RunningBroker, run_virtual, running_broker
 from broker.web.metrics import COMMAND_BUCKETS, CommandStats
 from tests.support.brokers import live, settings
 
@@ -38,6 +39,8 @@ NAMES_AND_LABELS = {  # fixed: dashboards and alerts hold on to them
     "compute_broker_last_scan_timestamp_seconds": set[str](),
     "compute_broker_cost_usd_total": {"pool"},
     "compute_broker_cost_usd_per_hour": {"pool"},
+    "compute_broker_cost_usd_today": {"pool"},
+    "compute_broker_price_assumed": {"pool"},
 }
 TYPES = {
     "compute_broker_workers": "gauge",
@@ -54,6 +57,8 @@ TYPES = {
     "compute_broker_last_scan_timestamp_seconds": "gauge",
     "compute_broker_cost_usd": "counter",
     "compute_broker_cost_usd_per_hour": "gauge",
+    "compute_broker_cost_usd_today": "gauge",
+    "compute_broker_price_assumed": "gauge",
 }
 
 
@@ -190,6 +195,57 @@ def test_cost_is_the_configured_price_for_the_seconds_that_machines_ran(tmp_path
         page = Page(broker)
         assert page.value("compute_broker_cost_usd_total", pool="default") == ended
         assert page.value("compute_broker_cost_usd_per_hour", pool="default") == 0
+
+    live(tmp_path, story, chosen=settings(price_usd_per_hour=PRICE))
+
+
+def test_a_restart_does_not_forget_what_was_spent_today(tmp_path: Path) -> None:
+    chosen = parse(
+        {
+            "broker": {"budget_usd_per_day": 30.0},
+            "pool": {"default": {"price_usd_per_hour": PRICE, "budget_usd_per_day": 10.0}, "gpu": {}},
+        },
+        {},
+    )
+
+    async def story() -> None:
+        async with running_broker(chosen, tmp_path) as first:
+            address = await first.ask("GET_WORKER")
+            for _ in range(6):
+                await asyncio.sleep(600)
+                await first.ask(f"PING {address}")
+            today = Page(first).value("compute_broker_cost_usd_today", pool="default")
+            assert today == pytest.approx(PRICE, rel=0.01)
+        async with running_broker(chosen, tmp_path, cloud=first.cloud) as second:
+            await second.until(lambda: len(second.registry))
+            page = Page(second)
+            assert page.value("compute_broker_cost_usd_today", pool="default") >= today
+            assert page.value("compute_broker_cost_usd_per_hour", pool="default") == PRICE
+            assert page.value("compute_broker_cost_usd_total", pool="default") < 0.01, "since the start"
+            assert page.value("compute_broker_budget_usd_per_day", pool="default") == 10.0
+            assert page.value("compute_broker_budget_of_all_usd_per_day") == 30.0
+            assert len(page.samples("compute_broker_budget_usd_per_day")) == 1, "the other pool has none"
+
+    run_virtual(story())
+
+
+def test_the_cost_since_the_start_never_goes_back(tmp_path: Path) -> None:
+    """A step down would be read as a restart; here the machine turns out to have been free."""
+
+    async def story(broker: RunningBroker) -> None:
+        priced(broker)
+        address = await broker.ask("GET_WORKER client=anna")
+        for _ in range(2):
+            await asyncio.sleep(600)
+            await broker.ask(f"PING {address} client=anna")
+        cost = Page(broker).value("compute_broker_cost_usd_total", pool="default")
+        assert cost == pytest.approx(PRICE / 3, rel=0.01)
+        reason = "Server.SpotInstanceTermination: taken back"
+        broker.cloud.set_state(broker.cloud.running()[0], InstanceState.TERMINATED, reason)
+        await broker.until(lambda: not len(broker.registry))
+        page = Page(broker)
+        assert page.value("compute_broker_cost_usd_today", pool="default") == 0
+        assert page.value("compute_broker_cost_usd_total", pool="default") >= cost
 
     live(tmp_path, story, chosen=settings(price_usd_per_hour=PRICE))
 

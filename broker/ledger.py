@@ -1,0 +1,236 @@
+"""What machines have cost and may cost: one Run each, in memory and on disk, fed with every look at them.
+
+All time in here is the cloud's (Provider.clock_unix), so that the wall clock of this machine may be wrong.
+Runs are on disk when they begin, when they are first seen running and when they end; how far they have been
+followed is written every SAVE_SECONDS, which is all that a crash can cost a machine that ends while nobody
+looks. A budget is asked before every launch and answers with the high ends, pending orders counted.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from broker.clouds import Cloud
+from broker.context import Context
+from broker.core import ledger, tags
+from broker.core.cloudtime import Span
+from broker.core.errors import StoreError
+from broker.core.ledger import Bracket, Budget, Run
+from broker.core.model import Instance, Worker, WorkerState
+from broker.core.money import USD_MICROS
+
+SAVE_SECONDS = 300.0  # between two writes of how far the runs were followed
+KEPT_SECONDS = 2 * ledger.DAY_SECONDS  # in memory after the end: longer than EC2 shows them, and than a day
+MISSING_SECONDS_MAX = 180.0  # neither in the books nor, for so long, and
+MISSING_SCANS_MAX = 3  # in so many listings in a row: ended, as reconcile has it
+
+
+@dataclass(frozen=True, slots=True)
+class Missing:
+    """A run that is open although listings do not show its machine. `by_unix`: the first such listing."""
+
+    since_at: float
+    by_unix: float
+    scans: int
+
+
+class Ledger:
+    """See the module. `saw` and `listed` take looks in, everything else answers."""
+
+    def __init__(self, context: Context, broker_id: str) -> None:
+        self._context = context
+        self._broker_id = broker_id
+        self._runs: dict[str, Run] = {}
+        self._clouds: dict[str, Cloud] = {}  # by instance; one that no configured cloud explains has none
+        self._missing: dict[str, Missing] = {}
+        self._dirty: set[str] = set()
+        self._saved_at = context.now()
+        self._before: dict[str, int] = {}  # pool → micro-dollars of before the first scan
+        self._dropped: dict[str, int] = defaultdict(int)  # pool → of runs that are not in memory any more
+        self._counted: dict[str, int] = defaultdict(int)  # pool → what `cost_usd_micros` has answered
+
+    def recall(self) -> None:
+        """Take in what an earlier broker has written."""
+        clouds = self._context.clouds
+        only = clouds.all[0] if len(clouds.all) == 1 else None
+        for run in self._context.store.runs():
+            self._runs[run.instance_id] = run
+            cloud = clouds.of(run.pool) or only
+            if cloud is not None:
+                self._clouds[run.instance_id] = cloud
+
+    # --- looks -------------------------------------------------------------------------------------
+
+    def saw(self, cloud: Cloud, instances: Iterable[Instance], asked_at: float) -> None:
+        """The cloud has answered what these machines are; the question left at `asked_at` (monotonic)."""
+        self._saw(cloud, instances, self._look(cloud, asked_at))
+
+    def _saw(self, cloud: Cloud, instances: Iterable[Instance], look: Span) -> None:
+        for instance in instances:
+            if instance.tags.get(tags.BROKER) == self._broker_id:
+                self._clouds[instance.id] = cloud
+                self._missing.pop(instance.id, None)
+                self._take_in(instance, look)
+        if self._context.now() >= self._saved_at + SAVE_SECONDS:
+            self.save()
+
+    def listed(self, cloud: Cloud, listing: Sequence[Instance], asked_at: float) -> None:
+        """A complete listing: what it does not show for long has ended."""
+        look = self._look(cloud, asked_at)
+        self._saw(cloud, listing, look)
+        shown = {instance.id for instance in listing}
+        for run in list(self._runs.values()):
+            if self._clouds.get(run.instance_id) is not cloud:
+                continue
+            if run.ended_by_unix is None and run.instance_id not in shown:
+                self._miss(run, asked_at, look)
+            elif run.ended_by_unix is not None and look.earliest_unix - run.ended_by_unix > KEPT_SECONDS:
+                self._drop(run)
+        if not cloud.recovered:
+            self._note_what_was_before(cloud)
+
+    def save(self) -> None:
+        """Have written how far the runs were followed, and what could not be written before."""
+        self._saved_at = self._context.now()
+        unsaved, self._dirty = self._dirty, set()
+        for instance_id in sorted(unsaved):
+            if instance_id in self._runs:
+                self._write_soon(self._runs[instance_id])
+
+    def _look(self, cloud: Cloud, asked_at: float) -> Span:
+        clock = cloud.provider.clock_unix
+        return Span(clock(asked_at).earliest_unix, clock(self._context.now()).latest_unix)
+
+    def _take_in(self, instance: Instance, look: Span) -> None:
+        before = self._runs.get(instance.id)
+        if before is None:
+            pool = tags.read(instance.tags).pool or "default"
+            after = ledger.first_seen(instance, pool, self._context.price(pool, instance), look)
+        else:
+            after = ledger.seen(before, instance, look)
+        if after == before:
+            return
+        self._runs[instance.id] = after
+        if before is None or _turned(before, after):
+            self._write_soon(after)
+        else:
+            self._dirty.add(instance.id)
+
+    def _miss(self, run: Run, asked_at: float, look: Span) -> None:
+        """As long as the books have the machine, reconcile has not given it up."""
+        id_ = run.instance_id
+        known = self._missing.get(id_, Missing(asked_at, look.latest_unix, 0))
+        missing = self._missing[id_] = replace(known, scans=known.scans + 1)
+        long = asked_at - missing.since_at >= MISSING_SECONDS_MAX and missing.scans >= MISSING_SCANS_MAX
+        if long and self._context.registry.by_instance(id_) is None:
+            del self._missing[id_]
+            self._runs[id_] = ledger.missed(run, missing.by_unix)
+            self._write_soon(self._runs[id_])
+
+    def _drop(self, run: Run) -> None:
+        """It stays on disk: `runs` shows it."""
+        assert run.ended_by_unix is not None
+        self._dropped[run.pool] += run.cost_usd_micros_max(run.ended_by_unix)
+        del self._runs[run.instance_id]
+        self._clouds.pop(run.instance_id, None)
+
+    def _write_soon(self, run: Run) -> None:
+        self._dirty.discard(run.instance_id)
+        self._context.store.soon(self._write(run))
+
+    async def _write(self, run: Run) -> None:
+        try:
+            await self._context.store.run_changed(run)
+        except StoreError:
+            self._dirty.add(run.instance_id)  # the next save tries again
+            raise
+
+    # --- answers -----------------------------------------------------------------------------------
+
+    def runs(self) -> dict[str, Run]:
+        """Every machine known, by instance id; those that ended long ago are read from the disk."""
+        return {run.instance_id: run for run in self._context.store.runs()} | self._runs
+
+    def billed_seconds(self) -> dict[str, Bracket]:
+        """What the cloud bills each machine of `runs` for at this moment lies in between."""
+        return {id_: run.billed_seconds(self._at_unix(run)) for id_, run in self.runs().items()}
+
+    def cost_usd_micros(self, pool: str) -> int:
+        """The most that the pool has cost since this broker first saw its cloud; never less than before.
+
+        What turns out to cost less than it seemed (a reclaimed machine is free) is made up for by what is
+        spent next, because whoever draws this would take a step down for a restart.
+        """
+        if pool in self._before:
+            since_start = self._total(pool) - self._before[pool]
+            self._counted[pool] = max(self._counted[pool], since_start)
+        return self._counted[pool]
+
+    def cost_usd_micros_per_hour(self, pool: str) -> int:
+        """Of the machines that were seen running and not seen to have ended."""
+        return sum(
+            run.price_usd_micros_per_hour
+            for run in self._of(pool)
+            if run.running_from_unix is not None and run.ended_by_unix is None
+        )
+
+    def cost_usd_micros_today(self, pool: str) -> int:
+        """The most that the pool can have cost since midnight, UTC."""
+        return sum(ledger.spent_usd_micros([run], self._at_unix(run)) for run in self._of(pool))
+
+    def budgets(self, pool: str) -> list[Budget]:
+        """Those that a launch of this pool has to respect."""
+        settings = self._context.settings
+        limits = (
+            ("the pool's", self._context.pool(pool).budget_usd_per_day, {pool}),
+            ("the broker's", settings.broker.budget_usd_per_day, self._pools()),
+        )
+        return [self._budget(whose, limit, pools) for whose, limit, pools in limits if limit is not None]
+
+    def _budget(self, whose: str, limit_usd: float, pools: set[str]) -> Budget:
+        return Budget(
+            whose,
+            round(limit_usd * USD_MICROS),
+            sum(self.cost_usd_micros_today(pool) for pool in pools),
+            sum(worker.offering.price_usd_micros_per_hour for worker in self._starting(pools)),
+        )
+
+    def _starting(self, pools: set[str]) -> Iterable[Worker]:
+        """On order, or not yet seen running."""
+        for worker in self._context.registry.in_state(WorkerState.ORDERED, WorkerState.BOOTING):
+            run = self._runs.get(worker.instance_id or "")
+            if worker.pool in pools and (run is None or run.running_from_unix is None):
+                yield worker
+
+    def _pools(self) -> set[str]:
+        """Those of the settings, and those that only runs remember."""
+        return {*self._context.settings.pool, *(run.pool for run in self._runs.values())}
+
+    def _of(self, pool: str) -> list[Run]:
+        """A run at a place that is not configured any more is not counted: nobody could ever end it."""
+        return [run for id_, run in self._runs.items() if run.pool == pool and id_ in self._clouds]
+
+    def _total(self, pool: str) -> int:
+        costs = (run.cost_usd_micros_max(self._at_unix(run)) for run in self._of(pool))
+        return self._dropped[pool] + sum(costs)
+
+    def _note_what_was_before(self, cloud: Cloud) -> None:
+        for pool in self._pools():
+            if self._context.cloud(pool) in (cloud, None):
+                self._before.setdefault(pool, self._total(pool))
+
+    def _at_unix(self, run: Run) -> float:
+        """Now, on the clock of the run's cloud, at the latest."""
+        cloud = self._clouds.get(run.instance_id) or self._context.clouds.all[0]
+        return cloud.provider.clock_unix(self._context.now()).latest_unix
+
+
+def _turned(before: Run, after: Run) -> bool:
+    """Whether more has changed than how far it was followed."""
+    return (before.running_from_unix, before.ended_by_unix, before.reclaimed) != (
+        after.running_from_unix,
+        after.ended_by_unix,
+        after.reclaimed,
+    )
