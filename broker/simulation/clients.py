@@ -65,6 +65,8 @@ class Clients:
             world.witness.asking -= 1
         if reply is None or ERROR_LINE.fullmatch(reply):
             self.unserved += 1
+            if reply is not None and reply.endswith("[BUDGET]"):
+                world.witness.saw("budget reached")
             return None
         self.waited.append(world.now - asked_at)
         self._handed_out(visit, reply)

@@ -110,8 +110,10 @@ def _settings(rng: random.Random) -> Settings:
         "wait": rng.choice([300, 900]),
         "max_workers": rng.randint(1, 6),
         "launches_per_hour": rng.choice([5, 20, 40]),
-        "price_usd_per_hour": 1.2,
+        "price_usd_per_hour": rng.choice([1.2, 1.2, 0.0]),
     }
+    if rng.random() < 0.1:
+        pool["budget_usd_per_day"] = rng.choice([2.0, 5.0])
     broker = {"id": BROKER_ID, "reconcile_interval": rng.choice([30, 30, 60, 120])}
     return parse({"broker": broker, "pool": {"default": pool}}, {})
 

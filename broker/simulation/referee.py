@@ -11,6 +11,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
+from broker.core.ledger import Run
 from broker.core.settings import PoolSettings
 from broker.providers.sim_machine import Machine
 
@@ -170,6 +171,21 @@ class Referee:
     def proof_seconds(self) -> float:
         """How old the proof of a worker's readiness may be when its address reaches the client."""
         return self._pool.readiness_max_age + PROOF_SLACK_SECONDS
+
+    # --- money -----------------------------------------------------------------------------------------
+
+    def billed(self, at: float, at_unix: float, machine: Machine, run: Run) -> None:
+        """What the broker says a machine cost contains what the cloud bills and charges for it.
+
+        A bracket, because EC2 does not tell when a machine began to run.
+        """
+        for word, bracket, truth in (
+            ("billed", run.billed_seconds(at_unix), machine.billed_seconds(at)),
+            ("charged", run.charged_seconds(at_unix), machine.charged_seconds(at)),
+        ):
+            if not bracket.low - CLOCK_SLACK_SECONDS <= truth <= bracket.high + CLOCK_SLACK_SECONDS:
+                facts = f"{machine.id} is {word} {truth:.1f} s, the broker says {bracket}"
+                self.broken(at, "the broker's bill holds the cloud's", facts)
 
     # --- what happens to machines --------------------------------------------------------------------
 

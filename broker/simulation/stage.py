@@ -35,10 +35,12 @@ from broker.simulation.history import (
 )
 from broker.simulation.referee import Violation
 from broker.simulation.world import World
-from broker.testing import run_virtual
+from broker.testing import EPOCH_UNIX, run_virtual
 
 REST_SLACK_SECONDS = 900.0  # beyond idle timeout and boot deadline: shutting down, a Terminate sent again
-RECOVERY_SECONDS = 5 * HOUR_SECONDS  # until the last client is served: a breaker may pause launches for four
+# Until the last client is served: a breaker may pause launches for four hours, a budget for a day.
+RECOVERY_SECONDS = 5 * HOUR_SECONDS
+BUDGET_SECONDS = 25 * HOUR_SECONDS
 LOOK_SECONDS = 30.0
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 (scratch space that no disk slows down, where there is any)
 
@@ -101,6 +103,7 @@ class Stage:
         await self._accidents.settle()
         await self._come_to_rest()
         await self._serve_the_last()
+        self._check_bill()
         if world.running is not None:
             await world.host.terminate()
         world.host.close()
@@ -167,7 +170,8 @@ class Stage:
     async def _serve_the_last(self) -> None:
         world = self._world
         last = Visit(world.now, "the-last", 5.0, 60.0, "release", wait=900.0)
-        give_up_at = world.now + RECOVERY_SECONDS
+        budgeted = world.pool.budget_usd_per_day is not None
+        give_up_at = world.now + (BUDGET_SECONDS if budgeted else RECOVERY_SECONDS)
         address = await self._clients.get(last)
         while address is None and world.now < give_up_at:
             await asyncio.sleep(LOOK_SECONDS)
@@ -177,6 +181,22 @@ class Stage:
             return
         await self._clients.release(last, address)
         await self._come_to_rest()
+
+    def _check_bill(self) -> None:
+        """Nothing runs any more, so every bracket is what it stays."""
+        world, daemon, seen = self._world, self._world.daemon(), self._world.witness.seen
+        if daemon is None or seen["store torn"] or seen["write failed on a full disk"]:
+            return  # what the disk has lost or did not take is history that is lost
+        runs = daemon.ledger.runs()
+        for machine in world.sky.truth():
+            run = runs.get(machine.id)
+            if run is None or machine.owner != BROKER:
+                continue  # one that ended before any answer or listing told of it
+            world.referee.billed(world.now, EPOCH_UNIX + world.now + 1.0, machine, run)
+            if run.price_assumed:
+                world.witness.saw("price assumed")
+            if run.reclaimed and machine.charged_seconds(world.now) < machine.billed_seconds(world.now):
+                world.witness.saw("reclaimed within the first hour")
 
     # --- what it came to -----------------------------------------------------------------------------
 
