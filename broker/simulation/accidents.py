@@ -21,6 +21,7 @@ from broker.simulation.history import (
     Noise,
     Operator,
     Outage,
+    SilentPort,
     Stop,
     WallJump,
 )
@@ -139,6 +140,11 @@ class Accidents:
 
     def outage(self, outage: Outage) -> None:
         self._world.sky.begin(Fault.OUTAGE, outage.seconds)
+
+    def silent_port(self, silent: SilentPort) -> None:
+        self._world.say(f"worker ports are silent for {silent.seconds:.0f} s")
+        for machine in self._world.ours():
+            self._world.sky.shut_port(machine.id, silent.seconds)
 
     async def broken_image(self, broken: BrokenImage) -> None:
         """Whoever has made that image mends it later."""

@@ -29,6 +29,7 @@ from broker.simulation.history import (
     Noise,
     Operator,
     Outage,
+    SilentPort,
     Stop,
     Visit,
     WallJump,
@@ -58,7 +59,9 @@ def draw(seed: int, hours: float) -> History:
     weather = replace(swarm(rng, STORM), stranger_answers=0.0, address_rest_seconds=90.0)
     sessions = _sessions(rng, hours)
     entries = _work(rng, sessions, settings)
+    silences = _silences(rng, entries)
     entries += _crashes(rng, hours, entries)
+    entries += silences
     entries += _accidents(rng, hours, sessions)
     return _in_order(seed, hours, settings, weather, entries)
 
@@ -162,8 +165,8 @@ def _visit(rng: random.Random, at: float, number: int, settings: Settings, polit
         work_seconds=rng.choice([5.0, 60.0, 600.0, 3600.0, 9000.0]) * rng.uniform(0.5, 1.5),
         ping_seconds=min(rng.choice([60.0, 120.0, 240.0]), idle * 0.8),
         ending=rng.choice(endings),
-        again=rng.choice([0, 0, 0, 1, 2]),
-        late_seconds=rng.uniform(-0.3, 0.6),  # Terminate's answer takes a fifth of a second
+        again=rng.choice([0, 0, 1, 2]),
+        late_seconds=rng.uniform(-0.1, 0.3),  # Terminate's answer takes a fifth of a second
     )
     if polite:
         return visit
@@ -203,6 +206,13 @@ def _crashes(rng: random.Random, hours: float, entries: list[Entry]) -> list[Ent
         )
         found.append(Stop(near, rng.choice([1.0, 60.0, 600.0])))
     return found
+
+
+def _silences(rng: random.Random, entries: list[Entry]) -> list[Entry]:
+    """Just before somebody asks: between the last look at a worker and its being handed out."""
+    count = rng.choice([0, 0, 1, 2]) if entries else 0
+    moments = [max(0.0, rng.choice(entries).at - rng.uniform(0.0, 20.0)) for _ in range(count)]
+    return [SilentPort(at, rng.uniform(5.0, 300.0)) for at in moments]
 
 
 def _accidents(rng: random.Random, hours: float, sessions: list[Session]) -> list[Entry]:

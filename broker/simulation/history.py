@@ -105,6 +105,14 @@ class BrokenImage:
 
 
 @dataclass(frozen=True, slots=True)
+class SilentPort:
+    """The worker program on every running machine stops answering for so long; the machines run on."""
+
+    at: float
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class Noise:
     """Connections that are nobody's client: port scans, health checks, half a line."""
 
@@ -121,7 +129,20 @@ class Idlers:
     seconds: float
 
 
-Entry = Visit | Crowd | Crash | Stop | WallJump | DiskFull | Operator | Outage | BrokenImage | Noise | Idlers
+Entry = (
+    Visit
+    | Crowd
+    | Crash
+    | Stop
+    | WallJump
+    | DiskFull
+    | Operator
+    | Outage
+    | BrokenImage
+    | SilentPort
+    | Noise
+    | Idlers
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -71,6 +71,7 @@ class Referee:
         self._forced: dict[str, list[float]] = defaultdict(list)  # machine → when somebody asked for its end
         self._orders_at: list[float] = []
         self._orders: dict[str, None] = {}
+        self._placed_at: dict[str, float] = {}
         self._forgiven: frozenset[str] = frozenset()  # tokens that a damaged store has made the broker forget
         self._accused: set[tuple[str, str]] = set()
 
@@ -219,15 +220,20 @@ class Referee:
                 facts = f"{machine.id} ({machine.state}, token {machine.token}) is in no book"
                 self.broken_once(at, "every machine has an entry or an open order", machine.id, facts)
 
+    def placed(self, at: float, token: str) -> None:
+        """An order has entered the books, for the first time or again after a restart."""
+        self._placed_at.setdefault(token, at)
+
     def launched(self, at: float, token: str, on_disk: bool) -> None:
-        """A launch call leaves the broker."""
+        """A launch call leaves the broker. It counts from when its order was placed."""
         if not on_disk:
             self.broken(at, "an order is on disk before its call", token)
         if token in self._orders:
             return
         self._orders[token] = None
-        self._orders_at.append(at)
-        within = sum(at - 3600.0 < ordered_at for ordered_at in self._orders_at)
+        placed_at = self._placed_at.get(token, at)
+        self._orders_at.append(placed_at)
+        within = sum(placed_at - 3600.0 < other_at <= placed_at for other_at in self._orders_at)
         if within > self._pool.launches_per_hour:
             facts = f"{within} launches within an hour, {self._pool.launches_per_hour} are allowed"
             self.broken(at, "launches never exceed the caps", facts)

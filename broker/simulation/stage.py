@@ -29,6 +29,7 @@ from broker.simulation.history import (
     Noise,
     Operator,
     Outage,
+    SilentPort,
     Stop,
     Visit,
     WallJump,
@@ -126,6 +127,8 @@ class Stage:
                 self._accidents.disk_full(entry)
             case Outage():
                 self._accidents.outage(entry)
+            case SilentPort():
+                self._accidents.silent_port(entry)
             case BrokenImage():
                 await self._accidents.broken_image(entry)
             case Operator():

@@ -121,6 +121,8 @@ class World:
         self.witness.broker_told(event)
         if not isinstance(event, WorkerChanged):
             return
+        if event.worker.state is WorkerState.ORDERED:
+            self.referee.placed(self.now, event.worker.id)
         if self.tracing:
             worker = event.worker
             reason = f" ({worker.reason})" if worker.reason else ""

@@ -95,8 +95,7 @@ def cap_ignores_machines_on_order() -> Iterator[Any]:
         demand: Demand,
         guard: LaunchGuard,
         now: float,
-        *,
-        doubtful: int = 0,
+        **_: object,
     ) -> LaunchPlan:
         room = pool.max_workers - registry.count(name, WorkerState.READY)
         return LaunchPlan(max(0, min(demand.workers_wanted(), room)))
