@@ -18,7 +18,8 @@ CONNECT_SECONDS_MAX = 4.0  # a SYN lost twice still gets through (1 s + 2 s retr
 PROBES_AT_ONCE_MAX = 50  # sockets, not machines, are what runs out first
 BOOTING_INTERVAL_SHARE = 0.05  # of its age: looking costs nobody more than a twentieth of the boot
 BOOTING_INTERVAL_MIN, BOOTING_INTERVAL_MAX = 0.05, 1.0
-SUSPECT_INTERVAL = 2.0
+SUSPECT_INTERVAL_SHARE = 0.05  # of its silence: one that has been silent for long is looked at less often
+SUSPECT_INTERVAL_MIN, SUSPECT_INTERVAL_MAX = 2.0, 30.0
 READY_INTERVAL = 30.0
 TRIES = 2  # one lost packet must not cost a second machine
 
@@ -103,7 +104,9 @@ class ProbeLoop:
                 share = BOOTING_INTERVAL_SHARE * (self._context.now() - worker.born_at)
                 return min(max(share, BOOTING_INTERVAL_MIN), BOOTING_INTERVAL_MAX)
             case WorkerState.SUSPECT:
-                return SUSPECT_INTERVAL
+                silent_seconds = self._context.now() - worker.since_at
+                share = SUSPECT_INTERVAL_SHARE * silent_seconds
+                return min(max(share, SUSPECT_INTERVAL_MIN), SUSPECT_INTERVAL_MAX)
             case _:
                 return READY_INTERVAL
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import time
@@ -17,6 +18,7 @@ from broker.simulation.history import History
 from broker.simulation.shrink import shrink
 from broker.simulation.stage import Outcome, play
 
+GC_OBJECTS = 50_000  # new ones before a collection looks: a history is over, with all it made, in a second
 Plant = Callable[[], AbstractContextManager[None]]
 
 
@@ -100,13 +102,20 @@ def run(seeds: Iterable[int], plan: Plan, cores: int | None = None) -> Iterator[
         return
     _CURRENT.append(plan)  # a plant cannot be sent to another process; what is there before the fork is there
     try:
-        with multiprocessing.get_context("fork").Pool(cores) as pool:
+        with multiprocessing.get_context("fork").Pool(cores, _settle_in) as pool:
             yield from pool.imap(_one_of_current, seeds, chunksize=1)
     finally:
         _CURRENT.pop()
 
 
 _CURRENT: list[Plan] = []
+
+
+def _settle_in() -> None:
+    """What the parent had loaded stays for good: no collection walks it again, and no page of it is copied."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(GC_OBJECTS, 20, 20)
 
 
 def _one_of_current(seed: int) -> Outcome:

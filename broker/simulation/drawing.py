@@ -146,7 +146,10 @@ def _work(
             entries.append(_visit(rng, at, len(entries), settings, polite))
             at += rng.expovariate(per_hour / HOUR_SECONDS)
         if rng.random() < BURST_PROBABILITY:
-            entries += _burst(rng, f"burst-{number}", (start, end), settings, polite)
+            burst = _burst(rng, f"burst-{number}", (start, end), settings, polite)
+            entries += burst
+            if not polite and rng.random() < 0.2:  # somebody has started too much
+                entries.append(Operator(burst[0].at + rng.uniform(2.0, 60.0), "TERMINATE_ALL"))
     if not polite and rng.random() < RARE:
         start, end = rng.choice(sessions)
         seconds = rng.uniform(5.0, 300.0)

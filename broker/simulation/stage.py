@@ -43,6 +43,7 @@ REST_SLACK_SECONDS = 900.0  # beyond idle timeout and boot deadline: shutting do
 RECOVERY_SECONDS = 5 * HOUR_SECONDS
 BUDGET_SECONDS = 25 * HOUR_SECONDS
 LOOK_SECONDS = 30.0
+AGAIN_SECONDS = 600.0  # between two tries of the last client
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 (scratch space that no disk slows down, where there is any)
 
 
@@ -177,7 +178,7 @@ class Stage:
         give_up_at = world.now + (BUDGET_SECONDS if budgeted else RECOVERY_SECONDS)
         address = await self._clients.get(last)
         while address is None and world.now < give_up_at:
-            await asyncio.sleep(LOOK_SECONDS)
+            await asyncio.sleep(AGAIN_SECONDS)
             address = await self._clients.get(last)
         if address is None:
             world.referee.broken(world.now, "the broker recovers", "the last client was not served")
