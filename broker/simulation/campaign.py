@@ -112,7 +112,7 @@ _CURRENT: list[Plan] = []
 
 
 def _settle_in() -> None:
-    """What the parent had loaded stays for good: no collection walks it again, and no page of it is copied."""
+    """What the parent had loaded stays for good: no collection walks it again, no page of it is copied."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(GC_OBJECTS, 20, 20)

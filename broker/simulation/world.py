@@ -54,8 +54,9 @@ class World:
         return self.loop.time()
 
     def say(self, text: str, at: float | None = None) -> None:
-        """A line of the transcript."""
+        """A line of the transcript: the same at every replay, so without the scratch directory's name."""
         if self.tracing:
+            text = text.replace(str(self.directory), "(state)")
             self.trace.append(f"{self.now if at is None else at:12.3f}  {text}")
 
     async def until(self, at: float) -> None:
