@@ -19,7 +19,7 @@ from broker.simulation.stage import play
 ASKS_AT, WORK_SECONDS = 10.0, 30.0
 STEPS_MAX = 40  # of the loop, after the client has asked: the order is on disk and the call under way by then
 MOMENTS = [ASKS_AT + 1.0 * n for n in range(130)]  # launch, boot, probes, hand-out, work, release, the end
-STRUCK_MIN = 15  # places at which a task of the broker waited when it was killed: a sweep that misses them is none
+STRUCK_MIN = 15  # places at which a task of the broker waited when it was killed
 
 
 def life(crash: Crash, sharing: str) -> History:

@@ -9,19 +9,27 @@ from broker.simulation.shrink import shrink
 from broker.simulation.stage import play
 from tests.simulation.plants import PLANTS
 
-HOURS = 6.0
-# Found within so many histories of HOURS; a referee that grows blind fails here.
+HOURS = 24.0
+SEEDS = 24  # the short run; `make simulate` is the long one
+# Found within so many histories: README.md has all of them, here are the quick ones. A referee that grows
+# blind fails here.
 FOUND_WITHIN = {
-    "order-written-after-the-call": 12,
-    "launches-of-the-hour-are-not-counted": 40,
-    "idle-without-looking-at-leases": 12,
-    "exclusive-is-a-word": 12,
-    "waits-never-end": 12,
-    "handed-out-when-it-runs": 12,
+    "cap-ignores-machines-on-order": 1,
+    "exclusive-is-a-word": 1,
+    "half-a-listing-is-a-listing": 1,
+    "handed-out-when-it-runs": 1,
+    "handed-out-without-a-proof": 7,
+    "idle-without-looking-at-leases": 4,
+    "launches-of-the-hour-are-not-counted": 1,
+    "no-grace": 1,
+    "no-token-reuse": 1,
+    "order-written-after-the-call": 1,
+    "strangers-are-claimed": 1,
+    "waits-never-end": 1,
 }
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(SEEDS))
 def test_no_promise_is_broken(seed: int) -> None:
     outcome = play(draw(seed, HOURS))
     assert [str(violation) for violation in outcome.violations] == []
@@ -29,7 +37,7 @@ def test_no_promise_is_broken(seed: int) -> None:
 
 def test_the_same_seed_gives_the_same_trace() -> None:
     first, second = (play(draw(4, HOURS), trace=True) for _ in range(2))
-    assert len(first.trace) > 100
+    assert len(first.trace) > 1000
     assert first.trace == second.trace
 
 
