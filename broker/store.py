@@ -104,6 +104,7 @@ class Store:
         self._connections: dict[bool, sqlite3.Connection] = {}
         self._lock: int | None = None
         self._leases_refused = 0  # writes that failed since the start
+        self.lost = False  # a damaged file was set aside: what was ordered a moment ago is not known
         self.leases_missing = False  # an earlier broker could not write every lease
 
     @property
@@ -399,6 +400,7 @@ class Store:
                 raise sqlite3.DatabaseError(finding)
 
     def _set_aside(self, error: sqlite3.DatabaseError) -> None:
+        self.lost = True
         for connection in self._connections.values():
             connection.close()
         self._connections.clear()

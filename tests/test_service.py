@@ -684,6 +684,29 @@ def test_clients_whose_leases_a_full_disk_refused_keep_their_worker_over_a_resta
     run_virtual(main())
 
 
+def test_after_its_store_was_damaged_a_broker_waits_until_every_machine_must_be_listed(
+    tmp_path: Path,
+) -> None:
+    """Simulated history, seed 677: a machine that was not listed yet let the cap be exceeded."""
+
+    async def main() -> None:
+        chosen = settings(sharing="exclusive", max_workers=1)
+        async with running_broker(chosen, tmp_path) as broker:
+            await broker.ask("GET_WORKER client=a")
+        (machine,) = broker.cloud.machines.values()
+        machine.hidden = True
+        (tmp_path / "broker.db").write_bytes(bytes(4096))
+        async with running_broker(chosen, tmp_path, cloud=broker.cloud) as again:
+            reply = await again.ask("GET_WORKER client=b wait=60")
+            assert "the store was damaged: for" in reply
+            machine.hidden = False
+            await asyncio.sleep(100)
+            assert "[TIMEOUT]" in await again.ask("GET_WORKER client=b wait=60")
+            assert broker.cloud.count("launch") == 1
+
+    run_virtual(main())
+
+
 def test_one_client_on_three_connections_buys_one_exclusive_machine(tmp_path: Path) -> None:
     async def story(broker: RunningBroker) -> None:
         replies = await asyncio.gather(*(broker.ask("GET_WORKER client=anna") for _ in range(3)))

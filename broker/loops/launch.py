@@ -37,6 +37,7 @@ MENDING_SECONDS = 60.0  # a permanent refusal needs a person: until then clients
 RESEND_SECONDS = (
     10.0  # an order without an answer is sent again no sooner, however many clients come and wait
 )
+UNSEEN_SECONDS = 120.0  # a machine this young need not be listed: without a store nobody knows of it
 NEVER_SECONDS = float("inf")
 RETRY_SECONDS = 5.0  # how soon to look again while clients wait behind an obstacle
 
@@ -60,6 +61,7 @@ class LaunchLoop:
         self._ledger = ledger
         self._new_order_id = new_order_id
         self._wake = wake
+        self._began_at = context.now()
         self._in_flight: dict[str, asyncio.Task[None]] = {}  # order id → the task that makes its calls
         self._cooling: dict[tuple[str, Offering], tuple[float, BrokerError]] = {}
 
@@ -95,6 +97,12 @@ class LaunchLoop:
             return
         if not cloud.acts(context.now()):
             context.obstacles[name] = f"{cloud.provider.name} has not been listed for a while"
+            return
+        unseen_seconds = self._began_at + UNSEEN_SECONDS - context.now()
+        if context.store.lost and unseen_seconds > 0:
+            context.obstacles[name] = (
+                f"the store was damaged: for {unseen_seconds:.0f} s more the cloud may not show every machine"
+            )
             return
         self._send_again(name)
         demand, guard = context.waiting.demand(name), context.guard(name)
