@@ -159,13 +159,14 @@ class Daemon:
             self._command_failed,
             wake=lambda: self._wake("sweep"),
         )
+        self._claims = BeatLoop(context, report)
         loops = (
             self.reconcile,
             self.probe,
             self.reap,
             self.launch,
             TaggingLoop(context, report),
-            BeatLoop(context, report),
+            self._claims,
             self.server,
         )
         self.runners = {loop.name: LoopRunner(loop, self.clock, self._loop_failed) for loop in loops}
@@ -397,7 +398,8 @@ class Daemon:
             self._notifier.status(f"read-only: {error.message}")
 
     def _scanned(self) -> None:
-        self._wake("beat")
+        if self._claims.due():
+            self._wake("beat")
         if len(self.context.waiting):
             self._wake("launch")
 

@@ -147,17 +147,15 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
                 ready.append(timer)
         for _ in range(len(ready)):
             handle = ready.popleft()
-            if not handle._cancelled:
-                self._run(handle)
-
-    def _run(self, handle: Any) -> None:
-        try:
-            handle._context.run(handle._callback, *handle._args)
-        except (SystemExit, KeyboardInterrupt):
-            raise
-        except BaseException as error:  # asyncio's rule: a callback that fails does not end the loop
-            message = f"exception in callback {handle._callback!r}"
-            self.call_exception_handler({"message": message, "exception": error})
+            if handle._cancelled:
+                continue
+            try:
+                handle._context.run(handle._callback, *handle._args)
+            except (SystemExit, KeyboardInterrupt):
+                raise
+            except BaseException as error:  # asyncio's rule: a callback that fails does not end the loop
+                message = f"exception in callback {handle._callback!r}"
+                self.call_exception_handler({"message": message, "exception": error})
 
 
 class LoopClock:

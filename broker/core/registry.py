@@ -124,7 +124,7 @@ class Registry:
         return [
             self._workers[worker_id]
             for (name, state), ids in self._by_state.items()
-            if state in states and pool in (None, name)
+            if ids and state in states and pool in (None, name)
             for worker_id in ids
         ]
 

@@ -34,33 +34,47 @@ class BeatLoop:
         self._beaten_at: dict[int, float] = {}  # by cloud: when all its machines got our claim
         self._not_before: dict[int, float] = {}
 
+    def due(self) -> bool:
+        """Whether a tick would write anything: mostly a scan has shown that all is as it should be."""
+        return any(self._unclaimed(cloud) for cloud in self._context.clouds.all)
+
     async def tick(self) -> float | None:
-        clouds = [cloud for cloud in self._context.clouds.all if cloud.provider.contested]
-        await asyncio.gather(*(self._beat(cloud) for cloud in clouds))
+        await asyncio.gather(*(self._beat(cloud) for cloud in self._context.clouds.all))
         return None
 
+    def _unclaimed(self, cloud: Cloud) -> list[str]:
+        """The machines that need our claim now."""
+        now = self._context.now()
+        if not cloud.provider.contested or not cloud.claims or not cloud.acts(now):
+            return []
+        if self._not_before.get(id(cloud), now) > now:
+            return []
+        rank, all_of_them = self._context.claim().rank, self._round_due(cloud)
+        return [
+            one for one, on_it in cloud.claims.items() if all_of_them or on_it is None or on_it.rank != rank
+        ]
+
+    def _round_due(self, cloud: Cloud) -> bool:
+        """Whether all machines need a new beat: with the last scan before it is due, not the first after."""
+        return self._context.now() + self._interval > self._beaten_at.get(id(cloud), -inf) + BEAT_SECONDS
+
     async def _beat(self, cloud: Cloud) -> None:
-        now, key, claims = self._context.now(), id(cloud), cloud.claims
-        if not cloud.acts(now) or self._not_before.get(key, now) > now:
-            return
-        claim = self._context.claim()
-        # The last scan before the beat is due, not the first one after it.
-        due = now + self._interval > self._beaten_at.get(key, -inf) + BEAT_SECONDS
-        ids = [one for one, on_it in claims.items() if due or on_it is None or on_it.rank != claim.rank]
+        ids, claims = self._unclaimed(cloud), cloud.claims
         if not ids:
             return
+        now, claim, due = self._context.now(), self._context.claim(), self._round_due(cloud)
         try:
             await cloud.provider.tag_all(ids, {tags.EPOCH: str(claim)})
         except BrokerError as error:
-            self._not_before[key] = self._context.now() + PAUSE_SECONDS
+            self._not_before[id(cloud)] = self._context.now() + PAUSE_SECONDS
             self._report(
                 "claim not written; may the broker write the tag " + tags.EPOCH + "?",
                 {"cloud": cloud.provider.name, "machines": len(ids), "error": error.message},
             )
             return
-        claims.update(dict.fromkeys(ids, claim))
+        claims.update(dict.fromkeys(ids, claim))  # a newer scan has claims of its own
         if due:
-            self._beaten_at[key] = now
+            self._beaten_at[id(cloud)] = now
 
     @property
     def _interval(self) -> float:

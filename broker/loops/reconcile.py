@@ -31,7 +31,8 @@ from broker.orders import NEVER_LAUNCHED, VANISHED, YIELDED, Orders
 from broker.store import LaunchedOrder
 
 SCAN_SECONDS_MAX = 60.0  # a listing that takes longer counts as failed
-RETRY_SECONDS = 5.0  # after a failed scan
+RETRY_SECONDS = 5.0  # after a failed scan, doubling while it goes on failing
+RETRY_SECONDS_MAX = 30.0
 WATCH_SECONDS = 1.0  # between looks at single workers that are about to change
 WATCH_SECONDS_MAX = 15.0  # the looks grow this rare while nothing changes
 BEAT_SECONDS_MAX = 30.0  # between two beats, however rare the scans: a watchdog may count on it
@@ -124,9 +125,15 @@ class ReconcileLoop:
         try:
             await self.scan()
         except BrokerError:
-            self._scan_at = self._context.now() + RETRY_SECONDS
+            self._scan_at = self._context.now() + self._retry_seconds()
         else:
             self._scan_at = self._context.now() + self._context.settings.broker.reconcile_interval
+
+    def _retry_seconds(self) -> float:
+        """As soon as the cloud that has failed for the shortest time deserves, never later than a scan."""
+        failures = min((cloud.failures for cloud in self._context.clouds.all if cloud.failures), default=1)
+        longest_seconds = min(RETRY_SECONDS_MAX, self._context.settings.broker.reconcile_interval)
+        return min(RETRY_SECONDS * 2.0 ** min(failures - 1, 10), longest_seconds)
 
     async def _scan_cloud(self, cloud: Cloud) -> BrokerError | None:
         started_at = self._context.now()
@@ -459,6 +466,8 @@ class ReconcileLoop:
 
     async def _watch(self) -> None:
         workers = self._changing()
+        if not workers:
+            return
         await _each(self._watch_cloud(cloud, workers) for cloud in self._context.clouds.all)
         if {w.id for w in self._changing()} != {w.id for w in workers}:
             self.watch_closely()

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
-from functools import cache, lru_cache
+from functools import cache, cached_property, lru_cache
 from typing import Any, Protocol
 
 from aiobotocore.config import AioConfig
@@ -100,8 +100,13 @@ class Account:
 
     def __init__(self, region: str | None, profile: str | None) -> None:
         self._region, self._profile = region, profile
-        self._session = AioSession(profile=profile)
-        self._session.register_component("data_loader", _description_of_aws())
+
+    @cached_property
+    def _session(self) -> AioSession:
+        """Made when it is first asked for: it takes the SDK a while, and a simulation never asks."""
+        session = AioSession(profile=self._profile)
+        session.register_component("data_loader", _description_of_aws())
+        return session
 
     async def check(self, key: str, now_unix: float, problems: list[str]) -> str:
         """The region. What is missing is added to the problems, each naming its setting (`key`: the pool's).

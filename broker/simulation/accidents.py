@@ -21,6 +21,7 @@ from broker.simulation.history import (
     Noise,
     Operator,
     Outage,
+    SecondHost,
     SilentPort,
     Stop,
     WallJump,
@@ -30,7 +31,9 @@ from broker.simulation.referee import STRAY
 from broker.simulation.world import World
 from broker.store import Store
 
+LOOK_SECONDS = 60.0
 COMMAND_SECONDS = 180.0  # how long an operator's command may take before its answer counts as missing
+STARTS_SECONDS_MAX = 600.0  # one that still ends by itself then does so for ever
 START_AGAIN_SECONDS = 5.0  # the service manager's pause before it starts a broker that has ended by itself
 NOISE = (
     b"",
@@ -59,7 +62,8 @@ class Accidents:
     async def settle(self) -> None:
         """All accidents are over, and the broker runs."""
         self._disk_full_until = 0.0
-        while self._restarts:
+        give_up_at = self._world.now + STARTS_SECONDS_MAX
+        while self._restarts and self._world.now < give_up_at:
             await self._restarts.pop()
         await self.start_again(0.0)
 
@@ -199,6 +203,30 @@ class Accidents:
         else:
             second.close()
             world.referee.broken(world.now, "one broker on a state directory", "the second one started")
+
+    async def second_host(self, second: SecondHost) -> None:
+        """It ends with the history at the latest, because two that are in charge by turns never rest."""
+        world = self._world
+        if world.other is not None:
+            return
+        world.say(f"a second host, clock {second.wall_seconds:+.0f} s off, for {second.seconds:.0f} s")
+        world.witness.saw("second host started")
+        host = world.add_host(second.wall_seconds)
+        host.start()
+        stood_by, until_at = False, min(world.now + second.seconds, world.closing_at)
+        while world.now < until_at:
+            await asyncio.sleep(min(LOOK_SECONDS, max(0.0, until_at - world.now)))
+            daemon = world.other_daemon()
+            stood_by |= daemon is not None and bool(daemon.context.clouds.read_only())
+        if stood_by:
+            world.witness.saw("second host stood by")
+        world.say("the second host goes down" if second.killed else "the second host's broker is stopped")
+        if second.killed:
+            host.kill()
+        else:
+            await host.terminate()
+        host.close()
+        world.other = None
 
     async def _launch_unclassified(self) -> None:
         """A machine with our tag and nothing else that would explain it: an old broker's, or a person's."""

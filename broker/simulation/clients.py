@@ -15,7 +15,8 @@ ANSWER_SLACK_SECONDS = 20.0  # beyond its wait: two tries of a silent worker por
 PATIENCE_SECONDS = 120.0  # how long clients try to reach a broker that is down
 TRY_AGAIN_SECONDS = 5.0
 PING_SECONDS_MAX = 1.0  # once the first scan is in, whatever the cloud does
-UNDECIDED = ("[CLOUD]", "[DRAINING]", "[LIMIT]")  # a PING that was not answered, and may be sent again
+# A PING that was not answered, and may be sent again: to another broker, if one is in charge.
+UNDECIDED = ("[CLOUD]", "[DENIED]", "[DRAINING]", "[LIMIT]")
 
 
 class Clients:

@@ -121,6 +121,19 @@ class Noise:
 
 
 @dataclass(frozen=True, slots=True)
+class SecondHost:
+    """A broker with the same id starts on another host, with a wall clock of its own, and runs for so long.
+
+    No client knows it: it stands by, and takes over when the first is silent.
+    """
+
+    at: float
+    seconds: float
+    wall_seconds: float  # how far its clock is off
+    killed: bool  # how it ends
+
+
+@dataclass(frozen=True, slots=True)
 class Idlers:
     """So many connections that are opened and left alone, half a command on every other one."""
 
@@ -142,6 +155,7 @@ Entry = (
     | SilentPort
     | Noise
     | Idlers
+    | SecondHost
 )
 
 

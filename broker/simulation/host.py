@@ -28,6 +28,7 @@ from broker.providers.ec2_api import Manners
 from broker.testing import Client, silent_log
 
 OWNER_ID = "0123456789abcdef"  # one installation, wherever the scratch space lies
+OTHER_OWNER_ID = "fedcba9876543210"
 OWNER: contextvars.ContextVar[Incarnation | None] = contextvars.ContextVar("owner", default=None)
 Factory = Callable[[Manners], AbstractAsyncContextManager[Any]]
 
@@ -47,6 +48,9 @@ class Incarnation:
         self.daemon: Daemon | None = None
         self.main: asyncio.Task[None] | None = None
         self.stop = asyncio.Event()
+
+    def ended(self, task: asyncio.Task[Any]) -> None:
+        self.tasks.pop(task, None)
 
     @contextmanager
     def at_work(self) -> Generator[None, None, None]:
@@ -93,10 +97,11 @@ class Host:
         *,
         heard: Callable[[Event], None],
         asked: Callable[[str, Any], None],
+        owner: str = OWNER_ID,
     ) -> None:
         self._settings, self._state_dir, self._clock = settings, state_dir, clock
         self._factory, self._connect = factory, connect
-        self._heard, self._asked = heard, asked
+        self._heard, self._asked, self._owner = heard, asked, owner
         self.born: Callable[[Incarnation], None] = lambda incarnation: None
         self.ended: Callable[[Incarnation, BaseException | None], None] = lambda incarnation, error: None
         self._numbers = 0
@@ -131,8 +136,8 @@ class Host:
             connect=self._connect,
             store_threaded=False,
             ports=False,
-            owner_of=lambda directory: OWNER_ID,
-            new_id=lambda: f"{next(self._ids):06d}",
+            owner_of=lambda directory: self._owner,
+            new_id=lambda: f"{'' if self._owner == OWNER_ID else 'other-'}{next(self._ids):06d}",
         )
         daemon.observe(lambda event: self._heard(event) if incarnation.alive else None)
         return daemon
@@ -241,7 +246,7 @@ def _owned_task(loop: asyncio.AbstractEventLoop, coroutine: Any, **options: Any)
     owner = OWNER.get()
     if owner is not None:
         owner.tasks[task] = None
-        task.add_done_callback(lambda done: owner.tasks.pop(done, None))
+        task.add_done_callback(owner.ended)
         if not owner.alive:
             task.cancel()
     return task

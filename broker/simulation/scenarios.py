@@ -24,6 +24,7 @@ class Scenario:
         return min(seen.get(scene, 0) for scene in self.scenes)
 
 
+TWO_BROKERS = ("second broker refused", "second host stood by", "second host took over")
 SCENARIOS = tuple(
     Scenario(number, title, tuple(scenes))
     for number, title, *scenes in (
@@ -48,7 +49,7 @@ SCENARIOS = tuple(
         (19, "throttled", "launch throttled", "terminate throttled"),
         (20, "no capacity", "no capacity"),
         (21, "image that dies at boot", "breaker opened"),
-        (22, "two brokers with one id", "second broker refused"),
+        (22, "two brokers with one id", *TWO_BROKERS),
         (23, "a terminate batch with a stale id", "terminate batch with an unknown id"),
         (24, "Terminate answered but not done", "terminate ignored"),
         (25, "an instance without our tag", "stranger"),

@@ -13,6 +13,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from broker.core.claim import STALE_SECONDS
 from broker.providers.sim_machine import Machine
 from broker.providers.simulated import BROKER
 from broker.simulation.accidents import Accidents
@@ -29,6 +30,7 @@ from broker.simulation.history import (
     Noise,
     Operator,
     Outage,
+    SecondHost,
     SilentPort,
     Stop,
     Visit,
@@ -136,6 +138,8 @@ class Stage:
                 await self._accidents.operate(entry)
             case Noise():
                 await self._accidents.noise(entry)
+            case SecondHost():
+                await self._accidents.second_host(entry)
             case Idlers():
                 await self._accidents.idlers(entry)
 
@@ -146,6 +150,8 @@ class Stage:
         world = self._world
         began_at = world.now
         limit = world.pool.idle_timeout + world.pool.boot_deadline + REST_SLACK_SECONDS
+        if world.witness.seen["second host took over"]:
+            limit += STALE_SECONDS  # a broker that was in charge may have ended a moment ago
         while (unrest := self._unrest()) and world.now < began_at + limit:  # noqa: ASYNC110 (no event tells)
             await asyncio.sleep(LOOK_SECONDS)
         self._rest_seconds = max(self._rest_seconds, world.now - began_at)

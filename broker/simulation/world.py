@@ -12,8 +12,8 @@ from broker.daemon import Daemon
 from broker.providers.sim_machine import Machine
 from broker.providers.simulated import BROKER, SimEC2
 from broker.simulation.history import HOUR_SECONDS, History
-from broker.simulation.host import Host, Incarnation
-from broker.simulation.referee import Referee, Violation
+from broker.simulation.host import OTHER_OWNER_ID, Host, Incarnation
+from broker.simulation.referee import STRAY, Referee, Violation
 from broker.simulation.witness import Witness
 from broker.testing import EPOCH_UNIX, LoopClock
 
@@ -47,6 +47,8 @@ class World:
             heard=self._heard,
             asked=self._asked,
         )
+        self.other: Host | None = None  # with a broker of the same id on it, for a while
+        self._took_over: Host | None = None
         self.sky.listen(self._cloud_reports)
 
     @property
@@ -73,6 +75,29 @@ class World:
         incarnation = self.running
         return incarnation.daemon if incarnation is not None else None
 
+    def other_daemon(self) -> Daemon | None:
+        """The broker that runs on the other host."""
+        incarnation = self.other.now if self.other is not None else None
+        return incarnation.daemon if incarnation is not None and incarnation.alive else None
+
+    def add_host(self, wall_seconds: float) -> Host:
+        """Another host, whose wall clock is so far off."""
+        clock = LoopClock(self.loop)
+        clock.jump(wall_seconds)
+        directory = self.directory / "other"
+        directory.mkdir(exist_ok=True)
+        self.other = Host(
+            self.history.settings,
+            directory,
+            clock,
+            self.sky.client_factory,
+            self.sky.connect,
+            heard=self._other_heard,
+            asked=self._other_asked,
+            owner=OTHER_OWNER_ID,
+        )
+        return self.other
+
     # --- the truth -----------------------------------------------------------------------------------
 
     def ours(self) -> list[Machine]:
@@ -86,13 +111,17 @@ class World:
 
     def check_books(self) -> None:
         """Is every machine of ours explained? Asked whenever that may have changed."""
-        daemon = self.daemon()
-        if daemon is None or not daemon.context.clouds.recovered():
-            return
-        registry, orders = daemon.context.registry, daemon.orders
+        running = [daemon for daemon in (self.daemon(), self.other_daemon()) if daemon is not None]
+        in_charge = [one for one in running if _is_in_charge(one)]
+        if not in_charge or (self.other is not None and len(in_charge) < len(running)):
+            return  # nobody is yet, or one of two that is about to learn of the other
 
         def explains(machine: Machine) -> bool:
-            return registry.by_instance(machine.id) is not None or orders.get(machine.token) is not None
+            return any(
+                one.context.registry.by_instance(machine.id) is not None
+                or one.orders.get(machine.token) is not None
+                for one in in_charge
+            )
 
         self.referee.known(self.now, self.ours(), explains)
 
@@ -132,5 +161,32 @@ class World:
             # Not at once: books may be in the middle of a change of which this event is a part.
             self.loop.call_soon(self.check_books)
 
+    def _other_heard(self, event: Event) -> None:
+        if self.tracing and isinstance(event, WorkerChanged):
+            worker = event.worker
+            self.say(f"other broker: {worker.id} {worker.instance_id or ''} {worker.state}")
+
+    def _other_asked(self, method: str, parameters: Any) -> None:
+        """A call leaves the broker on the other host, of which no client knows."""
+        if method == "run_instances":
+            self.referee.broken(self.now, "nobody asked it for a worker", parameters["ClientToken"])
+        if method not in ("terminate_instances", "create_tags"):
+            return
+        if self.other is not self._took_over:
+            self._took_over = self.other
+            self.witness.saw("second host took over")
+        first = self.daemon()
+        placed = {machine.id for machine in self.ours() if not machine.token.startswith(STRAY)}
+        named = placed.intersection(parameters.get("InstanceIds") or parameters.get("Resources") or ())
+        if named and first is not None and all(c.acts(self.now) for c in first.context.clouds.all):
+            facts = f"{method} for {', '.join(sorted(named))} while the first one is in charge"
+            self.referee.broken(self.now, "one broker acts at a time", facts)
+
     def _accused(self, violation: Violation) -> None:
         self.say(f"VIOLATION: {violation}", violation.at)
+
+
+def _is_in_charge(daemon: Daemon) -> bool:
+    """Whether it has looked, and looks after what it saw."""
+    clouds = daemon.context.clouds
+    return clouds.recovered() and not clouds.read_only()

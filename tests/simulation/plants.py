@@ -7,7 +7,7 @@ and mends it again. They live in the tests: no code path of the product leads he
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any
@@ -16,7 +16,8 @@ from unittest.mock import patch
 from broker import orders, service, store
 from broker.clock import Clock
 from broker.clouds import Cloud
-from broker.core import policy
+from broker.core import claim, policy
+from broker.core.claim import Claim, Ruling
 from broker.core.model import Instance, Lease, Worker, WorkerState
 from broker.core.policy import Demand, LaunchGuard, LaunchPlan
 from broker.core.protocol import OK, Release
@@ -135,6 +136,8 @@ def half_a_listing_is_a_listing() -> Iterator[Any]:
             try:
                 answer = await self.call(api, **parameters)
             except Exception:
+                if api != "DescribeInstances":
+                    raise
                 return items
             items += answer.get(key) or ()
             if not answer.get("NextToken"):
@@ -347,3 +350,23 @@ def strangers_are_claimed() -> Iterator[Any]:
         return reservations
 
     yield patch.object(ec2_api.Ec2Api, "every", everything)
+
+
+# --- a second broker ---------------------------------------------------------------------------------------
+
+
+@planted
+def everybody_is_in_charge() -> Iterator[Any]:
+    """The claims of other brokers on the machines are read, and nobody gives way to them."""
+
+    def look(self: claim.Watch, listed: Collection[Claim], now: float, now_unix: float) -> Ruling:
+        self._note(listed, now)
+        return Ruling(None, self._number_above(listed))
+
+    yield patch.object(claim.Watch, "look", look)
+
+
+@planted
+def a_claim_is_good_for_two_minutes() -> Iterator[Any]:
+    """Another broker takes over although the one in charge has one more beat to write."""
+    yield patch.object(claim, "STALE_SECONDS", 120.0)
