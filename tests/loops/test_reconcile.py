@@ -7,6 +7,7 @@ import json
 import sqlite3
 from contextlib import closing
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -438,3 +439,17 @@ def _write_lease(directory: Path, lease: Lease, address: str) -> None:
             "INSERT INTO leases VALUES (?, ?, 'default', ?, ?, ?, ?)",
             (lease.id, lease.worker_id, address, lease.client, lease.ttl_seconds, lease.exclusive),
         )
+
+
+def test_a_cloud_that_does_not_answer_is_asked_less_and_less_often(tmp_path: Path) -> None:
+    async def story(broker: RunningBroker) -> None:
+        await scanned(broker)
+        broker.cloud.fail["listing"].extend([lost_answer() for _ in range(6)])
+        asked_at = []
+        for _ in range(8):
+            await scanned(broker)
+            asked_at.append(broker.clock.monotonic())
+        pauses = [round(later - before) for before, later in pairwise(asked_at)]
+        assert pauses == [5, 10, 20, 30, 30, 30, 30]
+
+    live(tmp_path, story)

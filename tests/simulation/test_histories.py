@@ -19,7 +19,7 @@ FOUND_WITHIN = {
     "half-a-listing-is-a-listing": 7,
     "handed-out-when-it-runs": 1,
     "handed-out-without-a-proof": 7,
-    "idle-without-looking-at-leases": 4,
+    "idle-without-looking-at-leases": 1,
     "launches-of-the-hour-are-not-counted": 1,
     "no-grace": 3,
     "no-token-reuse": 1,
