@@ -10,6 +10,7 @@ from typing import Any
 from broker.core import tags
 from broker.core.errors import StoreError
 from broker.providers.ec2_api import LAUNCHING
+from broker.providers.ec2_wire import tag_list
 from broker.providers.sim_weather import Fault
 from broker.simulation.clients import Clients
 from broker.simulation.drawing import IMAGE
@@ -70,21 +71,30 @@ class Accidents:
     # --- kills -----------------------------------------------------------------------------------------
 
     async def crash(self, crash: Crash) -> None:
-        world = self._world
         for _ in range(crash.steps):
             await asyncio.sleep(0)
-        daemon = world.daemon()
+        if self.kill(torn=crash.torn):
+            await self.start_again(crash.down_seconds)
+
+    def kill(self, *, torn: bool = False) -> bool:
+        """SIGKILL now; `torn` damages the store's file. Returns whether there was a broker to kill."""
+        world, daemon = self._world, self._world.daemon()
         if daemon is None:
-            return
+            return False
         world.witness.killed(daemon, world.ours())
         stood = world.host.kill()
         self.crashes += 1
         for place in stood:
             self.stood_at[place] = self.stood_at.get(place, 0) + 1
         world.say(f"kill -9; tasks stood at {', '.join(stood)}")
-        if crash.torn:
+        if torn:
             self._tear_store()
-        await self.start_again(crash.down_seconds)
+        return True
+
+    def strike(self, down_seconds: float) -> None:
+        """SIGKILL now, whoever is running; a new broker later."""
+        if self.kill():
+            self._restarts.append(asyncio.create_task(self.start_again(down_seconds)))
 
     async def stop(self, stop: Stop) -> None:
         world, daemon = self._world, self._world.daemon()
@@ -178,7 +188,10 @@ class Accidents:
             case "second broker":
                 self._start_second()
             case "unclassified":
-                await self._launch_unclassified()
+                its_tags = {tags.BROKER: world.history.settings.broker.id}
+                await self._launch_unclassified("unclassified machine", its_tags)
+            case "by hand":
+                await self._launch_unclassified("machine by hand", {tags.NAME: world.pool.name_tag})
             case command:
                 await self._clients.ask("operator", command, COMMAND_SECONDS)
 
@@ -228,11 +241,10 @@ class Accidents:
         host.close()
         world.other = None
 
-    async def _launch_unclassified(self) -> None:
-        """A machine with our tag and nothing else that would explain it: an old broker's, or a person's."""
+    async def _launch_unclassified(self, what: str, its_tags: dict[str, str]) -> None:
+        """A machine that its tags alone explain: an old broker's, or a person's."""
         world = self._world
         self._strays += 1
-        its_tags = [{"Key": tags.BROKER, "Value": world.history.settings.broker.id}]
         try:
             await world.sky.client(LAUNCHING).run_instances(
                 ImageId=IMAGE,
@@ -240,12 +252,12 @@ class Accidents:
                 MinCount=1,
                 MaxCount=1,
                 ClientToken=f"{STRAY}{self._strays}",
-                TagSpecifications=[{"ResourceType": "instance", "Tags": its_tags}],
+                TagSpecifications=[{"ResourceType": "instance", "Tags": tag_list(its_tags)}],
             )
         except Exception as error:  # the weather is everybody's
-            world.say(f"no unclassified machine: {error}")
+            world.say(f"no {what}: {error}")
         else:
-            world.witness.saw("unclassified machine")
+            world.witness.saw(what)
 
     # --- noise -----------------------------------------------------------------------------------------
 

@@ -42,14 +42,15 @@ def struck(stood_at: Mapping[str, int]) -> dict[Point, int]:
     """How often a task stood at each point when it was killed; `stood_at` counts "path:line"."""
     found = dict.fromkeys(points(), 0)
     for place, times in stood_at.items():
-        path, _, line = place.rpartition(":")
-        for point in _at(path, int(line)):
+        for point in points_at(place):
             found[point] += times
     return found
 
 
-def _at(path: str, line: int) -> Iterable[Point]:
-    """The narrowest that spans the line: an `await` within an `async with` is not the `async with`."""
+def points_at(place: str) -> list[Point]:
+    """The narrowest that spans a "path:line": an `await` within an `async with` is not the `async with`."""
+    path, _, text = place.rpartition(":")
+    line = int(text)
     spanning = [point for point in points() if point.path == path and point.first <= line <= point.last]
     return sorted(spanning, key=lambda point: point.last - point.first)[:1]
 
@@ -67,6 +68,13 @@ def _waits_of(node: ast.AST) -> Iterable[ast.Await | ast.AsyncWith | ast.AsyncFo
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.AsyncFunctionDef | ast.FunctionDef | ast.Lambda):
             continue  # waits of its own
-        if isinstance(child, ast.Await | ast.AsyncWith | ast.AsyncFor):
+        if isinstance(child, ast.Await | ast.AsyncWith | ast.AsyncFor) and not _never_waits(child):
             yield child
         yield from _waits_of(child)
+
+
+def _never_waits(node: ast.Await | ast.AsyncWith | ast.AsyncFor) -> bool:
+    """`async with asyncio.timeout(...)` sets a timer and goes on."""
+    if not isinstance(node, ast.AsyncWith):
+        return False
+    return all(ast.unparse(item.context_expr).startswith("asyncio.timeout(") for item in node.items)

@@ -84,7 +84,13 @@ class Operator:
 
     at: float
     command: Literal[
-        "STATUS", "LIST_ALL", "TERMINATE_ALL", "terminate outside", "second broker", "unclassified"
+        "STATUS",
+        "LIST_ALL",
+        "TERMINATE_ALL",
+        "terminate outside",
+        "second broker",
+        "unclassified",
+        "by hand",
     ]
 
 

@@ -173,16 +173,22 @@ class Host:
         with self.now.at_work():
             yield
 
+    def stands(self) -> list[str]:
+        """Where the broker's tasks wait, as file and line; nowhere when none runs."""
+        if self.now is None or not self.now.alive:
+            return []
+        return sorted({place for task in self.now.tasks if not task.done() for place in _where(task)})
+
     def kill(self) -> list[str]:
         """SIGKILL. Returns where its tasks stood, as file and line."""
         incarnation = self.now
         if incarnation is None or not incarnation.alive:
             return []
+        stood = self.stands()
         incarnation.alive = False
         self.close()
         assert incarnation.daemon is not None
         incarnation.daemon.context.store.die()
-        stood = sorted({place for task in incarnation.tasks if not task.done() for place in _where(task)})
         for client in list(incarnation.clients):
             client.vanish()
         for task in list(incarnation.tasks):

@@ -10,7 +10,9 @@ import asyncio
 import shutil
 import tempfile
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from broker.core.claim import STALE_SECONDS
@@ -38,7 +40,7 @@ from broker.simulation.history import (
 )
 from broker.simulation.referee import Violation
 from broker.simulation.world import World
-from broker.testing import EPOCH_UNIX, run_virtual
+from broker.testing import EPOCH_UNIX, VirtualTimeLoop, run_virtual
 
 REST_SLACK_SECONDS = 900.0  # beyond idle timeout and boot deadline: shutting down, a Terminate sent again
 # Until the last client is served: a breaker may pause launches for four hours, a budget for a day.
@@ -47,6 +49,9 @@ BUDGET_SECONDS = 25 * HOUR_SECONDS
 LOOK_SECONDS = 30.0
 AGAIN_SECONDS = 600.0  # between two tries of the last client
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 (scratch space that no disk slows down, where there is any)
+
+
+AfterRound = Callable[["Stage", int], None]
 
 
 @dataclass(slots=True)
@@ -70,17 +75,38 @@ class Outcome:
     core_seconds: float = 0.0  # what it took to play
 
 
-def play(history: History, *, trace: bool = False) -> Outcome:
-    """The whole history, from an empty state directory. The same history gives the same outcome and trace."""
+def play(history: History, *, trace: bool = False, after_round: AfterRound | None = None) -> Outcome:
+    """The whole history, from an empty state directory. The same history gives the same outcome and trace.
+
+    `after_round` is called after each round of the loop, with the stage and the number of the round.
+    """
     directory = Path(tempfile.mkdtemp(dir=SHARED_MEMORY if SHARED_MEMORY.is_dir() else None))
+    loop = VirtualTimeLoop if after_round is None else _RoundsLoop
     try:
-        return run_virtual(_play(history, directory, trace))
+        return run_virtual(_play(history, directory, trace, after_round), loop)
     finally:
         shutil.rmtree(directory, ignore_errors=True)
 
 
-async def _play(history: History, directory: Path, trace: bool) -> Outcome:
-    return await Stage(history, directory, trace).play()
+async def _play(history: History, directory: Path, trace: bool, after_round: AfterRound | None) -> Outcome:
+    stage, loop = Stage(history, directory, trace), asyncio.get_running_loop()
+    if after_round is not None and isinstance(loop, _RoundsLoop):
+        loop.after_round = partial(after_round, stage)
+    return await stage.play()
+
+
+class _RoundsLoop(VirtualTimeLoop):
+    """Counts its rounds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.after_round: Callable[[int], None] = lambda number: None
+        self._rounds = 0
+
+    def _run_once(self) -> None:
+        super()._run_once()
+        self._rounds += 1
+        self.after_round(self._rounds)
 
 
 class Stage:
@@ -89,7 +115,7 @@ class Stage:
     def __init__(self, history: History, directory: Path, trace: bool) -> None:
         self._world = World(history, directory, trace)
         self._clients = Clients(self._world)
-        self._accidents = Accidents(self._world, self._clients)
+        self.accidents = Accidents(self._world, self._clients)
         self._rest_seconds = 0.0
 
     async def play(self) -> Outcome:
@@ -99,12 +125,12 @@ class Stage:
         await world.until(world.closing_at)
         world.say("everything is healed")
         world.sky.heal()
-        await self._accidents.settle()
+        await self.accidents.settle()
         if acts:
             await asyncio.wait(acts)
             for act in acts:
                 act.result()  # a fault of the stage itself is not to pass for a quiet history
-        await self._accidents.settle()
+        await self.accidents.settle()
         await self._come_to_rest()
         await self._serve_the_last()
         self._check_bill()
@@ -121,27 +147,31 @@ class Stage:
             case Crowd():
                 await self._clients.crowd(entry)
             case Crash():
-                await self._accidents.crash(entry)
+                await self.accidents.crash(entry)
             case Stop():
-                await self._accidents.stop(entry)
+                await self.accidents.stop(entry)
             case WallJump():
-                self._accidents.wall_jump(entry)
+                self.accidents.wall_jump(entry)
             case DiskFull():
-                self._accidents.disk_full(entry)
+                self.accidents.disk_full(entry)
             case Outage():
-                self._accidents.outage(entry)
+                self.accidents.outage(entry)
             case SilentPort():
-                self._accidents.silent_port(entry)
+                self.accidents.silent_port(entry)
             case BrokenImage():
-                await self._accidents.broken_image(entry)
+                await self.accidents.broken_image(entry)
             case Operator():
-                await self._accidents.operate(entry)
+                await self.accidents.operate(entry)
             case Noise():
-                await self._accidents.noise(entry)
+                await self.accidents.noise(entry)
             case SecondHost():
-                await self._accidents.second_host(entry)
+                await self.accidents.second_host(entry)
             case Idlers():
-                await self._accidents.idlers(entry)
+                await self.accidents.idlers(entry)
+
+    def stands(self) -> list[str]:
+        """Where the broker's tasks wait, as file and line."""
+        return self._world.host.stands()
 
     # --- the end -------------------------------------------------------------------------------------
 
@@ -211,7 +241,7 @@ class Stage:
     # --- what it came to -----------------------------------------------------------------------------
 
     def _outcome(self) -> Outcome:
-        world, accidents = self._world, self._accidents
+        world, accidents = self._world, self.accidents
         machines = [machine for machine in world.sky.truth() if machine.owner == BROKER]
         world.referee.tokens(world.now, machines)
         for touched in world.sky.violations:

@@ -1,0 +1,130 @@
+"""The broker is killed once at every place where it waits, and no promise is broken.
+
+A place is an `await` in the broker's source. What no life here reaches is named in UNREACHED, with a reason: a
+new place has to be reached, or excused.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+
+from broker.core.settings import parse
+from broker.providers.sim_weather import CLEAR
+from broker.simulation.awaits import Point, points, struck
+from broker.simulation.drawing import draw
+from broker.simulation.history import BROKER_ID, Crowd, History, Operator, Stop, Visit
+from broker.simulation.stage import play
+from broker.simulation.strikes import first_rounds, play_with_kill
+
+PLACES_MIN = 95  # that are struck: as many as there are, less those of UNREACHED
+DRAWN = (7, 11, 12, 29)  # seeds of days on which more goes wrong than in a life that is written down
+DRAWN_HOURS = 6.0
+
+REAL = "it is reached with real sockets, threads and credentials only (tests/acceptance kills there)"
+AT_ONCE = "what it waits for is there at once in these lives, so no task ever stands there"
+RARE = "it takes an accident within an accident"
+UNREACHED = {
+    "daemon.py": {
+        "run": REAL,
+        "_find_owner": REAL,
+        "_shut_down": REAL,
+        "_open": RARE,
+        "_accept_mistake": RARE,
+    },
+    "loops/launch.py": {"_launch": AT_ONCE},
+    "loops/probe.py": {"connects": REAL, "_look": AT_ONCE},
+    "loops/reconcile.py": {
+        "scan": AT_ONCE,
+        "_take_in": AT_ONCE,
+        "take_in": AT_ONCE,
+        "_matched": AT_ONCE,
+        "_raise_number": AT_ONCE,
+        "_watch_cloud": AT_ONCE,
+    },
+    "loops/runner.py": {"run": RARE, "_pause": RARE},
+    "providers/ec2.py": {
+        "open": REAL,
+        "_reach_account": REAL,
+        "close": REAL,
+        "_for_all": RARE,
+        "_for_each": RARE,
+    },
+    "providers/ec2_api.py": {
+        "check": REAL,
+        "_credential_problems": REAL,
+        "connect": REAL,
+        "close": REAL,
+        "call": AT_ONCE,
+    },
+    "providers/ec2_check.py": {"user_data": REAL, "_user_data": REAL, "_groups_by_name": RARE},
+    "server.py": {"_next_turn": RARE},
+    "service.py": {"_answer": RARE},
+    "store.py": {"end_revoked": RARE, "_write_all": REAL},
+}
+
+
+def written() -> History:
+    """Twenty minutes in which a lab does everything once."""
+    pool = {
+        "provider": "ec2",
+        "region": "us-east-1",
+        "image": "ami-0123456789abcdef0",
+        "instance_types": ["c7i.16xlarge"],
+        "sharing": "shared",
+        "idle_timeout": 300,
+        "max_workers": 60,
+        "launches_per_hour": 100,
+        "adopt_name_tag": True,
+        "security_groups": ["lab"],
+        "subnet": "subnet-0123456789abcdef0",
+    }
+    entries = (
+        Operator(5.0, "by hand"),
+        Visit(10.0, "ann", 30.0, 10.0, "release"),
+        Visit(40.0, "ben", 60.0, 10.0, "vanish", exclusive=True),
+        Operator(60.0, "STATUS"),
+        Operator(61.0, "LIST_ALL"),
+        Stop(120.0, 5.0),
+        Visit(121.0, "cat", 30.0, 5.0, "linger"),
+        Operator(130.0, "unclassified"),
+        Crowd(400.0, "crowd", 60, 20.0),
+        Operator(500.0, "TERMINATE_ALL"),
+    )
+    return History(
+        1, 0.3, parse({"broker": {"id": BROKER_ID}, "pool": {"default": pool}}, {}), CLEAR, entries
+    )
+
+
+@cache
+def lives() -> tuple[History, ...]:
+    return written(), *(draw(seed, DRAWN_HOURS) for seed in DRAWN)
+
+
+@cache
+def places() -> dict[Point, tuple[int, int]]:
+    """Each place, the first life that reaches it, and the round in which it does."""
+    found: dict[Point, tuple[int, int]] = {}
+    for number, life in enumerate(lives()):
+        for point, in_round in first_rounds(life).items():
+            found.setdefault(point, (number, in_round))
+    return found
+
+
+def test_every_place_is_reached_or_excused() -> None:
+    unreached = [point for point in points() if point not in places()]
+    assert [str(one) for one in unreached if one.function not in UNREACHED.get(one.path, {})] == []
+    assert len(places()) >= PLACES_MIN
+
+
+@pytest.mark.parametrize("number", range(1 + len(DRAWN)))
+def test_a_kill_at_any_place_breaks_no_promise(number: int) -> None:
+    life = lives()[number]
+    assert play(life).violations == []
+    here = [(point, in_round) for point, (where, in_round) in places().items() if where == number]
+    assert here
+    for point, in_round in here:
+        outcome = play_with_kill(life, in_round)
+        assert [str(violation) for violation in outcome.violations] == [], point
+        assert struck(outcome.stood_at)[point], point
