@@ -1,7 +1,7 @@
 """The broker is killed once at every place where it waits, and no promise is broken.
 
-A place is an `await` in the broker's source. What no life here reaches is named in UNREACHED, with a reason: a
-new place has to be reached, or excused.
+A place is an `await` in the broker's source. What no life here reaches is named in UNREACHED, with a reason.
+A new place has to be reached, or excused.
 """
 
 from __future__ import annotations
