@@ -5,9 +5,7 @@ listing for minutes after its launch, and now and then for no reason. A worker l
 cloud says `terminated`, or when it has been missing from many listings over a long time and does not answer
 either. A machine with our tag that the books do not know is taken in, whatever else is true of it.
 
-Before anything is acted on, each listing says who is in charge (core/claim.py). A broker that is not forgets
-what it knew: its workers, its orders and what it promised or decided about machines are another's now. When
-it comes into charge again it is as one that has just started: it takes in what it finds, as just used.
+Before anything is acted on, each listing says who is in charge (charge.py).
 
 Between full scans, workers that are about to change (no address yet, being terminated) are asked for by id.
 """
@@ -21,13 +19,14 @@ from typing import Any, TypeVar
 
 from broker.clouds import Cloud
 from broker.context import Context
-from broker.core import claim, tags
+from broker.core import tags
 from broker.core.errors import BrokerError, CloudUnreachable, SettingsError, StoreError
 from broker.core.model import UNKNOWN_CLIENT, Instance, InstanceState, Lease, Worker, WorkerState
 from broker.core.policy import Reason, born_at
 from broker.core.registry import BOOKED, USABLE
 from broker.ledger import Ledger
-from broker.orders import NEVER_LAUNCHED, VANISHED, YIELDED, Orders
+from broker.loops.charge import DEAD, Charge
+from broker.orders import NEVER_LAUNCHED, VANISHED, Orders
 from broker.store import LaunchedOrder
 
 SCAN_SECONDS_MAX = 60.0  # a listing that takes longer counts as failed
@@ -44,7 +43,7 @@ EXPECTED_SECONDS = 600.0  # what was there before the start may stay out of list
 MISSING_SECONDS_MAX = 180.0  # missing for so long, and
 MISSING_SCANS_MAX = 3  # from so many listings in a row, and silent: gone
 
-DEAD = frozenset({InstanceState.SHUTTING_DOWN, InstanceState.TERMINATED})
+
 SPOT_REASON = "Server.Spot"  # how EC2's reasons for taking a machine back begin (EC2 API, StateReason)
 HALTED = frozenset({InstanceState.STOPPING, InstanceState.STOPPED})
 Report = Callable[[str, dict[str, object]], None]
@@ -87,9 +86,7 @@ class ReconcileLoop:
         self._report = report
         self._changed = changed
         self._beat = beat
-        self._charged = charged
-        self._watches: dict[int, claim.Watch] = {}  # by cloud
-        self._raising = asyncio.Lock()
+        self._charge = Charge(context, orders, charged)
         self._began_at = self._scan_at = context.now()
         self._missing: dict[str, Missing] = {}
         self._watch_seconds = WATCH_SECONDS
@@ -149,14 +146,16 @@ class ReconcileLoop:
             return self._scan_failed(cloud, error)
         self._ledger.listed(cloud, listing, started_at)
         try:
-            await self._rule(cloud, [i for i in listing if self._is_ours(i) and i.state not in DEAD])
+            await self._charge.rule(cloud, [i for i in listing if self._is_ours(i) and i.state not in DEAD])
         except StoreError as error:  # a claim that is not on disk is not made: nothing changes
             return self._scan_failed(cloud, error)
         first, failures = not cloud.recovered, cloud.failures
         if cloud.rival is None:
             await self._take_in(cloud, listing, started_at)
         else:
-            self._stand_by(cloud, listing, started_at)
+            self._charge.stand_by(cloud, listing)
+            self._give_up_orders(cloud, started_at)
+            self._missing = {id_: seen for id_, seen in self._missing.items() if self._registry.get(id_)}
         cloud.scan_succeeded(started_at, self._context.clock.wall())
         if first:
             self._context.store.soon(self._context.store.leases_are_whole())
@@ -313,67 +312,8 @@ class ReconcileLoop:
         else:
             self._report("claimed by its Name tag", {"instance": instance.id, "pool": pool})
 
-    # --- who is in charge --------------------------------------------------------------------------
-
     def _is_ours(self, instance: Instance) -> bool:
         return instance.tags.get(tags.BROKER) == self._broker_id
-
-    async def _rule(self, cloud: Cloud, living: list[Instance]) -> None:
-        """Come into charge, stay or yield. A number is on disk before it is used. Raises StoreError."""
-        context = self._context
-        if not cloud.provider.contested:
-            return
-        cloud.claims = {i.id: claim.read(tags.read(i.tags).epoch) for i in living}
-        watch = self._watches.setdefault(id(cloud), claim.Watch(context.owner))
-        listed = [one for one in cloud.claims.values() if one is not None]
-        ruling = watch.look(listed, context.now(), context.clock.wall())
-        if ruling.rival is None:
-            await self._raise_number(ruling.number)
-        before, cloud.rival = cloud.rival, ruling.rival
-        if (before and before.owner) != (cloud.rival and cloud.rival.owner):
-            self._charged(cloud)
-
-    async def _raise_number(self, number: int) -> None:
-        async with self._raising:  # two clouds may want different ones at a time
-            if number > self._context.epoch:
-                await self._context.store.keep("epoch", str(number))
-                self._context.epoch = number
-
-    def _stand_by(self, cloud: Cloud, listing: list[Instance], started_at: float) -> None:
-        """Another broker is in charge here. What our launches under way bring is its machine too."""
-        registry, context, now = self._registry, self._context, self._context.now()
-        refusal = cloud.read_only()
-        cloud.instance_ids = frozenset(instance.id for instance in listing)
-        for name in context.settings.pool:  # before a worker goes, or whoever waits would be given another
-            if context.cloud(name) is cloud and refusal is not None:
-                context.waiting.fail(name, refusal)
-        for worker in registry.in_state(*BOOKED - {WorkerState.ORDERED}):
-            if context.cloud_of(worker) is cloud:
-                self._missing.pop(worker.id, None)
-                registry.gone(worker.id, YIELDED, now)
-        for instance in listing:
-            entry = self._orders.get(tags.read(instance.tags).order)
-            if entry is not None:
-                self._orders.close(entry.order, YIELDED)
-            if instance.state not in DEAD and instance.id in context.ended:
-                context.ended.discard(instance.id)
-                context.store.soon(context.store.end_revoked(instance.id))
-        self._give_up_orders(cloud, started_at)
-        self._forget_what_was(cloud)
-
-    def _forget_what_was(self, cloud: Cloud) -> None:
-        """Leases and machines of an earlier run: whoever is in charge has gone on without them."""
-        context = self._context
-        for launched in list(context.expected.values()):
-            if context.cloud(launched.order.pool) is cloud or launched.instance_id in cloud.instance_ids:
-                del context.expected[launched.instance_id]
-                context.store.soon(context.store.order_closed(launched.order.id, YIELDED))
-        for leases in list(context.stored_leases.values()):
-            held = leases[0]
-            if context.cloud(held.pool) is cloud or held.instance_id in cloud.instance_ids:
-                del context.stored_leases[held.instance_id]
-                for stored in leases:
-                    context.store.soon(context.store.lease_ended(stored.lease.id))
 
     # --- what a listing does not show --------------------------------------------------------------
 

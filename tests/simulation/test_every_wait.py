@@ -33,6 +33,7 @@ UNREACHED = {
         "_open": RARE,
         "_accept_mistake": RARE,
     },
+    "loops/charge.py": {"_raise_number": AT_ONCE},
     "loops/launch.py": {"_launch": AT_ONCE},
     "loops/probe.py": {"connects": REAL, "_look": AT_ONCE},
     "loops/reconcile.py": {
@@ -40,7 +41,6 @@ UNREACHED = {
         "_take_in": AT_ONCE,
         "take_in": AT_ONCE,
         "_matched": AT_ONCE,
-        "_raise_number": AT_ONCE,
         "_watch_cloud": AT_ONCE,
     },
     "loops/runner.py": {"run": RARE, "_pause": RARE},

@@ -1,0 +1,87 @@
+"""Who is in charge of a cloud's machines, by each complete listing, and what it means not to be.
+
+The rule is core/claim.py's. A broker that is not in charge forgets what it knew: its workers, its orders and
+what it promised or decided about machines are another's now. When it comes into charge again it is as one
+that has just started: it takes in what it finds, as just used.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+
+from broker.clouds import Cloud
+from broker.context import Context
+from broker.core import claim, tags
+from broker.core.model import Instance, InstanceState, WorkerState
+from broker.core.registry import BOOKED
+from broker.orders import YIELDED, Orders
+
+DEAD = frozenset({InstanceState.SHUTTING_DOWN, InstanceState.TERMINATED})
+
+
+class Charge:
+    """See the module. `charged` hears of a cloud of which we have just come into charge, or ceased to be."""
+
+    def __init__(self, context: Context, orders: Orders, charged: Callable[[Cloud], None]) -> None:
+        self._context, self._orders, self._charged = context, orders, charged
+        self._watches: dict[int, claim.Watch] = {}  # by cloud
+        self._raising = asyncio.Lock()
+
+    async def rule(self, cloud: Cloud, living: Sequence[Instance]) -> None:
+        """Come into charge, stay or yield. `living`: the living machines with our tag of a complete listing.
+
+        A number is on disk before it is used. Raises StoreError.
+        """
+        context = self._context
+        if not cloud.provider.contested:
+            return
+        cloud.claims = {i.id: claim.read(tags.read(i.tags).epoch) for i in living}
+        watch = self._watches.setdefault(id(cloud), claim.Watch(context.owner))
+        listed = [one for one in cloud.claims.values() if one is not None]
+        ruling = watch.look(listed, context.now(), context.clock.wall())
+        if ruling.rival is None:
+            await self._raise_number(ruling.number)
+        before, cloud.rival = cloud.rival, ruling.rival
+        if (before and before.owner) != (cloud.rival and cloud.rival.owner):
+            self._charged(cloud)
+
+    def stand_by(self, cloud: Cloud, listing: Sequence[Instance]) -> None:
+        """Another broker is in charge here. What our launches under way bring is its machine too."""
+        context, now = self._context, self._context.now()
+        refusal = cloud.read_only()
+        cloud.instance_ids = frozenset(instance.id for instance in listing)
+        for name in context.settings.pool:  # before a worker goes, or whoever waits would be given another
+            if context.cloud(name) is cloud and refusal is not None:
+                context.waiting.fail(name, refusal)
+        for worker in context.registry.in_state(*BOOKED - {WorkerState.ORDERED}):
+            if context.cloud_of(worker) is cloud:
+                context.registry.gone(worker.id, YIELDED, now)
+        for instance in listing:
+            entry = self._orders.get(tags.read(instance.tags).order)
+            if entry is not None:
+                self._orders.close(entry.order, YIELDED)
+            if instance.state not in DEAD and instance.id in context.ended:
+                context.ended.discard(instance.id)
+                context.store.soon(context.store.end_revoked(instance.id))
+        self._forget_what_was(cloud)
+
+    async def _raise_number(self, number: int) -> None:
+        async with self._raising:  # two clouds may want different ones at a time
+            if number > self._context.epoch:
+                await self._context.store.keep("epoch", str(number))
+                self._context.epoch = number
+
+    def _forget_what_was(self, cloud: Cloud) -> None:
+        """Leases and machines of an earlier run: whoever is in charge has gone on without them."""
+        context = self._context
+        for launched in list(context.expected.values()):
+            if context.cloud(launched.order.pool) is cloud or launched.instance_id in cloud.instance_ids:
+                del context.expected[launched.instance_id]
+                context.store.soon(context.store.order_closed(launched.order.id, YIELDED))
+        for leases in list(context.stored_leases.values()):
+            held = leases[0]
+            if context.cloud(held.pool) is cloud or held.instance_id in cloud.instance_ids:
+                del context.stored_leases[held.instance_id]
+                for stored in leases:
+                    context.store.soon(context.store.lease_ended(stored.lease.id))
