@@ -261,7 +261,7 @@ class Daemon:
         self.context.known_orders |= self.context.store.order_ids()
         self.context.ended |= self.context.store.ended()
         self.context.epoch = int(self.context.store.kept("epoch") or 0)
-        for launched in self.context.store.launched_orders():
+        for launched in self.context.store.launched_orders(now):
             self.context.expected[launched.instance_id] = launched
         for stored in self.context.store.leases():
             self.context.stored_leases.setdefault(stored.instance_id, []).append(stored)

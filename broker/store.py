@@ -80,6 +80,7 @@ class LaunchedOrder:
 
     order: Order
     instance_id: str
+    placed_at: float  # on the monotonic clock; below 0 for one of long ago
 
 
 @dataclass(slots=True)
@@ -210,20 +211,21 @@ class Store:
             "WHERE CASE WHEN boot = ? THEN placed_at >= ? ELSE created_unix >= ? END ORDER BY orders.rowid",
             (moment.boot, since_at, since_unix),
         )
-        return [
-            (pool, max(0.0, moment.at - at if boot == moment.boot else moment.unix - unix))
-            for pool, unix, boot, at in rows
-        ]
+        return [(pool, _seconds_ago(moment, unix, boot, at)) for pool, unix, boot, at in rows]
 
-    def launched_orders(self) -> list[LaunchedOrder]:
+    def launched_orders(self, moment: Moment) -> list[LaunchedOrder]:
         """Orders whose machine had not been seen to end when the last broker stopped."""
         rows = self._connections[True].execute(
-            "SELECT id, pool, offering, parameters, created_unix, instance_id FROM orders "
-            "WHERE state = 'launched' ORDER BY rowid"
+            "SELECT id, pool, offering, parameters, created_unix, instance_id, boot, placed_at FROM orders "
+            "LEFT JOIN attempts ON order_id = id WHERE state = 'launched' ORDER BY orders.rowid"
         )
         return [
-            LaunchedOrder(Order(order_id, pool, _offering(offering), parameters, created), instance_id)
-            for order_id, pool, offering, parameters, created, instance_id in rows
+            LaunchedOrder(
+                Order(order_id, pool, _offering(offering), parameters, created),
+                instance_id,
+                moment.at - _seconds_ago(moment, created, boot, at),
+            )
+            for order_id, pool, offering, parameters, created, instance_id, boot, at in rows
         ]
 
     async def end_decided(self, instance_id: str, unix: float) -> None:
@@ -429,6 +431,11 @@ class Store:
         os.ftruncate(lock, 0)
         os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
         self._lock = lock
+
+
+def _seconds_ago(moment: Moment, unix: float, boot: str | None, at: float) -> float:
+    """By the monotonic clock, if the machine has not been started anew; a wall clock may have been set."""
+    return max(0.0, moment.at - at if boot == moment.boot else moment.unix - unix)
 
 
 def _offering(text: str) -> Offering:

@@ -12,6 +12,7 @@ import pytest
 
 from broker.core.errors import OfferingRefused, PermanentRefusal, SettingsError, Throttled
 from broker.core.model import InstanceState, Market, Offering, WorkerState
+from broker.core.settings import parse
 from broker.testing import FakeCloud, LoopClock, RunningBroker, lost_answer, run_virtual, running_broker
 from tests.support.brokers import live, settings
 
@@ -702,6 +703,28 @@ def test_after_its_store_was_damaged_a_broker_waits_until_every_machine_must_be_
             machine.hidden = False
             await asyncio.sleep(100)
             assert "[TIMEOUT]" in await again.ask("GET_WORKER client=b wait=60")
+            assert broker.cloud.count("launch") == 1
+
+    run_virtual(main())
+
+
+def test_after_its_store_was_damaged_a_broker_waits_for_a_listing_that_must_show_every_machine(
+    tmp_path: Path,
+) -> None:
+    """Simulated history, seed 1576: the time was over, and the listing that counted was the old one."""
+
+    async def main() -> None:
+        one = {"sharing": "exclusive", "max_workers": 1}
+        seldom = parse({"broker": {"id": "lab", "reconcile_interval": 120}, "pool": {"default": one}}, {})
+        async with running_broker(seldom, tmp_path) as broker:
+            await broker.ask("GET_WORKER client=a")
+        (machine,) = broker.cloud.machines.values()
+        machine.hidden = True
+        (tmp_path / "broker.db").write_bytes(bytes(4096))
+        async with running_broker(seldom, tmp_path, cloud=broker.cloud) as again:
+            await again.until(again.daemon.context.clouds.recovered)
+            machine.hidden = False
+            assert "[TIMEOUT]" in await again.ask("GET_WORKER client=b wait=200")
             assert broker.cloud.count("launch") == 1
 
     run_virtual(main())

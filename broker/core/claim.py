@@ -94,10 +94,20 @@ class Watch:
         self._me = me
         self._seen: dict[Claim, Sighting] = {}
 
-    def look(self, listed: Collection[Claim], now: float, now_unix: float) -> Ruling:
-        """Rule on the claims that a complete listing shows on living machines."""
+    def look(
+        self, listed: Collection[Claim], now: float, now_unix: float, *, looks_after: bool = True
+    ) -> Ruling:
+        """Rule on the claims that a complete listing shows on living machines.
+
+        `looks_after`: whether the observer has machines to look after. Its own claims on machines that have
+        ended stand for nothing: somebody who has come back meanwhile, and has launched, keeps what he has.
+        """
         self._note(listed, now)
-        fresh = [claim for claim, seen in self._seen.items() if _fresh(claim, seen, now, now_unix)]
+        fresh = [
+            claim
+            for claim, seen in self._seen.items()
+            if _fresh(claim, seen, now, now_unix) and (looks_after or claim.owner != self._me)
+        ]
         alive = {self._me, *(claim.owner for claim in fresh)}
         # Also what this listing does not show: missing the only machine must not make a second leader.
         standing = [*fresh, *(claim for claim in listed if claim.owner in alive)]

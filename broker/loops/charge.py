@@ -14,7 +14,7 @@ from broker.clouds import Cloud
 from broker.context import Context
 from broker.core import claim, tags
 from broker.core.model import Instance, InstanceState, WorkerState
-from broker.core.registry import BOOKED
+from broker.core.registry import BOOKED, USABLE
 from broker.orders import YIELDED, Orders
 
 DEAD = frozenset({InstanceState.SHUTTING_DOWN, InstanceState.TERMINATED})
@@ -39,7 +39,7 @@ class Charge:
         cloud.claims = {i.id: claim.read(tags.read(i.tags).epoch) for i in living}
         watch = self._watches.setdefault(id(cloud), claim.Watch(context.owner))
         listed = [one for one in cloud.claims.values() if one is not None]
-        ruling = watch.look(listed, context.now(), context.clock.wall())
+        ruling = watch.look(listed, context.now(), context.clock.wall(), looks_after=self._looks_after(cloud))
         if ruling.rival is None:
             await self._raise_number(ruling.number)
         before, cloud.rival = cloud.rival, ruling.rival
@@ -65,6 +65,12 @@ class Charge:
                 context.ended.discard(instance.id)
                 context.store.soon(context.store.end_revoked(instance.id))
         self._forget_what_was(cloud)
+
+    def _looks_after(self, cloud: Cloud) -> bool:
+        """Whether there is a machine of this cloud in the books, or on order, that is not on its way out."""
+        context = self._context
+        workers = context.registry.in_state(WorkerState.ORDERED, *USABLE)
+        return any(context.cloud_of(worker) is cloud for worker in workers)
 
     async def _raise_number(self, number: int) -> None:
         async with self._raising:  # two clouds may want different ones at a time

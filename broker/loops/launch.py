@@ -98,10 +98,11 @@ class LaunchLoop:
         if not cloud.acts(context.now()):
             context.obstacles[name] = f"{cloud.provider.name} has not been listed for a while"
             return
-        unseen_seconds = self._began_at + UNSEEN_SECONDS - context.now()
-        if context.store.lost and unseen_seconds > 0:
+        whole_at = self._began_at + UNSEEN_SECONDS
+        if context.store.lost and (cloud.scanned_at or 0.0) < whole_at:  # asked for before it must be whole
+            left_seconds = max(0.0, whole_at - context.now())
             context.obstacles[name] = (
-                f"the store was damaged: for {unseen_seconds:.0f} s more the cloud may not show every machine"
+                f"the store was damaged: for {left_seconds:.0f} s more the cloud may not show every machine"
             )
             return
         self._send_again(name)

@@ -239,7 +239,7 @@ class ReconcileLoop:
             return worker
         now, name = self._context.now(), identity.pool or "default"
         pool = self._context.pool(name)
-        age_seconds = self._context.clock.wall() - instance.launched_unix if instance.launched_unix else 0.0
+        age_seconds = _age_seconds(cloud, instance, now)
         idle = self._known_to_be_idle(instance)
         worker = self._registry.adopt(
             instance,
@@ -364,7 +364,7 @@ class ReconcileLoop:
         if self._registry.by_instance(launched.instance_id) is not None:
             return
         order, offering, held = launched.order, launched.order.offering, self._context.stored_leases
-        old = self._context.clock.wall() - order.created_unix > EXPECTED_SECONDS
+        old = self._context.now() - launched.placed_at > EXPECTED_SECONDS
         listed = launched.instance_id in cloud.instance_ids  # and not taken in: so it has ended
         if listed or (old and launched.instance_id not in held):
             self._context.store.soon(self._context.store.order_closed(order.id, "gone"))
@@ -447,3 +447,10 @@ def _why_it_ends(worker: Worker, instance: Instance) -> Reason:
     if worker.state is WorkerState.BOOTING and not instance.reason.startswith(SPOT_REASON):
         return Reason.BOOT_FAILED
     return Reason.STOPPED if instance.state in HALTED else Reason.RECLAIMED
+
+
+def _age_seconds(cloud: Cloud, instance: Instance, now: float) -> float:
+    """How long ago it was launched, on the cloud's clock: ours may have been set by a day meanwhile."""
+    if not instance.launched_unix:
+        return 0.0
+    return max(0.0, cloud.provider.clock_unix(now).earliest_unix - instance.launched_unix)

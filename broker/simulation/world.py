@@ -111,6 +111,8 @@ class World:
 
     def check_books(self) -> None:
         """Is every machine of ours explained? Asked whenever that may have changed."""
+        if self.daemon() is None:
+            return
         running = [daemon for daemon in (self.daemon(), self.other_daemon()) if daemon is not None]
         in_charge = [one for one in running if _is_in_charge(one)]
         if not in_charge or (self.other is not None and len(in_charge) < len(running)):

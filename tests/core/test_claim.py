@@ -103,6 +103,17 @@ def test_with_equal_numbers_the_owner_decides() -> None:
     assert rival(Watch("b").look([claim(5, "a"), claim(5, "b")], 0.0, NOW_UNIX)) is None
 
 
+@pytest.mark.parametrize(("looks_after", "leader"), [(True, None), (False, "b")])
+def test_claims_on_machines_that_have_ended_give_no_charge_over_those_of_others(
+    looks_after: bool, leader: str | None
+) -> None:
+    """Simulated history, seed 1996: a standby took the new machine of a broker that had come back."""
+    watch, seconds = Watch("a"), SCAN_SECONDS
+    assert rival(watch.look([claim(2, "a")], 0.0, NOW_UNIX)) is None
+    ruling = watch.look([claim(1, "b")], seconds, NOW_UNIX + seconds, looks_after=looks_after)
+    assert rival(ruling) == leader
+
+
 def test_whoever_takes_over_counts_one_higher_than_all_it_sees() -> None:
     watch, dead = Watch("a"), [claim(6, "b"), claim(9, "c"), claim(2, "a")]
     assert rival(watch.look(dead, 0.0, NOW_UNIX)) == "c"

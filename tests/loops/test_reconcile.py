@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from broker.clock import moment
 from broker.core import tags
 from broker.core.errors import CredentialsRefused, Throttled
 from broker.core.model import InstanceState, Lease, WorkerState
@@ -288,7 +289,7 @@ def test_a_machine_that_ended_while_the_broker_was_down_is_not_waited_for(tmp_pa
             assert await again.ask("GET_WORKER client=a") != address
             await asyncio.sleep(1300)
             assert again.daemon.context.store.leases() == []
-            assert again.daemon.context.store.launched_orders() == []
+            assert again.daemon.context.store.launched_orders(moment(again.clock)) == []
 
     run_virtual(main())
 
@@ -453,3 +454,41 @@ def test_a_cloud_that_does_not_answer_is_asked_less_and_less_often(tmp_path: Pat
         assert pauses == [5, 10, 20, 30, 30, 30, 30]
 
     live(tmp_path, story)
+
+
+def test_a_machine_is_not_born_in_the_future_when_somebody_sets_the_wall_clock_back(tmp_path: Path) -> None:
+    """Simulated history, seed 1972: no listing that missed it counted for a day: it it stayed in the books."""
+
+    async def main() -> None:
+        async with running_broker(settings(), tmp_path) as broker:
+            await broker.until(broker.daemon.context.clouds.recovered)
+            await broker.ask("GET_WORKER client=a wait=0")
+            await asyncio.sleep(60)
+        async with running_broker(settings(), tmp_path, cloud=broker.cloud) as again:
+            again.clock.jump(-86_400)
+            await again.until(again.daemon.context.clouds.recovered)
+            (worker,) = again.registry
+            assert worker.born_at <= again.clock.monotonic()
+            (machine,) = broker.cloud.machines.values()
+            machine.hidden, machine.answers = True, False
+            await again.until(lambda: len(again.registry) == 0, 1200)
+
+    run_virtual(main())
+
+
+def test_a_new_machine_stays_in_the_books_when_somebody_sets_the_wall_clock_ahead(tmp_path: Path) -> None:
+    """Simulated history, seed 2383: it seemed to be of yesterday, and the first listing did not show it."""
+
+    async def main() -> None:
+        async with running_broker(settings(), tmp_path) as broker:
+            await broker.until(broker.daemon.context.clouds.recovered)
+            await broker.ask("GET_WORKER client=a wait=0")
+            await asyncio.sleep(10)
+        (machine,) = broker.cloud.machines.values()
+        machine.hidden = True
+        async with running_broker(settings(), tmp_path, cloud=broker.cloud) as again:
+            again.clock.jump(86_400)
+            await again.until(again.daemon.context.clouds.recovered)
+            assert [worker.instance_id for worker in again.registry] == [machine.instance.id]
+
+    run_virtual(main())

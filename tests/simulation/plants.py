@@ -162,7 +162,7 @@ def machines_without_an_address_are_not_taken_in() -> Iterator[Any]:
 
     yield patch.object(reconcile.ReconcileLoop, "_matched", matched)
     yield patch.object(store.Store, "open_orders", lambda self: [])
-    yield patch.object(store.Store, "launched_orders", lambda self: [])
+    yield patch.object(store.Store, "launched_orders", lambda self, moment: [])
 
 
 # --- ending machines ---------------------------------------------------------------------------------------
@@ -359,7 +359,9 @@ def strangers_are_claimed() -> Iterator[Any]:
 def everybody_is_in_charge() -> Iterator[Any]:
     """The claims of other brokers on the machines are read, and nobody gives way to them."""
 
-    def look(self: claim.Watch, listed: Collection[Claim], now: float, now_unix: float) -> Ruling:
+    def look(
+        self: claim.Watch, listed: Collection[Claim], now: float, now_unix: float, *, looks_after: bool
+    ) -> Ruling:
         self._note(listed, now)
         return Ruling(None, self._number_above(listed))
 
