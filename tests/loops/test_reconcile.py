@@ -457,7 +457,7 @@ def test_a_cloud_that_does_not_answer_is_asked_less_and_less_often(tmp_path: Pat
 
 
 def test_a_machine_is_not_born_in_the_future_when_somebody_sets_the_wall_clock_back(tmp_path: Path) -> None:
-    """Simulated history, seed 1972: no listing that missed it counted for a day: it it stayed in the books."""
+    """Simulated history, seed 1972: no listing that missed it counted for a day."""
 
     async def main() -> None:
         async with running_broker(settings(), tmp_path) as broker:
