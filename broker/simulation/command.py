@@ -63,7 +63,7 @@ def simulate(wanted: Wanted, errors: Console) -> int:
     seeds = range(wanted.first_seed, wanted.first_seed + wanted.seeds)
     with _progress(errors, wanted.seeds) as advanced:
         totals = campaign.timed(campaign.run(seeds, plan, wanted.cores), advanced)
-    found = report.facts(totals, _title(wanted))
+    found = report.facts(totals, _title(wanted), ordinary=wanted.settings is not None)
     transcripts = _transcripts(wanted, plan, totals, errors)
     if wanted.report is not None:
         report.write(wanted.report, found, transcripts)

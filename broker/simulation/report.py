@@ -18,11 +18,12 @@ USD_MICROS = 1_000_000
 Row = Sequence[object]
 
 
-def facts(totals: Totals, title: str) -> dict[str, Any]:
-    """Everything that was counted and measured, fit for JSON."""
+def facts(totals: Totals, title: str, *, ordinary: bool = False) -> dict[str, Any]:
+    """Everything that was counted and measured, fit for JSON. `ordinary`: nothing was made to go wrong."""
     hits = struck(totals.stood_at)
     return {
         "title": title,
+        "ordinary": ordinary,
         "summary": totals.summary(),
         "seeds": totals.seeds,
         "hours": totals.hours,
@@ -74,9 +75,21 @@ def write(path: Path, found: dict[str, Any], transcripts: Sequence[str]) -> None
 
 
 def markdown(found: dict[str, Any], transcripts: Sequence[str]) -> str:
+    parts = [f"# {found['title']}\n\n`{found['summary']}`\n"]
+    parts += [_table(("what", "figure"), _operators_rows(found))] if found["ordinary"] else _trials(found)
+    if found["violations"]:
+        rows = [
+            (one["seed"], f"{one['at']:.1f}", one["promise"], one["facts"]) for one in found["violations"]
+        ]
+        parts += ["## Broken promises\n", _table(("seed", "second", "promise", "facts"), rows)]
+    parts += [f"```text\n{transcript}\n```\n" for transcript in transcripts]
+    return "\n".join(parts)
+
+
+def _trials(found: dict[str, Any]) -> list[str]:
+    """What went wrong around the broker, and what was reached by it."""
     waits, wait_points = found["waits"], found["wait_points"]
     parts = [
-        f"# {found['title']}\n\n`{found['summary']}`\n",
         _table(
             ("what", "figure"),
             [
@@ -101,28 +114,26 @@ def markdown(found: dict[str, Any], transcripts: Sequence[str]) -> str:
     ]
     if wait_points["never"]:
         parts += ["## Never struck by a kill\n", "".join(f"- {place}\n" for place in wait_points["never"])]
-    if found["violations"]:
-        rows = [
-            (one["seed"], f"{one['at']:.1f}", one["promise"], one["facts"]) for one in found["violations"]
-        ]
-        parts += ["## Broken promises\n", _table(("seed", "second", "promise", "facts"), rows)]
-    parts += [f"```text\n{transcript}\n```\n" for transcript in transcripts]
-    return "\n".join(parts)
+    return parts
 
 
 def operators_view(found: dict[str, Any]) -> str:
     """What an operator's own settings would do, for a terminal."""
+    rows = _operators_rows(found)
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def _operators_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
     waits, days = found["waits"], found["hours"] / 24
     share = found["idle_usd"] / found["cost_usd"] if found["cost_usd"] else 0.0
-    rows = (
+    return [
         ("launches a day", f"{found['launches'] / days:.1f}"),
         ("cost a day", f"${found['cost_usd'] / days:.2f}"),
         ("of it while nobody used the machine", f"${found['idle_usd'] / days:.2f} ({share:.0%})"),
         ("clients served, not served", f"{waits['served']}, {waits['not_served']}"),
         ("they waited, p50 / p90 / p99 / max", _seconds(waits)),
-    )
-    width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+    ]
 
 
 def transcript(finding: Finding, command: str) -> str:

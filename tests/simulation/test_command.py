@@ -57,7 +57,10 @@ def test_an_operator_sees_what_their_own_settings_would_do(tmp_path: Path) -> No
     assert done.returncode == 0, done.stdout + done.stderr
     for line in ("launches a day", "cost a day", "while nobody used the machine", "they waited"):
         assert line in done.stdout
-    assert report.read_text().startswith(f"# Ordinary days under {settings}")
+    written = report.read_text()
+    assert written.startswith(f"# Ordinary days under {settings}")
+    assert "| cost a day | $" in written
+    assert "## Scenarios" not in written, "nothing was made to go wrong"
 
 
 def test_a_pool_that_is_not_there_is_said_with_those_that_are(tmp_path: Path) -> None:
