@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,6 +25,16 @@ def clean_environment() -> Iterator[None]:
             if variable.startswith(FOREIGN) or variable.upper() in PROXIES:
                 patch.delenv(variable)
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interruptible() -> None:
+    """What a shell starts in its background ignores SIGINT, and so does every process that it starts.
+
+    The tests that press Ctrl-C in a process of their own would wait for ever.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
