@@ -60,6 +60,7 @@ class Context:
     stored_leases: dict[str, list[StoredLease]] = field(
         default_factory=dict
     )  # by instance, until found again
+    restored: set[str] = field(default_factory=set)  # leases that are on disk already, from before the start
     expected: dict[str, LaunchedOrder] = field(default_factory=dict)  # by instance: launched before the start
     home: dict[str, Cloud] = field(default_factory=dict)  # adopted worker → the cloud whose listing showed it
     ended: set[str] = field(

@@ -152,7 +152,10 @@ class Service:
         """Keep the store and the queue up with the books."""
         match event:
             case LeaseGranted(lease=lease, worker=worker):
-                self._write_lease(lease, worker)
+                if lease.id in self._context.restored:  # a full disk must not end what it has long held
+                    self._context.restored.discard(lease.id)
+                else:
+                    self._write_lease(lease, worker)
             case LeaseEnded(lease=lease, worker=worker):
                 self._writing.pop(lease.id, None)
                 self._context.store.soon(self._context.store.lease_ended(lease.id))

@@ -685,6 +685,25 @@ def test_clients_whose_leases_a_full_disk_refused_keep_their_worker_over_a_resta
     run_virtual(main())
 
 
+def test_a_full_disk_does_not_end_an_exclusive_hold_from_before_the_restart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Simulated history, seed 3925: it was written once more, the disk refused, and the worker was shared."""
+
+    async def main() -> None:
+        async with running_broker(settings(), tmp_path) as broker:
+            address = await broker.ask("GET_WORKER client=alone exclusive=yes")
+        async with running_broker(settings(), tmp_path, cloud=broker.cloud) as again:
+            FullDisk(again, monkeypatch)
+            await again.until(again.daemon.context.clouds.recovered)
+            await asyncio.sleep(10)
+            assert await again.ask("GET_WORKER client=alone") == address
+            assert await again.ask("GET_WORKER client=other wait=5") != address
+            assert await again.ask(f"PING {address} client=alone") == "OK"
+
+    run_virtual(main())
+
+
 def test_after_its_store_was_damaged_a_broker_waits_until_every_machine_must_be_listed(
     tmp_path: Path,
 ) -> None:

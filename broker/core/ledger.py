@@ -28,6 +28,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from math import inf
 
+from broker.core import tags
 from broker.core.cloudtime import Span
 from broker.core.errors import BudgetReached
 from broker.core.model import Instance, InstanceState, Market
@@ -175,7 +176,8 @@ def _seen_ended(run: Run, instance: Instance, seen_unix: float) -> Run:
     if run.ended_by_unix == known and run.reclaimed is not None:
         return run  # a dead machine is listed for an hour
     if named is not None:
-        if until is not None and named <= ended_by:  # else it was seen ended before: stopped, then terminated
+        # It ran until then, unless it had stopped before: it was seen so, or it is a machine that may stop.
+        if until is not None and named <= ended_by and tags.read(instance.tags).order:
             until = max(until, named)
         ended_by = named + NAMED_SECONDS
     reclaimed = instance.reason.startswith(RECLAIMED) if instance.reason else run.reclaimed

@@ -281,6 +281,7 @@ class ReconcileLoop:
         """A restart forgets nobody, and the time the broker was away is not held against its clients."""
         for stored in self._context.stored_leases.pop(worker.instance_id or "", ()):
             lease = replace(stored.lease, worker_id=worker.id)
+            self._context.restored.add(lease.id)
             self._registry.grant(lease, self._context.now())
 
     def _count_forgotten_clients(self, worker: Worker, *, known: bool) -> None:

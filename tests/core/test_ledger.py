@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from broker.core import tags
 from broker.core.cloudtime import Span
 from broker.core.ledger import (
     DAY_SECONDS,
@@ -34,8 +35,18 @@ PENDING, RUNNING, ENDED = InstanceState.PENDING, InstanceState.RUNNING, Instance
 RECLAIM = "Server.SpotInstanceTermination: Spot instance termination"
 
 
-def shown(state: InstanceState, *, named: float | None = None, reason: str = "") -> Instance:
-    return Instance("i-1", state, market=Market.SPOT, launched_unix=LAUNCHED, ended_unix=named, reason=reason)
+def shown(
+    state: InstanceState, *, named: float | None = None, reason: str = "", order: str = "cb-1"
+) -> Instance:
+    return Instance(
+        "i-1",
+        state,
+        market=Market.SPOT,
+        launched_unix=LAUNCHED,
+        ended_unix=named,
+        reason=reason,
+        tags={tags.ORDER: order} if order else {},
+    )
 
 
 def look(asked: float, answered: float | None = None) -> Span:
@@ -265,3 +276,11 @@ def test_a_refusal_names_what_is_spent_what_is_committed_and_the_limit() -> None
         "ERROR: the pool's budget_usd_per_day = $20.00 is reached: $19.50 spent since midnight UTC, "
         "$1.07 for an hour of the machines that are starting [BUDGET]"
     )
+
+
+@pytest.mark.parametrize(("order", "low"), [("cb-1", 100.0), ("", 20.0)])
+def test_the_time_of_an_end_proves_running_of_machines_that_cannot_stop_only(order: str, low: float) -> None:
+    """Simulated history, seed 4505: a machine launched by hand had stopped by itself before we ended it."""
+    machine = shown(ENDED, named=LAUNCHED + 200.0, order=order)
+    run = seen(run_of((RUNNING, 100.0), (RUNNING, 180.0)), machine, look(210.0))
+    assert run.running_seconds(LAUNCHED + 300.0).low == low
