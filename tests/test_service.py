@@ -727,6 +727,24 @@ def test_after_its_store_was_damaged_a_broker_waits_until_every_machine_must_be_
     run_virtual(main())
 
 
+def test_after_its_store_was_damaged_a_broker_waits_for_launch_calls_that_may_be_under_way(
+    tmp_path: Path,
+) -> None:
+    """Simulated history, seed 5738: one arrived four minutes later, and the cap was exceeded."""
+
+    async def main() -> None:
+        async with running_broker(settings(), tmp_path) as broker:
+            await broker.until(broker.daemon.context.clouds.recovered)
+        (tmp_path / "broker.db").write_bytes(bytes(4096))
+        async with running_broker(settings(), tmp_path, cloud=broker.cloud) as again:
+            reply = await again.ask("GET_WORKER client=a wait=400")
+            assert "the store was damaged: for" in reply
+            assert broker.cloud.count("launch") == 0
+            assert "ERROR" not in await again.ask("GET_WORKER client=a wait=120")
+
+    run_virtual(main())
+
+
 def test_after_its_store_was_damaged_a_broker_waits_for_a_listing_that_must_show_every_machine(
     tmp_path: Path,
 ) -> None:
@@ -742,6 +760,7 @@ def test_after_its_store_was_damaged_a_broker_waits_for_a_listing_that_must_show
         (tmp_path / "broker.db").write_bytes(bytes(4096))
         async with running_broker(seldom, tmp_path, cloud=broker.cloud) as again:
             await again.until(again.daemon.context.clouds.recovered)
+            await asyncio.sleep(400)
             machine.hidden = False
             assert "[TIMEOUT]" in await again.ask("GET_WORKER client=b wait=200")
             assert broker.cloud.count("launch") == 1

@@ -37,7 +37,9 @@ MENDING_SECONDS = 60.0  # a permanent refusal needs a person: until then clients
 RESEND_SECONDS = (
     10.0  # an order without an answer is sent again no sooner, however many clients come and wait
 )
-UNSEEN_SECONDS = 120.0  # a machine this young need not be listed: without a store nobody knows of it
+# Without a store nobody knows of the last broker's launch calls. One may arrive for five minutes yet, and its
+# machine need not be listed for two more (reconcile.py: ORDER_GRACE_SECONDS, LISTING_GRACE_SECONDS).
+UNSEEN_SECONDS = 420.0
 NEVER_SECONDS = float("inf")
 RETRY_SECONDS = 5.0  # how soon to look again while clients wait behind an obstacle
 
