@@ -1,9 +1,10 @@
 """Writes our claim onto the machines we are in charge of, so that no other broker with our id touches them.
 
-Woken by every complete scan, because a claim is only written on the word of a listing that has just shown
-that nobody else is in charge: then two brokers that start at once cannot overwrite each other for ever. All
-machines get it every BEAT_SECONDS, and one that carries another claim, or none, at once. Failing costs
-nothing until STALE_SECONDS have gone by; then another broker may take over, and is seen in the next scan.
+Woken by a complete scan that finds a claim due, because a claim is only written on the word of a listing that
+has just shown that nobody else is in charge: then two brokers that start at once cannot overwrite each other
+for ever. All machines get it every BEAT_SECONDS, and one that carries another claim, or none, at once.
+Failing costs nothing until STALE_SECONDS have gone by; then another broker may take over, and is seen in the
+next scan.
 """
 
 from __future__ import annotations

@@ -30,11 +30,11 @@ def first_rounds(history: History) -> dict[Point, int]:
     return found
 
 
-def play_with_kill(history: History, in_round: int, *, trace: bool = False) -> Outcome:
+def play_with_kill(history: History, in_round: int) -> Outcome:
     """The history, with the broker killed right after that round, and a new one a second later."""
 
     def strike(stage: Stage, number: int) -> None:
         if number == in_round:
             stage.accidents.strike(DOWN_SECONDS)
 
-    return play(history, trace=trace, after_round=strike)
+    return play(history, after_round=strike)
