@@ -92,9 +92,10 @@ class Context:
     def guard(self, pool: str) -> LaunchGuard:
         return self.guards.setdefault(pool, LaunchGuard())
 
-    def claim(self) -> Claim:
-        """What we write onto our machines now."""
-        return Claim(self.epoch, self.owner, self.clock.wall())
+    def claim(self, cloud: Cloud) -> Claim:
+        """What we write onto the machines of a cloud now: by its clock, which all who look share."""
+        beat_unix = cloud.provider.clock_unix(self.now()).earliest_unix
+        return Claim(self.epoch, self.owner, beat_unix)
 
     def now(self) -> float:
         return self.clock.monotonic()

@@ -391,7 +391,7 @@ class Daemon:
         """We have come into charge of a cloud's machines, or another broker has."""
         error, name = cloud.read_only(), cloud.provider.name
         if error is None:
-            self._log.warning("in charge again", cloud=name, claim=str(self.context.claim()))
+            self._log.warning("in charge again", cloud=name, claim=str(self.context.claim(cloud)))
             self._notifier.status(f"in charge of {name} again")
         else:
             self._log.error("READ-ONLY", cloud=name, error=error.message, rival=str(cloud.rival))

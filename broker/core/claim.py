@@ -13,11 +13,12 @@ nobody; and one that loses a race of two writers finds that in its next listing.
 may two be in charge, until one sees the other's machine.
 
 An owner is alive until nothing new was seen of it for STALE_SECONDS on the observer's monotonic clock, which
-nobody can set. The wall clock is asked only of a claim that was not seen to change yet, and only for what no
-wrong clock explains: one that looks older than STALE_SECONDS and two hours is dead, so that a host which
-failed yesterday is replaced at once. A younger one is watched first. Taking over from a living broker would
-let its clients' machines end under them; waiting costs STALE_SECONDS at most. A beat from the future is new
-once, like any other.
+nobody can set. A beat is written by the cloud's clock, as its answers tell it, and read by the same: the wall
+clock of neither host matters. It is asked only of a claim that was not seen to change yet, and only for what
+no error explains (a cloud whose answers carry no date leaves both to their wall clocks): one that looks older
+than STALE_SECONDS and two hours is dead, so that a host which failed yesterday is replaced at once. A younger
+one is watched first. Taking over from a living broker would let its clients' machines end under them; waiting
+costs STALE_SECONDS at most. A beat from the future is new once, like any other.
 
 A broker that acts only on listings younger than ACT_SECONDS_MAX acts alone: whoever takes over has watched
 STALE_SECONDS go by without a beat, and the listing's own beat was at most BEAT_SECONDS old.
@@ -34,7 +35,7 @@ from broker.core.tags import rfc3339, unix
 BEAT_SECONDS = 300.0  # how often a claim is renewed: one call for 500 machines, which no rate limit feels
 STALE_SECONDS = 3 * BEAT_SECONDS  # one beat may be lost, and the next one be late
 ACT_SECONDS_MAX = STALE_SECONDS - BEAT_SECONDS
-CLOCK_ERROR_SECONDS_MAX = 7200.0  # two clocks, each an hour off; AWS refuses signatures at five minutes
+CLOCK_ERROR_SECONDS_MAX = 7200.0  # two wall clocks, each an hour off; with the cloud's clock, seconds
 FORGET_SECONDS = 3600.0  # a claim not listed for so long is new when it comes back; listings gap for minutes
 NUMBER_MAX = 999_999_999  # nobody counts so far; a tag edited by hand must not grow out of its own format
 BEAT_UNIX_MAX = 250_000_000_000  # the year 9892: what lies beyond cannot be written with every offset
@@ -43,7 +44,7 @@ WRITTEN = re.compile(r"(?P<number>[0-9]{1,9})\.(?P<owner>[A-Za-z0-9-]{1,64})@(?P
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """What an owner wrote onto a machine. `beat_unix` is its own wall clock's, in whole seconds."""
+    """What an owner wrote onto a machine. `beat_unix` is by the cloud's clock, in whole seconds."""
 
     number: int
     owner: str

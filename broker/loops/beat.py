@@ -50,7 +50,7 @@ class BeatLoop:
             return []
         if self._not_before.get(id(cloud), now) > now:
             return []
-        rank, all_of_them = self._context.claim().rank, self._round_due(cloud)
+        rank, all_of_them = (self._context.epoch, self._context.owner), self._round_due(cloud)
         return [
             one for one, on_it in cloud.claims.items() if all_of_them or on_it is None or on_it.rank != rank
         ]
@@ -63,7 +63,7 @@ class BeatLoop:
         ids, claims = self._unclaimed(cloud), cloud.claims
         if not ids:
             return
-        now, claim, due = self._context.now(), self._context.claim(), self._round_due(cloud)
+        now, claim, due = self._context.now(), self._context.claim(cloud), self._round_due(cloud)
         try:
             await cloud.provider.tag_all(ids, {tags.EPOCH: str(claim)})
         except BrokerError as error:

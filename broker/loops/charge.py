@@ -39,7 +39,9 @@ class Charge:
         cloud.claims = {i.id: claim.read(tags.read(i.tags).epoch) for i in living}
         watch = self._watches.setdefault(id(cloud), claim.Watch(context.owner))
         listed = [one for one in cloud.claims.values() if one is not None]
-        ruling = watch.look(listed, context.now(), context.clock.wall(), looks_after=self._looks_after(cloud))
+        now = context.now()
+        now_unix = cloud.provider.clock_unix(now).earliest_unix
+        ruling = watch.look(listed, now, now_unix, looks_after=self._looks_after(cloud))
         if ruling.rival is None:
             await self._raise_number(ruling.number)
         before, cloud.rival = cloud.rival, ruling.rival

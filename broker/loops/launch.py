@@ -146,7 +146,7 @@ class LaunchLoop:
             self._tell(name, offering if isinstance(offering, BrokerError) else CloudError(), wish)
             return
         context.guard(name).attempted(context.now())
-        epoch = str(context.claim()) if cloud.provider.contested else ""
+        epoch = str(context.claim(cloud)) if cloud.provider.contested else ""
         now_unix = context.clock.wall()
         order = cloud.provider.prepare(name, self._new_order_id(), offering, now_unix, epoch)
         self._start(order, self._place(self._orders.enter(order)))

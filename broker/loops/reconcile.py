@@ -306,7 +306,7 @@ class ReconcileLoop:
         try:
             new = {tags.BROKER: self._broker_id, tags.POOL: pool}
             if cloud.provider.contested:
-                new[tags.EPOCH] = str(self._context.claim())
+                new[tags.EPOCH] = str(self._context.claim(cloud))
             await cloud.provider.tag(instance.id, new)
         except BrokerError as error:
             self._report("claim failed", {"instance": instance.id, "error": error.message})

@@ -35,7 +35,7 @@ def life(second: SecondHost, *others: Entry) -> History:
 
 def lives() -> Iterator[tuple[SecondHost, tuple[Entry, ...], bool]]:
     """With what the first host suffers, and whether the second one has to take over."""
-    for wall_seconds in (-3600.0, 0.0, 3600.0):
+    for wall_seconds in (-86400.0, 0.0, 86400.0):
         for killed in (False, True):
             second = SecondHost(STARTS_AT, 7200.0, wall_seconds, killed)
             yield second, (), False
