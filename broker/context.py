@@ -67,10 +67,12 @@ class Context:
         default_factory=set
     )  # instances whose end has been decided, also before the start
     reopened: set[str] = field(default_factory=set)  # orders that were open at the start
-    known_orders: set[str] = field(default_factory=set)  # placed by this broker, in this run or before
+    known_orders: dict[str, int] = field(
+        default_factory=dict
+    )  # placed by this broker, in this run or before → for how many machines
     owner: str = ""  # which installation this is; known once the store is open
     epoch: int = 0  # the number of our claim, the same on disk; 0 before we were ever in charge
-    unwanted: set[str] = field(default_factory=set)  # orders that TERMINATE_ALL met before they had a machine
+    unwanted: set[str] = field(default_factory=set)  # places that TERMINATE_ALL met before they had a machine
 
     def pool(self, name: str) -> PoolSettings:
         return self.settings.pool.get(name, FORGOTTEN_POOL)

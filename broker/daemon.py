@@ -146,7 +146,7 @@ class Daemon:
             context,
             prove=self.probe.prove,
             scan=self.reconcile.scan,
-            demand=wake_launch,
+            demand=self.launch.demanded,
             reap=wake_reap,
             new_id=lambda: f"lease-{new_id()}",
         )
@@ -258,7 +258,7 @@ class Daemon:
         for order in self.context.store.open_orders():
             self.orders.reopen(order)
             self.context.reopened.add(order.id)
-        self.context.known_orders |= self.context.store.order_ids()
+        self.context.known_orders |= self.context.store.order_counts()
         self.context.ended |= self.context.store.ended()
         self.context.epoch = int(self.context.store.kept("epoch") or 0)
         for launched in self.context.store.launched_orders(now):

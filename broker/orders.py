@@ -1,12 +1,14 @@
 """The open orders: placed on disk, resolved into a machine or into nothing.
 
-An order is resolved exactly once, by whoever learns its outcome first: the launch call's answer, or a
-listing that shows a machine with the order's tag. Until then it counts as supply and against the caps.
+An order has a place in the books for each machine it asks for. Whoever learns of a machine first gives it a
+place: the launch call's answer, or a listing that shows a machine with the order's tag. The order is resolved
+when no place is vacant, or when it is certain that no more machines come. Until then its places count as
+supply and against the caps.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from broker.clock import moment
 from broker.context import Context
@@ -22,9 +24,12 @@ from broker.core.errors import (
     StoreError,
     Throttled,
 )
-from broker.core.model import Event, Instance, Order, Worker, WorkerChanged, WorkerState
+from broker.core.model import Bought, Event, Instance, Offering, Order, Worker, WorkerChanged, WorkerState
+from broker.core.money import Price
 from broker.core.policy import Reason
+from broker.core.registry import USABLE
 
+LAUNCHED = "launched"
 NEVER_LAUNCHED = "never-launched"
 VANISHED = "vanished"  # forgotten because nothing was heard of it: it may come back
 YIELDED = "yielded"  # another broker is in charge of it now: here it is forgotten, there it lives on
@@ -54,6 +59,11 @@ class OpenOrder:
     perhaps_launched: bool  # a call may have been carried out without an answer
     resend_at: float = 0.0  # not before; never, once the cloud has refused the same order as a different one
     doubtful: bool = False  # refused when sent again, but its first call may still be on its way
+    vacant: dict[str, None] = field(default_factory=dict)  # places without a machine
+    machines: set[str] = field(default_factory=set)  # that have taken a place, also those that have ended
+
+    def __post_init__(self) -> None:
+        self.vacant = dict.fromkeys(self.order.places)
 
 
 class Orders:
@@ -67,24 +77,35 @@ class Orders:
         return self._open.get(order_id)
 
     def doubtful(self, pool: str) -> int:
-        """Orders that probably come to nothing: no supply, yet they count against the caps meanwhile."""
-        return sum(entry.doubtful and entry.order.pool == pool for entry in self._open.values())
+        """Machines that probably never come: no supply, yet they count against the caps meanwhile."""
+        entries = (entry for entry in self._open.values() if entry.doubtful and entry.order.pool == pool)
+        return sum(len(entry.vacant) for entry in entries)
+
+    def coming(self, pool: str) -> dict[tuple[Offering, ...], int]:
+        """The pool's machines on order, by what each may turn out to be; without the doubtful ones."""
+        found: dict[tuple[Offering, ...], int] = {}
+        for entry in self._open.values():
+            if entry.order.pool == pool and not entry.doubtful:
+                found[entry.order.offerings] = found.get(entry.order.offerings, 0) + len(entry.vacant)
+        return found
 
     def unresolved(self) -> list[OpenOrder]:
         return list(self._open.values())
 
     def reopen(self, order: Order) -> None:
         """An order of an earlier run, whose outcome nobody knows."""
-        now = self._context.now()
-        self._context.registry.order(order, self._context.pool(order.pool).worker_port, now)
-        self._open[order.id] = OpenOrder(order, now, perhaps_launched=True)
+        self._enter(order, perhaps_launched=True)
 
     def enter(self, order: Order) -> OpenOrder:
-        """A new order, in the books at once: nobody may order the same machine a second time."""
-        now = self._context.now()
-        self._context.registry.order(order, self._context.pool(order.pool).worker_port, now)
-        entry = self._open[order.id] = OpenOrder(order, now, perhaps_launched=False)
-        self._context.known_orders.add(order.id)
+        """A new order, in the books at once: nobody may order the same machines a second time."""
+        self._context.known_orders[order.id] = order.count
+        return self._enter(order, perhaps_launched=False)
+
+    def _enter(self, order: Order, *, perhaps_launched: bool) -> OpenOrder:
+        now, port = self._context.now(), self._context.pool(order.pool).worker_port
+        entry = self._open[order.id] = OpenOrder(order, now, perhaps_launched)
+        for place in order.places:
+            self._context.registry.order(order, port, now, place=place)
         return entry
 
     async def place(self, entry: OpenOrder) -> None:
@@ -95,40 +116,65 @@ class Orders:
             self._forget(entry.order.id, OUTCOMES[type(error)])
             raise
 
-    async def launched(self, order: Order, instance: Instance) -> Worker:
-        """The order's machine is known. Harmless when somebody has told already."""
+    def launched(self, order: Order, instance: Instance) -> Worker:
+        """A machine of the order is known. Harmless when somebody has told already."""
         registry, now = self._context.registry, self._context.now()
-        worker = registry.get(order.id)
-        if worker is None or worker.instance_id not in (None, instance.id):
-            # Closed too early, or a second machine for one order: it has our tag, so it is ours to keep.
-            worker = registry.by_instance(instance.id)
-            if worker is None:
-                worker = registry.adopt(
-                    instance,
-                    order.pool,
-                    self._context.pool(order.pool).worker_port,
-                    now,
-                    order_id=order.id,
-                    price=self._context.price(order.pool, instance),
-                )
-        elif worker.state is WorkerState.ORDERED:
-            worker = registry.launched(order.id, instance, now)
-        if self._open.pop(order.id, None) is not None:
-            self._context.store.soon(self._context.store.order_launched(order.id, instance.id))
-        if order.id in self._context.unwanted:
-            self._context.unwanted.discard(order.id)
+        worker = registry.by_instance(instance.id)
+        if worker is not None:
+            return worker
+        entry = self._open.get(order.id)
+        if entry is None or not entry.vacant:
+            # Closed too early, or a machine too many: it has our tag, so it is ours to look after.
+            return self._adopt(order, instance)
+        place = self._take_place(entry, instance.id)
+        worker = registry.launched(place, instance, now, price=self._price(order, instance))
+        self._context.store.soon(self._context.store.order_launched(order.id, instance.id))
+        if not entry.vacant:
+            self._resolve(entry, LAUNCHED)
+        if place in self._context.unwanted:
+            self._context.unwanted.discard(place)
             if worker.state is WorkerState.BOOTING:
                 worker = registry.drain(worker.id, Reason.TERMINATE_ALL, now)
         return worker
 
+    def answered(self, order: Order, bought: Bought, outcome: str) -> None:
+        """The launch call has its answer: these machines and no others. `outcome`: why there are not more."""
+        for instance in bought.instances:
+            if instance.id in self._context.ended:  # an answer repeated long after: its end has been decided
+                self.spent(order, instance.id)
+            else:
+                self.end_surplus(self.launched(order, instance))
+        self.close(order, outcome)
+
+    def spent(self, order: Order, instance_id: str) -> None:
+        """A machine of the order has ended before the books knew it: it takes a place, and frees it."""
+        entry = self._open.get(order.id)
+        if entry is None or instance_id in entry.machines:
+            return
+        place = self._take_place(entry, instance_id)
+        self._context.unwanted.discard(place)
+        self._context.registry.refused(place, OUTCOMES[OrderSpent], self._context.now())
+        if not entry.vacant:
+            self._resolve(entry, OUTCOMES[OrderSpent])
+
+    def end_surplus(self, worker: Worker) -> Worker:
+        """Have a machine go that nobody ordered: its order has as many as it asked for."""
+        registry, ordered = self._context.registry, self._context.known_orders.get(worker.order_id or "")
+        if ordered is None or len(registry.of_order(worker.order_id or "")) <= ordered:
+            return worker
+        if worker.id != worker.instance_id or worker.state not in USABLE or registry.busy(worker.id):
+            return worker  # one that has a place in the order is no surplus
+        return registry.drain(worker.id, Reason.SURPLUS, self._context.now())
+
     def close(self, order: Order, outcome: str) -> None:
-        """The order came to nothing, and that is certain."""
-        if self._open.get(order.id) is not None:
-            self._forget(order.id, outcome)
-            self._context.store.soon(self._context.store.order_closed(order.id, outcome))
+        """No more machines come of the order, and that is certain."""
+        entry = self._open.get(order.id)
+        if entry is not None:
+            self._refuse_rest(entry, outcome)
+            self._resolve(entry, LAUNCHED if entry.machines else outcome)
 
     def heard(self, event: Event) -> None:
-        """Remember whose end has been decided; a machine that is gone closes its order for good."""
+        """Remember whose end has been decided; a machine that is gone leaves its order for good."""
         if not isinstance(event, WorkerChanged):
             return
         worker, context = event.worker, self._context
@@ -140,12 +186,44 @@ class Orders:
             context.store.soon(context.store.end_decided(instance_id, context.clock.wall()))
         if worker.state is WorkerState.GONE:
             context.home.pop(worker.id, None)
-            if worker.order_id is not None and event.before is not WorkerState.ORDERED:
-                context.store.soon(context.store.order_closed(worker.order_id, f"gone: {worker.reason}"))
+            if worker.instance_id is not None and worker.order_id is not None:
+                context.store.soon(context.store.machine_gone(worker.instance_id))
+
+    # --- inside ------------------------------------------------------------------------------------
+
+    def _take_place(self, entry: OpenOrder, instance_id: str) -> str:
+        place = next(iter(entry.vacant))
+        del entry.vacant[place]
+        entry.machines.add(instance_id)
+        return place
+
+    def _adopt(self, order: Order, instance: Instance) -> Worker:
+        context = self._context
+        price, port = context.price(order.pool, instance), context.pool(order.pool).worker_port
+        return context.registry.adopt(
+            instance, order.pool, port, context.now(), order_id=order.id, price=price
+        )
+
+    def _price(self, order: Order, instance: Instance) -> Price | None:
+        """What the machine costs, when it is not the first choice; None: what the first choice costs."""
+        first = order.offerings[0]
+        if (instance.instance_type, instance.market) == (first.instance_type, first.market):
+            return None
+        return self._context.price(order.pool, instance)
+
+    def _resolve(self, entry: OpenOrder, outcome: str) -> None:
+        self._open.pop(entry.order.id, None)
+        self._context.store.soon(self._context.store.order_closed(entry.order.id, outcome))
 
     def _forget(self, order_id: str, outcome: str) -> None:
-        self._open.pop(order_id, None)
-        self._context.unwanted.discard(order_id)
-        worker = self._context.registry.get(order_id)
-        if worker is not None and worker.state is WorkerState.ORDERED:
-            self._context.registry.refused(order_id, outcome, self._context.now())
+        entry = self._open.pop(order_id, None)
+        if entry is not None:
+            self._refuse_rest(entry, outcome)
+
+    def _refuse_rest(self, entry: OpenOrder, outcome: str) -> None:
+        vacant, entry.vacant = entry.vacant, {}
+        for place in vacant:
+            self._context.unwanted.discard(place)
+            worker = self._context.registry.get(place)
+            if worker is not None and worker.state is WorkerState.ORDERED:
+                self._context.registry.refused(place, outcome, self._context.now())

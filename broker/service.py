@@ -41,7 +41,8 @@ from broker.core.protocol import Command, GetWorker, ListAll, Malformed, Ping, R
 from broker.core.registry import BOOKED, USABLE
 from broker.core.settings import PoolSettings
 from broker.core.tags import rfc3339
-from broker.waiting import ANYTHING, Waiter, Wish
+from broker.core.wish import ANYTHING, Wish
+from broker.waiting import Waiter
 
 HAND_OUT_ATTEMPTS_MAX = 20  # a worker may be lost between choice and answer; so often in a row is no accident
 WARM_REPLIES_MAX = 10_000  # remembered replies; for a client beyond them the answer only takes the longer way
@@ -61,7 +62,7 @@ class WarmReply:
 
 class Service:
     """Answers commands. `prove` tries a worker's port now, `scan` lists the clouds now, `demand` tells that
-    somebody waits for a launch, `reap` that somebody is to be terminated."""
+    somebody waits for a launch, and how many seconds at most, `reap` that somebody is to be terminated."""
 
     def __init__(
         self,
@@ -69,7 +70,7 @@ class Service:
         *,
         prove: Prove,
         scan: Callable[[], Awaitable[None]],
-        demand: Callable[[], None],
+        demand: Callable[[float], None],
         reap: Callable[[], None],
         new_id: Callable[[], str],
     ) -> None:
@@ -223,7 +224,7 @@ class Service:
         waiting = self._context.waiting
         held_before = self._held(waiter.pool, waiter.client)
         waiting.join(waiter)
-        self._demand()
+        self._demand(max(0.0, deadline_at - self._now()))
         try:
             async with asyncio.timeout(max(0.0, deadline_at - self._now())):
                 return await waiter.served

@@ -35,12 +35,15 @@ RUNS_MAX = 10_000  # machines whose cost is remembered: weeks of a busy broker. 
 RUNS_KEPT_SECONDS = 2 * 86_400.0  # but none whose cost may count for today's budget
 BUSY_TIMEOUT_SECONDS = 5.0  # another process looking into the file must not fail a write
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS orders (
-    id TEXT PRIMARY KEY, pool TEXT NOT NULL, offering TEXT NOT NULL, parameters TEXT NOT NULL,
-    created_unix REAL NOT NULL, state TEXT NOT NULL DEFAULT 'open', instance_id TEXT, outcome TEXT
+    id TEXT PRIMARY KEY, pool TEXT NOT NULL, offerings TEXT NOT NULL, parameters TEXT NOT NULL,
+    created_unix REAL NOT NULL, count INTEGER NOT NULL DEFAULT 1, state TEXT NOT NULL DEFAULT 'open',
+    outcome TEXT
 ) STRICT;
+CREATE TABLE IF NOT EXISTS machines (instance_id TEXT PRIMARY KEY, order_id TEXT NOT NULL) STRICT;
+CREATE INDEX IF NOT EXISTS machines_order ON machines (order_id);
 CREATE TABLE IF NOT EXISTS ended (instance_id TEXT PRIMARY KEY, ended_unix REAL NOT NULL) STRICT;
 CREATE TABLE IF NOT EXISTS attempts (
     order_id TEXT PRIMARY KEY, boot TEXT NOT NULL, placed_at REAL NOT NULL
@@ -58,6 +61,19 @@ CREATE TABLE IF NOT EXISTS runs (
     ended_by_unix REAL, reclaimed INTEGER
 ) STRICT;
 """
+# From a version to the next, in one commit with the number of the version.
+MIGRATIONS: dict[int, tuple[str, ...]] = {
+    1: (
+        "CREATE TABLE machines (instance_id TEXT PRIMARY KEY, order_id TEXT NOT NULL) STRICT",
+        "INSERT OR IGNORE INTO machines SELECT instance_id, id FROM orders WHERE state = 'launched' "
+        "AND instance_id IS NOT NULL",
+        "UPDATE orders SET state = 'closed', outcome = 'launched' WHERE state = 'launched'",
+        "ALTER TABLE orders RENAME COLUMN offering TO offerings",
+        "UPDATE orders SET offerings = '[' || offerings || ']'",
+        "ALTER TABLE orders ADD COLUMN count INTEGER NOT NULL DEFAULT 1",
+        "ALTER TABLE orders DROP COLUMN instance_id",
+    ),
+}
 DROP_OLD_RUNS = """
 DELETE FROM runs WHERE rowid <= (SELECT max(rowid) FROM runs) - ? AND ended_by_unix < ? + (
     SELECT max(coalesce(ended_by_unix, running_until_unix, not_running_until_unix)) FROM runs)
@@ -76,7 +92,7 @@ class StoredLease:
 
 @dataclass(frozen=True, slots=True)
 class LaunchedOrder:
-    """An order that has its machine."""
+    """A machine and the order that it was launched for."""
 
     order: Order
     instance_id: str
@@ -161,26 +177,29 @@ class Store:
         values = (
             order.id,
             order.pool,
-            json.dumps(asdict(order.offering)),
+            json.dumps([asdict(one) for one in order.offerings]),
             order.parameters,
             order.created_unix,
+            order.count,
         )
         if placed is not None:  # queued in one go with the order, so it is in the same commit
             self._queue(True, "INSERT INTO attempts VALUES (?, ?, ?)", (order.id, placed.boot, placed.at))
         await self._write(
             True,
-            "INSERT INTO orders (id, pool, offering, parameters, created_unix) VALUES (?, ?, ?, ?, ?)",
+            "INSERT INTO orders (id, pool, offerings, parameters, created_unix, count) "
+            "VALUES (?, ?, ?, ?, ?, ?)",
             values,
         )
 
     async def order_launched(self, order_id: str, instance_id: str) -> None:
-        await self._write(
-            True,
-            "UPDATE orders SET state = 'launched', instance_id = ? WHERE id = ?",
-            (instance_id, order_id),
-        )
+        """The order has this machine; perhaps it awaits more."""
+        await self._write(True, "INSERT OR REPLACE INTO machines VALUES (?, ?)", (instance_id, order_id))
+
+    async def machine_gone(self, instance_id: str) -> None:
+        await self._write(True, "DELETE FROM machines WHERE instance_id = ?", (instance_id,))
 
     async def order_closed(self, order_id: str, outcome: str) -> None:
+        """The order awaits nothing any more."""
         await self._write(
             True, "UPDATE orders SET state = 'closed', outcome = ? WHERE id = ?", (outcome, order_id)
         )
@@ -188,44 +207,47 @@ class Store:
     def open_orders(self) -> list[Order]:
         """Orders whose outcome nobody knows."""
         rows = self._connections[True].execute(
-            "SELECT id, pool, offering, parameters, created_unix FROM orders "
+            "SELECT id, pool, offerings, parameters, created_unix, count FROM orders "
             "WHERE state = 'open' ORDER BY rowid"
         )
-        return [
-            Order(order_id, pool, _offering(offering), parameters, created)
-            for order_id, pool, offering, parameters, created in rows
-        ]
+        return [_order(*row) for row in rows]
 
-    def order_ids(self) -> set[str]:
-        """Every order that is remembered, whatever came of it."""
-        return {row[0] for row in self._connections[True].execute("SELECT id FROM orders")}
+    def order_counts(self) -> dict[str, int]:
+        """Every order that is remembered, whatever came of it → for how many machines it was."""
+        return dict(self._connections[True].execute("SELECT id, count FROM orders ORDER BY rowid").fetchall())
 
     def attempts(self, moment: Moment, within_seconds: float) -> list[tuple[str, float]]:
-        """(pool, seconds ago) of every order placed of late, whatever came of it.
+        """(pool, seconds ago) of every machine ordered of late, whatever came of it.
 
         By the machine's own uptime as long as it has not been started anew, because a wall clock may be set.
         """
         since_at, since_unix = moment.at - within_seconds, moment.unix - within_seconds
         rows = self._connections[True].execute(
-            "SELECT pool, created_unix, boot, placed_at FROM orders LEFT JOIN attempts ON order_id = id "
+            "SELECT pool, created_unix, boot, placed_at, count FROM orders "
+            "LEFT JOIN attempts ON order_id = id "
             "WHERE CASE WHEN boot = ? THEN placed_at >= ? ELSE created_unix >= ? END ORDER BY orders.rowid",
             (moment.boot, since_at, since_unix),
         )
-        return [(pool, _seconds_ago(moment, unix, boot, at)) for pool, unix, boot, at in rows]
+        return [
+            (pool, _seconds_ago(moment, unix, boot, at))
+            for pool, unix, boot, at, count in rows
+            for _ in range(count)
+        ]
 
     def launched_orders(self, moment: Moment) -> list[LaunchedOrder]:
-        """Orders whose machine had not been seen to end when the last broker stopped."""
+        """Machines that had not been seen to end when the last broker stopped, with their orders."""
         rows = self._connections[True].execute(
-            "SELECT id, pool, offering, parameters, created_unix, instance_id, boot, placed_at FROM orders "
-            "LEFT JOIN attempts ON order_id = id WHERE state = 'launched' ORDER BY orders.rowid"
+            "SELECT instance_id, boot, placed_at, id, pool, offerings, parameters, created_unix, count "
+            "FROM machines JOIN orders ON orders.id = machines.order_id "
+            "LEFT JOIN attempts ON attempts.order_id = orders.id ORDER BY machines.rowid"
         )
         return [
             LaunchedOrder(
-                Order(order_id, pool, _offering(offering), parameters, created),
+                order := _order(*values),
                 instance_id,
-                moment.at - _seconds_ago(moment, created, boot, at),
+                moment.at - _seconds_ago(moment, order.created_unix, boot, at),
             )
-            for order_id, pool, offering, parameters, created, instance_id, boot, at in rows
+            for instance_id, boot, at, *values in rows
         ]
 
     async def end_decided(self, instance_id: str, unix: float) -> None:
@@ -382,14 +404,17 @@ class Store:
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
             (version,) = connection.execute("PRAGMA user_version").fetchone()
-            if version not in (0, SCHEMA_VERSION):  # 0: a new file
+            if version and version < SCHEMA_VERSION:  # 0: a new file
+                version = _migrate(connection, version)
+            if version not in (0, SCHEMA_VERSION):
                 raise OSError(
                     f"{self.path.name} was written by another version of compute-broker ({version})"
                 )
             connection.executescript(f"{SCHEMA} PRAGMA user_version = {SCHEMA_VERSION};")
         connection = self._connections[True]
         connection.execute(
-            "DELETE FROM orders WHERE state = 'closed' AND rowid <= (SELECT max(rowid) FROM orders) - ?",
+            "DELETE FROM orders WHERE state = 'closed' AND rowid <= (SELECT max(rowid) FROM orders) - ? "
+            "AND id NOT IN (SELECT order_id FROM machines)",
             (CLOSED_ORDERS_MAX,),
         )
         connection.execute("DELETE FROM attempts WHERE order_id NOT IN (SELECT id FROM orders)")
@@ -438,9 +463,20 @@ def _seconds_ago(moment: Moment, unix: float, boot: str | None, at: float) -> fl
     return max(0.0, moment.at - at if boot == moment.boot else moment.unix - unix)
 
 
-def _offering(text: str) -> Offering:
-    values = json.loads(text)
-    return Offering(**{**values, "market": Market(values["market"])})
+def _migrate(connection: sqlite3.Connection, version: int) -> int:
+    """Bring a file of an older version up to date, all or nothing. Returns its new version."""
+    with connection:
+        connection.execute("BEGIN IMMEDIATE")
+        for older in range(version, SCHEMA_VERSION):
+            for statement in MIGRATIONS.get(older, ()):
+                connection.execute(statement)
+        connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+    return SCHEMA_VERSION
+
+
+def _order(id_: str, pool: str, offerings: str, parameters: str, created_unix: float, count: int) -> Order:
+    read = tuple(Offering(**{**one, "market": Market(one["market"])}) for one in json.loads(offerings))
+    return Order(id_, pool, read, parameters, created_unix, count)
 
 
 def _run(

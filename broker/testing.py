@@ -25,8 +25,8 @@ import structlog
 from broker.clock import Clock
 from broker.core import tags
 from broker.core.cloudtime import Span
-from broker.core.errors import CloudUnreachable, OrderSpent
-from broker.core.model import Instance, InstanceState, Market, Offering, Order
+from broker.core.errors import CloudError, CloudUnreachable, OrderSpent
+from broker.core.model import Bought, Instance, InstanceState, Market, Offering, Order
 from broker.core.settings import Settings
 from broker.daemon import Daemon
 from broker.server import Connection, Server
@@ -201,11 +201,14 @@ class FakeCloud:
 
     `boots` decides whether a launch answers with a running machine or a pending one that `boot` finishes.
     Errors put into `fail[api]` are raised by the next calls, one each; `lose` marks that a launch is carried
-    out although its answer is an error. `hold[api]` is awaited by every call while it is set.
+    out although its answer is an error. `hold[api]` is awaited by every call while it is set. Machine types
+    in `refuses` are not to be had; `gives` says how many machines the next orders get, whatever they ask for.
     """
 
     name = "fake"
     contested = True
+    offerings_max = 1  # in one order; more when a test says so
+    machines_max = 1
 
     def __init__(
         self, broker_id: str, pools: Sequence[str] = ("default",), *, clock: Clock, boots: bool = True
@@ -223,6 +226,8 @@ class FakeCloud:
             for pool in pools
         }
         self.ends_at_once = True
+        self.refuses: dict[str, CloudError] = {}
+        self.gives: deque[int] = deque()
         self._numbers = itertools.count(1)
 
     # what tests do to it
@@ -268,24 +273,36 @@ class FakeCloud:
         return self.catalogue.get(pool, ())
 
     def prepare(
-        self, pool: str, order_id: str, offering: Offering, created_unix: float, epoch: str = ""
+        self,
+        pool: str,
+        order_id: str,
+        offerings: Sequence[Offering],
+        created_unix: float,
+        epoch: str = "",
+        count: int = 1,
     ) -> Order:
-        return Order(order_id, pool, offering, json.dumps({"epoch": epoch}), created_unix)
+        return Order(order_id, pool, tuple(offerings), json.dumps({"epoch": epoch}), created_unix, count)
 
-    async def launch(self, order: Order) -> Instance:
+    async def launch(self, order: Order) -> Bought:
         error = await self._call("launch", order, quiet=self.lose)
         if error is not None and not self.lose:
             raise error
-        machine = next((m for m in self.machines.values() if m.order_id == order.id), None)
-        if machine is None:
+        machines = [m for m in self.machines.values() if m.order_id == order.id]
+        refusals = [(one, self.refuses[one.instance_type]) for one in order.offerings if self._refuses(one)]
+        if not machines:
             epoch = json.loads(order.parameters).get("epoch", "")
-            instance = self._make(order.pool, order.id, order.offering, epoch)
-            machine = self.machines[instance.id] = Machine(instance, order.id)
+            sold = next((one for one in order.offerings if not self._refuses(one)), None)
+            count = self.gives.popleft() if self.gives else order.count
+            for _ in range(count if sold is not None else 0):
+                instance = self._make(order.pool, order.id, sold or order.offerings[0], epoch)
+                machines.append(Machine(instance, order.id))
+                self.machines[instance.id] = machines[-1]
         if error is not None:
             raise error
-        if machine.instance.state in (InstanceState.SHUTTING_DOWN, InstanceState.TERMINATED):
+        dead = (InstanceState.SHUTTING_DOWN, InstanceState.TERMINATED)
+        if order.count == 1 and any(machine.instance.state in dead for machine in machines):
             raise OrderSpent
-        return machine.instance
+        return Bought(tuple(machine.instance for machine in machines), tuple(refusals))
 
     async def listing(self) -> list[Instance]:
         await self._call("listing")
@@ -319,6 +336,9 @@ class FakeCloud:
     def clock_unix(self, at: float) -> Span:
         wall_unix = self._clock.wall() - (self._clock.monotonic() - at)
         return Span(wall_unix, wall_unix)
+
+    def _refuses(self, offering: Offering) -> bool:
+        return offering.instance_type in self.refuses
 
     async def _call(self, api: str, *arguments: Any, quiet: bool = False) -> Exception | None:
         self.calls.append((api, arguments))

@@ -7,44 +7,12 @@ leaves its place at once.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from broker.core.errors import BrokerError
-from broker.core.model import Lease, Offering, Worker
-from broker.core.policy import Demand
-from broker.core.protocol import GetWorker
-
-
-@dataclass(frozen=True, slots=True)
-class Wish:
-    """What a worker must be for a client; everything, when the client did not say."""
-
-    cores: int | None = None
-    type: str | None = None
-    region: str | None = None
-
-    @classmethod
-    def of(cls, command: GetWorker) -> Wish:
-        return cls(command.cores, command.type, command.region)
-
-    def fits(self, offering: Offering) -> bool:
-        """Whether the offering is what the client asked for. Unknown cores never fit a wish for cores."""
-        return (
-            (self.type is None or offering.instance_type == self.type)
-            and (self.region is None or offering.region == self.region)
-            and (self.cores is None or (offering.cores is not None and offering.cores >= self.cores))
-        )
-
-    def test(self) -> Callable[[Worker], bool] | None:
-        return None if self == ANYTHING else lambda worker: self.fits(worker.offering)
-
-    def __str__(self) -> str:
-        words = (("cores", self.cores), ("type", self.type), ("region", self.region))
-        return " ".join(f"{key}={value}" for key, value in words if value is not None)
-
-
-ANYTHING = Wish()
+from broker.core.model import Lease
+from broker.core.planning import Need
+from broker.core.wish import Wish
 
 
 @dataclass(eq=False, slots=True)
@@ -92,10 +60,13 @@ class Waiting:
     def of(self, pool: str) -> list[Waiter]:
         return [waiter for waiter in self._queues.get(pool, ()) if not waiter.served.done()]
 
-    def demand(self, pool: str) -> Demand:
-        waiters = self.of(pool)
-        alone = {waiter.need for waiter in waiters if waiter.exclusive}
-        return Demand(sharing=sum(not waiter.exclusive for waiter in waiters), exclusive=len(alone))
+    def needs(self, pool: str) -> list[Need]:
+        """What they wait for, the one who came first at the front; those who want the same are one need."""
+        groups: dict[tuple[Wish, bool], dict[tuple[str, Wish], None]] = {}
+        for waiter in self.of(pool):
+            group = groups.setdefault((waiter.wish, waiter.exclusive), {})
+            group[waiter.need] = None
+        return [Need(wish, len(clients), exclusive) for (wish, exclusive), clients in groups.items()]
 
     def fail(self, pool: str, error: BrokerError, *, wish: Wish | None = None, supply: int = 0) -> None:
         """Tell those who wait in the pool (for that wish) that waiting does not help.

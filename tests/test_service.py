@@ -15,6 +15,7 @@ from broker.core.model import InstanceState, Market, Offering, WorkerState
 from broker.core.settings import parse
 from broker.testing import FakeCloud, LoopClock, RunningBroker, lost_answer, run_virtual, running_broker
 from tests.support.brokers import live, settings
+from tests.support.buying import launch_one
 
 
 async def status(broker: RunningBroker) -> list[dict[str, Any]]:
@@ -292,7 +293,9 @@ def test_a_refused_offering_cools_down_and_the_next_is_taken_at_once(tmp_path: P
         await broker.ask(f"RELEASE {address}")
         await broker.ask("GET_WORKER")
         launched = [
-            arguments[0].offering.instance_type for api, arguments in broker.cloud.calls if api == "launch"
+            arguments[0].offerings[0].instance_type
+            for api, arguments in broker.cloud.calls
+            if api == "launch"
         ]
         assert launched == ["big", "other", "other"]
         assert broker.clock.monotonic() < 60
@@ -499,7 +502,7 @@ def test_a_machine_that_was_launched_in_the_last_breath_is_adopted(tmp_path: Pat
             assert len(orders) == 1
         assert (await ask).endswith("[DRAINING]")
         broker.cloud.hold.clear()
-        await broker.cloud.launch(orders[0])  # the call arrives after all
+        await launch_one(broker.cloud, orders[0])  # the call arrives after all
         async with running_broker(settings(), tmp_path, cloud=broker.cloud) as again:
             assert "ERROR" not in await again.ask("GET_WORKER")
             assert len(again.cloud.machines) == 1

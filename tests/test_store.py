@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import sqlite3
 import stat
@@ -10,8 +11,8 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from contextlib import closing, contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -36,10 +37,27 @@ WORKER = Worker(
     address="10.0.0.1",
 )
 SECONDS_MAX = 20.0
+OFFERING_OF_VERSION_1 = json.dumps(asdict(OFFERING))
+VERSION_1 = f"""
+CREATE TABLE orders (
+    id TEXT PRIMARY KEY, pool TEXT NOT NULL, offering TEXT NOT NULL, parameters TEXT NOT NULL,
+    created_unix REAL NOT NULL, state TEXT NOT NULL DEFAULT 'open', instance_id TEXT, outcome TEXT
+) STRICT;
+CREATE TABLE leases (
+    id TEXT PRIMARY KEY, instance_id TEXT NOT NULL, pool TEXT NOT NULL, address TEXT NOT NULL,
+    client TEXT NOT NULL, ttl_seconds REAL NOT NULL, exclusive INTEGER NOT NULL
+) STRICT;
+INSERT INTO orders VALUES
+    ('cb-open', 'default', '{OFFERING_OF_VERSION_1}', '{{"a": 1}}', 1000.0, 'open', NULL, NULL),
+    ('cb-launched', 'default', '{OFFERING_OF_VERSION_1}', '{{"a": 1}}', 1000.0, 'launched', 'i-1', NULL),
+    ('cb-closed', 'default', '{OFFERING_OF_VERSION_1}', '{{"a": 1}}', 1000.0, 'closed', 'i-2', 'gone');
+INSERT INTO leases VALUES ('lease-1', 'i-1', 'default', '10.0.0.1', 'ann', 900.0, 0);
+PRAGMA user_version = 1;
+"""
 
 
 def order(name: str, **changes: object) -> Order:
-    values = {"pool": "default", "offering": OFFERING, "parameters": '{"a": 1}', "created_unix": 1.8e9}
+    values = {"pool": "default", "offerings": (OFFERING,), "parameters": '{"a": 1}', "created_unix": 1.8e9}
     return Order(name, **{**values, **changes})  # type: ignore[arg-type]
 
 
@@ -211,6 +229,7 @@ def test_only_orders_whose_outcome_nobody_knows_are_open(tmp_path: Path) -> None
         for name in ("cb-1", "cb-2", "cb-3"):
             await store.order_placed(order(name))
         await store.order_launched("cb-1", "i-1")
+        await store.order_closed("cb-1", "launched")
         await store.order_closed("cb-2", "no-capacity")
 
     async def look(store: Store) -> None:
@@ -219,6 +238,40 @@ def test_only_orders_whose_outcome_nobody_knows_are_open(tmp_path: Path) -> None
         assert (launched.order, launched.instance_id) == (order("cb-1"), "i-1")
 
     within(tmp_path, place)
+    within(tmp_path, look)
+
+
+def test_every_machine_of_an_order_is_an_attempt_and_is_expected_until_it_is_gone(tmp_path: Path) -> None:
+    four = order("cb-1", count=4, created_unix=1000.0)
+    now = Moment("this boot", at=5.0, unix=1002.0)
+
+    async def place(store: Store) -> None:
+        await store.order_placed(four)
+        for number in (1, 2, 3):
+            await store.order_launched("cb-1", f"i-{number}")
+        await store.machine_gone("i-2")
+
+    async def look(store: Store) -> None:
+        assert store.open_orders() == [four]
+        assert store.attempts(now, within_seconds=60.0) == [("default", 2.0)] * 4
+        assert [one.instance_id for one in store.launched_orders(now)] == ["i-1", "i-3"]
+        assert store.order_counts() == {"cb-1": 4}
+
+    within(tmp_path, place)
+    within(tmp_path, look)
+
+
+def test_a_file_of_version_1_is_brought_up_to_date(tmp_path: Path) -> None:
+    with closing(sqlite3.connect(tmp_path / "broker.db")) as file, file:
+        file.executescript(VERSION_1)
+
+    async def look(store: Store) -> None:
+        assert [one.id for one in store.open_orders()] == ["cb-open"]
+        (launched,) = store.launched_orders(Moment("this boot", at=5.0, unix=1002.0))
+        assert (launched.order, launched.instance_id) == (order("cb-launched", created_unix=1000.0), "i-1")
+        assert [one.lease.id for one in store.leases()] == ["lease-1"]
+
+    within(tmp_path, look)
     within(tmp_path, look)
 
 
@@ -253,12 +306,13 @@ def test_the_history_of_closed_orders_has_an_end_and_others_are_never_dropped(tm
     async def place(store: Store) -> None:
         await asyncio.gather(*(store.order_placed(order(f"cb-{i}")) for i in range(many)))
         await store.order_launched("cb-1", "i-1")
-        await asyncio.gather(*(store.order_closed(f"cb-{i}", "spent") for i in range(2, many)))
+        await asyncio.gather(*(store.order_closed(f"cb-{i}", "spent") for i in range(1, many)))
 
     within(tmp_path, place)
     within(tmp_path, nothing)
     left = rows(tmp_path, "SELECT state, count(*) FROM orders GROUP BY state ORDER BY state")
-    assert left == [("closed", CLOSED_ORDERS_MAX), ("launched", 1), ("open", 1)]
+    assert left == [("closed", CLOSED_ORDERS_MAX + 1), ("open", 1)], "one machine may still run"
+    assert rows(tmp_path, "SELECT id FROM orders LIMIT 2") == [("cb-0",), ("cb-1",)]
 
 
 async def nothing(store: Store) -> None:

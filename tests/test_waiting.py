@@ -8,10 +8,11 @@ import pytest
 
 from broker.core.errors import LimitReached, NoCapacity
 from broker.core.model import Lease, Market, Offering
-from broker.core.policy import Demand
+from broker.core.planning import Need
 from broker.core.protocol import GetWorker
 from broker.core.registry import Registry
-from broker.waiting import ANYTHING, Waiter, Waiting, Wish
+from broker.core.wish import ANYTHING, Wish
+from broker.waiting import Waiter, Waiting
 from tests.core.make import MOON, PORT, instance, order
 
 BIG = Wish(cores=64)
@@ -132,13 +133,28 @@ async def test_who_is_served_is_no_longer_waiting_although_he_has_not_left() -> 
     waiting = queue(served, other)
     served.served.set_result(Lease("l", "w", "ann", 1.0))
     assert waiting.of("default") == [other]
-    assert waiting.demand("default") == Demand(sharing=0, exclusive=1)
+    assert waiting.needs("default") == [Need(ANYTHING, 1, exclusive=True)]
 
 
-async def test_demand_is_who_shares_and_who_does_not() -> None:
-    waiting = queue(waiter(), waiter(), waiter(exclusive=True))
-    assert waiting.demand("default") == Demand(sharing=2, exclusive=1)
-    assert waiting.demand("gpu") == Demand()
+async def test_those_who_want_the_same_are_one_need_in_the_order_of_the_queue() -> None:
+    waiting = queue(
+        waiter(1.0, client="ann", wish=BIG),
+        waiter(2.0, client="bob"),
+        waiter(3.0, client="eve", exclusive=True),
+        waiter(4.0, client="dan"),
+        waiter(5.0, client="joe", wish=BIG),
+    )
+    assert waiting.needs("default") == [
+        Need(BIG, 2, exclusive=False),
+        Need(ANYTHING, 2, exclusive=False),
+        Need(ANYTHING, 1, exclusive=True),
+    ]
+    assert waiting.needs("gpu") == []
+
+
+async def test_a_client_on_many_connections_needs_one_machine() -> None:
+    waiting = queue(waiter(exclusive=True), waiter(exclusive=True), waiter(exclusive=True, wish=BIG))
+    assert [need.clients for need in waiting.needs("default")] == [1, 1]
 
 
 # --- bad news -------------------------------------------------------------------------------------------

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from types import MappingProxyType
 
+from broker.core.errors import BrokerError
+
 UNKNOWN_CLIENT = "(unknown)"  # no client can call itself that: whoever may hold a machine that was found
 NO_TAGS: Mapping[str, str] = MappingProxyType({})
 
@@ -65,7 +67,7 @@ class Offering:
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """One launch attempt, written to disk before the call is made.
+    """One launch attempt, written to disk before the call is made: `count` machines, each of any offering.
 
     `id` is the idempotency token (64 ASCII characters at most: EC2 API reference, ClientToken).
     `parameters` is the provider's exact call as JSON: a resend must not differ in a byte.
@@ -73,9 +75,28 @@ class Order:
 
     id: str
     pool: str
-    offering: Offering
+    offerings: tuple[Offering, ...]  # in order of preference, at least one
     parameters: str
     created_unix: float
+    count: int = 1
+
+    @property
+    def places(self) -> tuple[str, ...]:
+        """The ids of its workers in the books, whichever machines they turn out to be."""
+        if self.count == 1:
+            return (self.id,)
+        return tuple(f"{self.id}.{number}" for number in range(1, self.count + 1))
+
+
+@dataclass(frozen=True, slots=True)
+class Bought:
+    """The answer to a launch call: the machines, and why some offerings could not be had.
+
+    There may be fewer machines than were ordered, and none; now and then there are more.
+    """
+
+    instances: tuple[Instance, ...]
+    refusals: tuple[tuple[Offering, BrokerError], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +119,7 @@ class Instance:
 
 @dataclass(frozen=True, slots=True)
 class Worker:
-    """One machine in the broker's books. `id` is its order's id, or the instance id when it was adopted."""
+    """One machine in the broker's books. `id`: its place in an order; its instance id when it was adopted."""
 
     id: str
     pool: str

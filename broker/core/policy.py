@@ -1,7 +1,7 @@
 """What should be done: pure decisions that the loops carry out.
 
 `judge` looks at one worker whose deadline has come and says whether it must go, and when to look again.
-`plan_launches` turns one pool's waiting clients into a number of orders, or into the error they shall hear.
+`launch_room` says how many machines a pool may order, or why none (planning.py says which).
 Nothing in here acts, and nothing in here is remembered except in LaunchGuard, which is handed in.
 """
 
@@ -141,61 +141,37 @@ class LaunchGuard:
 
 
 @dataclass(frozen=True, slots=True)
-class Demand:
-    """One pool's waiting clients: those that can share one worker, and those that want one each."""
+class Room:
+    """How many machines may be ordered now, and when there is no room at all, why."""
 
-    sharing: int = 0
-    exclusive: int = 0
-
-    def workers_wanted(self) -> int:
-        return self.exclusive + (1 if self.sharing else 0)
+    machines: int
+    why: BrokerError | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class LaunchPlan:
-    """So many orders. `refusal` is what waiting clients are told at once, because waiting cannot help;
-    `obstacle` is why they wait although more machines would be wanted."""
-
-    orders: int = 0
-    refusal: BrokerError | None = None
-    obstacle: str = ""
-
-
-def plan_launches(
+def launch_room(
     registry: Registry,
     name: str,
     pool: PoolSettings,
-    demand: Demand,
     guard: LaunchGuard,
     now: float,
     *,
-    doubtful: int = 0,
     budgets: Sequence[Budget] = (),
     price_usd_micros_per_hour: int = 0,
-) -> LaunchPlan:
-    """How many machines to order now. Machines on order and booting are supply already, except `doubtful`
-    orders, which fill a place under the cap and will probably bring nothing.
+) -> Room:
+    """How many machines the caps leave room for. Machines on order count as if they were there.
 
-    Clients queue for a machine that exists (it may become free) and are refused at once when none does and
-    none may be launched. `price_usd_micros_per_hour` is that of the dearest machine that might be ordered:
-    each order counts with it before the next is allowed.
+    `price_usd_micros_per_hour` is that of the dearest machine that might be ordered: each counts with it
+    before the next is allowed.
     """
-    supply = registry.count(name, WorkerState.ORDERED, WorkerState.BOOTING) - doubtful
-    shortfall = demand.workers_wanted() - supply
-    if shortfall <= 0:
-        return LaunchPlan()
     refusal = guard.refusal(pool, now)
+    if refusal is not None:
+        return Room(0, refusal)
     room = pool.max_workers - registry.count(name, *BOOKED)
-    if refusal is None and room <= 0:
-        refusal = LimitReached(f"the pool's max_workers = {pool.max_workers} is reached")
-    orders = min(shortfall, room, pool.launches_per_hour - len(guard.attempts))
-    for budget in budgets if refusal is None else ():
-        orders = budget.launches(price_usd_micros_per_hour, orders)
-        if orders <= 0:
-            refusal = budget.refusal()
-            break
-    if refusal is None:
-        return LaunchPlan(orders)
-    if registry.count(name, *BOOKED):
-        return LaunchPlan(obstacle=refusal.message)
-    return LaunchPlan(refusal=refusal)
+    if room <= 0:
+        return Room(0, LimitReached(f"the pool's max_workers = {pool.max_workers} is reached"))
+    room = min(room, pool.launches_per_hour - len(guard.attempts))
+    for budget in budgets:
+        room = budget.launches(price_usd_micros_per_hour, room)
+        if room <= 0:
+            return Room(0, budget.refusal())
+    return Room(room)

@@ -90,6 +90,7 @@ class Registry:
         self._workers: dict[str, Worker] = {}
         self._by_instance: dict[str, str] = {}
         self._by_address: dict[str, str] = {}
+        self._by_order: dict[str, dict[str, None]] = {}
         self._by_state: dict[tuple[str, WorkerState], dict[str, None]] = {}
         self._leases: dict[str, dict[str, Lease]] = {}  # worker id → client → lease
         self._held: dict[tuple[str, str], dict[str, None]] = {}  # (pool, client) → worker ids
@@ -119,6 +120,10 @@ class Registry:
         """The worker that clients reach at `address`: never one on its way out."""
         worker = self._workers.get(self._by_address.get(address, ""))
         return worker if worker and worker.state in USABLE else None
+
+    def of_order(self, order_id: str) -> list[Worker]:
+        """The workers of an order, with a machine or without."""
+        return [self._workers[worker_id] for worker_id in self._by_order.get(order_id, ())]
 
     def in_state(self, *states: WorkerState, pool: str | None = None) -> list[Worker]:
         return [
@@ -159,13 +164,13 @@ class Registry:
 
     # --- the life of a worker ----------------------------------------------------------------------
 
-    def order(self, order: Order, port: int, now: float) -> Worker:
-        """ORDERED: the order is on disk, the launch call may follow."""
+    def order(self, order: Order, port: int, now: float, *, place: str | None = None) -> Worker:
+        """ORDERED: the order is on disk, the launch call may follow. One call for each of `order.places`."""
         worker = Worker(
-            order.id,
+            place or order.places[0],
             order.pool,
             LIFE[None, Step.ORDER],
-            order.offering,
+            order.offerings[0],
             port,
             since_at=now,
             born_at=now,
@@ -209,11 +214,13 @@ class Registry:
         )
         return self._enter(_with_instance(worker, instance), now)
 
-    def launched(self, worker_id: str, instance: Instance, now: float) -> Worker:
-        """BOOTING: the order has its machine."""
+    def launched(
+        self, worker_id: str, instance: Instance, now: float, *, price: Price | None = None
+    ) -> Worker:
+        """BOOTING: the order has its machine. `price` when it is not the one of the offering on order."""
         if instance.id in self._by_instance:
             raise IllegalStep(f"{instance.id} is in the books already")
-        return self._step(worker_id, Step.LAUNCH, now, instance=instance)
+        return self._step(worker_id, Step.LAUNCH, now, instance=instance, price=price)
 
     def refused(self, worker_id: str, reason: str, now: float) -> Worker:
         return self._step(worker_id, Step.REFUSE, now, reason)
@@ -382,6 +389,8 @@ class Registry:
             raise IllegalStep(f"{worker.id} is in the books already")
         self._workers[worker.id] = worker
         self._used_at[worker.id] = now
+        if worker.order_id is not None:
+            self._by_order.setdefault(worker.order_id, {})[worker.id] = None
         self._index(worker)
         self._by_state.setdefault((worker.pool, worker.state), {})[worker.id] = None
         self.look_again(worker.id, now)
@@ -389,13 +398,23 @@ class Registry:
         return worker
 
     def _step(
-        self, worker_id: str, step: Step, now: float, reason: str = "", instance: Instance | None = None
+        self,
+        worker_id: str,
+        step: Step,
+        now: float,
+        reason: str = "",
+        instance: Instance | None = None,
+        price: Price | None = None,
     ) -> Worker:
         before = self._workers[worker_id]
         after = replace(before, state=self._require(before, step), since_at=now, reason=reason)
         if instance is not None:
             after = _with_instance(after, instance)
             self._index(after)
+        if price is not None:
+            micros, assumed = price.usd_micros_per_hour, price.assumed
+            offering = replace(after.offering, price_usd_micros_per_hour=micros, price_assumed=assumed)
+            after = replace(after, offering=offering)
         self._workers[worker_id] = after
         del self._by_state[(before.pool, before.state)][worker_id]
         self._reindex_holds(after)  # before anyone hears of it: a listener may hand out workers at once
@@ -430,6 +449,10 @@ class Registry:
         del self._used_at[worker.id]
         self._proved_at.pop(worker.id, None)
         self._look_at.pop(worker.id, None)
+        if worker.order_id is not None:
+            del self._by_order[worker.order_id][worker.id]
+            if not self._by_order[worker.order_id]:
+                del self._by_order[worker.order_id]
         if worker.instance_id:
             self._by_instance.pop(worker.instance_id, None)
         if worker.address and self._by_address.get(worker.address) == worker.id:

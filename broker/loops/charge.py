@@ -86,7 +86,7 @@ class Charge:
         for launched in list(context.expected.values()):
             if context.cloud(launched.order.pool) is cloud or launched.instance_id in cloud.instance_ids:
                 del context.expected[launched.instance_id]
-                context.store.soon(context.store.order_closed(launched.order.id, YIELDED))
+                context.store.soon(context.store.machine_gone(launched.instance_id))
         for leases in list(context.stored_leases.values()):
             held = leases[0]
             if context.cloud(held.pool) is cloud or held.instance_id in cloud.instance_ids:

@@ -12,6 +12,7 @@ import asyncio
 from collections.abc import Callable, Coroutine
 from typing import Any
 
+from broker.clouds import Cloud
 from broker.context import Context
 from broker.core.errors import (
     BrokerError,
@@ -24,11 +25,13 @@ from broker.core.errors import (
     StoreError,
     Throttled,
 )
-from broker.core.model import Offering, Order, WorkerState
-from broker.core.policy import plan_launches
+from broker.core.model import Bought, Offering, Order, WorkerState
+from broker.core.planning import Purchase, plan
+from broker.core.policy import Room, launch_room
+from broker.core.registry import BOOKED
+from broker.core.wish import Wish
 from broker.ledger import Ledger
 from broker.orders import OUTCOMES, YIELDED, OpenOrder, Orders
-from broker.waiting import Wish
 
 CALLS_MAX = 5  # for one order in a row; then the waiting clients hear why
 PAUSE_SECONDS_MIN = 1.0  # between them, doubling: 1 + 2 + 4 + 8 s
@@ -41,6 +44,8 @@ RESEND_SECONDS = (
 # machine need not be listed for two more (reconcile.py: ORDER_GRACE_SECONDS, LISTING_GRACE_SECONDS).
 UNSEEN_SECONDS = 420.0
 NEVER_SECONDS = float("inf")
+QUIET_SECONDS = 0.035  # after the last who asked: a burst is over (Karpenter waits 35 ms for its CreateFleet)
+BATCH_SECONDS_MAX = 1.0  # and no longer than that after the first
 RETRY_SECONDS = 5.0  # how soon to look again while clients wait behind an obstacle
 
 
@@ -65,6 +70,8 @@ class LaunchLoop:
         self._wake = wake
         self._began_at = context.now()
         self._in_flight: dict[str, asyncio.Task[None]] = {}  # order id → the task that makes its calls
+        self._quiet_at = 0.0
+        self._batch_ends_at: float | None = None
         self._cooling: dict[tuple[str, Offering], tuple[float, BrokerError]] = {}
 
     @property
@@ -80,7 +87,20 @@ class LaunchLoop:
         if awaited:
             await asyncio.wait(awaited, timeout=timeout_seconds)
 
+    def demanded(self, patience_seconds: float) -> None:
+        """Somebody waits, at most so long. Others may come in the same moment: one order is for them all."""
+        now = self._context.now()
+        self._quiet_at = now + QUIET_SECONDS
+        ends_at = now + min(BATCH_SECONDS_MAX, patience_seconds / 2)  # before he has gone
+        self._batch_ends_at = min(self._batch_ends_at or ends_at, ends_at)
+        self._wake()
+
     async def tick(self) -> float | None:
+        if self._batch_ends_at is not None:
+            order_at = min(self._quiet_at, self._batch_ends_at)
+            if self._context.now() < order_at:
+                return order_at
+            self._batch_ends_at = None
         for name in self._context.settings.pool:
             self._plan(name)
         return self._context.now() + RETRY_SECONDS if len(self._context.waiting) else None
@@ -89,79 +109,96 @@ class LaunchLoop:
 
     def _plan(self, name: str) -> None:
         context = self._context
-        cloud = context.cloud(name)
+        cloud, needs = context.cloud(name), context.waiting.needs(name)
         context.obstacles.pop(name, None)
-        if cloud is None or not cloud.recovered or not context.waiting.of(name):
+        if cloud is None or not cloud.recovered or not needs:
             return
         refusal = cloud.read_only() or cloud.refusal()
         if refusal is not None:
             self._tell(name, refusal)
             return
-        if not cloud.acts(context.now()):
-            context.obstacles[name] = f"{cloud.provider.name} has not been listed for a while"
+        obstacle = self._blindness(cloud)
+        if obstacle:
+            context.obstacles[name] = obstacle
             return
+        self._send_again(name)
+        offerings, room = cloud.provider.offerings(name), self._room(name, cloud)
+        wanted = plan(needs, self._coming(name), offerings, room.machines)
+        for purchase in wanted.purchases:
+            self._buy(name, cloud, purchase)
+        if wanted.missing and room.why is not None:
+            if context.registry.count(name, *BOOKED):
+                context.obstacles[name] = room.why.message
+            else:
+                self._tell(name, room.why)
+
+    def _blindness(self, cloud: Cloud) -> str:
+        """Why it is not known well enough what runs there, or nothing."""
+        context = self._context
+        if not cloud.acts(context.now()):
+            return f"{cloud.provider.name} has not been listed for a while"
         whole_at = self._began_at + UNSEEN_SECONDS
         if context.store.lost and (cloud.scanned_at or 0.0) < whole_at:  # asked for before it must be whole
             left_seconds = max(0.0, whole_at - context.now())
-            context.obstacles[name] = (
+            return (
                 f"the store was damaged: for {left_seconds:.0f} s more the cloud may not show every machine"
             )
-            return
-        self._send_again(name)
-        demand, guard = context.waiting.demand(name), context.guard(name)
-        budgets = self._ledger.budgets(name)
+        return ""
+
+    def _room(self, name: str, cloud: Cloud) -> Room:
+        context, budgets = self._context, self._ledger.budgets(name)
         prices = [one.price_usd_micros_per_hour for one in cloud.provider.offerings(name)] if budgets else []
-        plan = plan_launches(
+        return launch_room(
             context.registry,
             name,
             context.pool(name),
-            demand,
-            guard,
+            context.guard(name),
             context.now(),
-            doubtful=self._orders.doubtful(name),
             budgets=budgets,
             price_usd_micros_per_hour=max(prices, default=0),
         )
-        if plan.refusal is not None:
-            self._tell(name, plan.refusal)
-        if plan.obstacle:
-            context.obstacles[name] = plan.obstacle
-        for wish in self._wishes(name)[: plan.orders]:
-            self._order(name, wish)
 
-    def _wishes(self, name: str) -> list[Wish]:
-        """What the waiting clients want: one entry for each machine they would need, the last first.
+    def _coming(self, name: str) -> dict[tuple[Offering, ...], int]:
+        """The pool's machines on order and booting, by what each may turn out to be."""
+        coming = self._orders.coming(name)
+        for worker in self._context.registry.in_state(WorkerState.BOOTING, pool=name):
+            coming[(worker.offering,)] = coming.get((worker.offering,), 0) + 1
+        return coming
 
-        Machines that are on order already are for those who came first.
-        """
-        waiters = self._context.waiting.of(name)
-        shared = dict.fromkeys(waiter.wish for waiter in waiters if not waiter.exclusive)
-        alone = {waiter.need: waiter.wish for waiter in waiters if waiter.exclusive}
-        return [*reversed(alone.values()), *shared]
+    def _buy(self, name: str, cloud: Cloud, purchase: Purchase) -> None:
+        """Place the orders of one purchase, as few as the provider allows."""
+        provider, left = cloud.provider, purchase.machines
+        while left > 0:
+            offerings = self._choose(name, cloud, purchase.wish)
+            if isinstance(offerings, BrokerError):
+                self._tell(name, offerings, purchase.wish)
+                return
+            count = min(left, provider.machines_max)
+            self._order(name, cloud, offerings[: provider.offerings_max], count)
+            left -= count
 
-    def _order(self, name: str, wish: Wish) -> None:
-        context, cloud = self._context, self._context.cloud(name)
-        offering = self._choose(name, wish)
-        if cloud is None or isinstance(offering, BrokerError):
-            self._tell(name, offering if isinstance(offering, BrokerError) else CloudError(), wish)
-            return
-        context.guard(name).attempted(context.now())
+    def _order(self, name: str, cloud: Cloud, offerings: tuple[Offering, ...], count: int) -> None:
+        context, guard = self._context, self._context.guard(name)
+        for _ in range(count):
+            guard.attempted(context.now())
         epoch = str(context.claim(cloud)) if cloud.provider.contested else ""
-        now_unix = context.clock.wall()
-        order = cloud.provider.prepare(name, self._new_order_id(), offering, now_unix, epoch)
+        now_unix, order_id = context.clock.wall(), self._new_order_id()
+        order = cloud.provider.prepare(name, order_id, offerings, now_unix, epoch, count)
         self._start(order, self._place(self._orders.enter(order)))
 
-    def _choose(self, name: str, wish: Wish) -> Offering | BrokerError:
-        """The first offering that suits and does not cool down; otherwise what the client shall hear."""
-        cloud, now = self._context.cloud(name), self._context.now()
-        refusals: list[BrokerError] = []
-        for offering in cloud.provider.offerings(name) if cloud else ():
+    def _choose(self, name: str, cloud: Cloud, wish: Wish) -> tuple[Offering, ...] | BrokerError:
+        """The offerings that suit and do not cool down; without any, what the client shall hear."""
+        now, usable, refusals = self._context.now(), [], []
+        for offering in cloud.provider.offerings(name):
             if not wish.fits(offering):
                 continue
             until, refusal = self._cooling.get((name, offering), (now, None))
             if refusal is None or now >= until:
-                return offering
-            refusals.append(refusal)
+                usable.append(offering)
+            else:
+                refusals.append(refusal)
+        if usable:
+            return tuple(usable)
         if len(refusals) == 1 or (refusals and isinstance(refusals[0], PermanentRefusal)):
             return refusals[0]
         reasons = "; ".join(dict.fromkeys(refusal.message for refusal in refusals))
@@ -236,9 +273,13 @@ class LaunchLoop:
         if cloud is None:
             raise PermanentRefusal(f"pool '{order.pool}' is not configured any more")
         asked_at = self._context.now()
-        instance = await cloud.provider.launch(order)
-        self._ledger.saw(cloud, [instance], asked_at)
-        await self._orders.launched(order, instance)
+        bought = await cloud.provider.launch(order)
+        self._ledger.saw(cloud, bought.instances, asked_at)
+        for offering, error in bought.refusals:
+            self._cool(order.pool, offering, error)
+        if not bought.instances and not bought.refusals:
+            raise OfferingRefused(f"{cloud.provider.name} gave none of {order.count} machines, and no reason")
+        self._orders.answered(order, bought, _outcome(bought))
 
     def _failed(self, entry: OpenOrder, error: BrokerError) -> None:
         """The calls are over and brought no machine. Only a certain refusal closes the order.
@@ -251,20 +292,28 @@ class LaunchLoop:
         order, now = entry.order, self._context.now()
         if entry.perhaps_launched and not isinstance(error, OfferingRefused | OrderSpent):
             entry.resend_at = now + (NEVER_SECONDS if isinstance(error, OrderMismatch) else RESEND_SECONDS)
-            self._tell(order.pool, error, doubtful=1)
+            self._tell(order.pool, error, doubtful=len(entry.vacant))
             return
         if entry.perhaps_launched and isinstance(error, OfferingRefused):
             entry.doubtful, entry.resend_at = True, NEVER_SECONDS
         else:
             self._orders.close(order, OUTCOMES.get(type(error), "failed"))
-        if isinstance(error, OfferingRefused):
-            self._cooling[order.pool, order.offering] = (now + COOL_DOWN_SECONDS, error)
-        elif isinstance(error, PermanentRefusal):
-            self._cooling[order.pool, order.offering] = (now + MENDING_SECONDS, error)
+        if isinstance(error, OfferingRefused | PermanentRefusal):
+            for offering in order.offerings:
+                self._cool(order.pool, offering, error)
         elif isinstance(error, OrderSpent):
             self._context.guard(order.pool).boot_failed(self._context.pool(order.pool), now)
         else:
             self._tell(order.pool, error)
+
+    def _cool(self, pool: str, offering: Offering, error: BrokerError) -> None:
+        seconds = MENDING_SECONDS if isinstance(error, PermanentRefusal) else COOL_DOWN_SECONDS
+        self._cooling[pool, offering] = (self._context.now() + seconds, error)
+
+
+def _outcome(bought: Bought) -> str:
+    """Why an order has not all of its machines."""
+    return next((OUTCOMES.get(type(error), "failed") for _, error in bought.refusals), "no-capacity")
 
 
 def _perhaps_launched(error: BrokerError) -> bool:

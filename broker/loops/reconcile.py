@@ -21,7 +21,7 @@ from broker.clouds import Cloud
 from broker.context import Context
 from broker.core import tags
 from broker.core.errors import BrokerError, CloudUnreachable, SettingsError, StoreError
-from broker.core.model import UNKNOWN_CLIENT, Instance, InstanceState, Lease, Worker, WorkerState
+from broker.core.model import UNKNOWN_CLIENT, Instance, InstanceState, Lease, Order, Worker, WorkerState
 from broker.core.policy import Reason, born_at
 from broker.core.registry import BOOKED, USABLE
 from broker.ledger import Ledger
@@ -188,7 +188,7 @@ class ReconcileLoop:
         foreign = []
         for instance in listing:
             if self._is_ours(instance):
-                await self.take_in(cloud, instance)
+                self.take_in(cloud, instance)
             else:
                 foreign.append(instance)
         if foreign:
@@ -205,11 +205,11 @@ class ReconcileLoop:
         except TimeoutError:
             self._report("claims not finished", {"cloud": cloud.provider.name, "machines": len(foreign)})
 
-    async def take_in(self, cloud: Cloud, instance: Instance) -> None:
+    def take_in(self, cloud: Cloud, instance: Instance) -> None:
         """One machine of ours, as the cloud describes it."""
         worker = self._registry.by_instance(instance.id)
         if worker is None:
-            worker = await self._matched(cloud, instance)
+            worker = self._matched(cloud, instance)
             if worker is None:
                 return
         else:
@@ -221,17 +221,19 @@ class ReconcileLoop:
         if worker.state in USABLE and instance.state in DEAD | HALTED:
             self._registry.drain(worker.id, _why_it_ends(worker, instance), self._context.now())
 
-    async def _matched(self, cloud: Cloud, instance: Instance) -> Worker | None:
+    def _matched(self, cloud: Cloud, instance: Instance) -> Worker | None:
         """The entry for a machine that the books do not know by its id: its order's, or a new one."""
         identity = tags.read(instance.tags)
         entry = self._orders.get(identity.order)
         if instance.state is InstanceState.TERMINATED:
             self._drop_leases_of(instance.id)
             if entry is not None:
-                self._orders.close(entry.order, "spent")
+                self._orders.spent(entry.order, instance.id)
             return None
         if entry is not None:
-            worker = await self._orders.launched(entry.order, instance)
+            worker = self._orders.launched(entry.order, instance)
+            if instance.id in self._context.ended and worker.state in USABLE:
+                return self._end_again(worker)
             if worker.state in USABLE:  # a lease can be on disk although the launch is not: it was full
                 self._restore_leases(worker)
                 if entry.order.id in self._context.reopened:
@@ -255,10 +257,7 @@ class ReconcileLoop:
             return self._end_again(worker)
         self._restore_leases(worker)
         self._count_forgotten_clients(worker, known=identity.order in self._context.known_orders)
-        twin = self._registry.get(identity.order)
-        if twin is not None and twin.id != worker.id and not self._registry.busy(worker.id):
-            worker = self._registry.drain(worker.id, Reason.SURPLUS, now)  # one order, two machines
-        return worker
+        return self._orders.end_surplus(worker)
 
     def _known_to_be_idle(self, instance: Instance) -> bool:
         """The store remembers its launch and no lease on it: it is surely unused, so its age counts."""
@@ -364,11 +363,11 @@ class ReconcileLoop:
     def _expect_launched(self, cloud: Cloud, launched: LaunchedOrder) -> None:
         if self._registry.by_instance(launched.instance_id) is not None:
             return
-        order, offering, held = launched.order, launched.order.offering, self._context.stored_leases
+        order, offering, held = launched.order, launched.order.offerings[0], self._context.stored_leases
         old = self._context.now() - launched.placed_at > EXPECTED_SECONDS
         listed = launched.instance_id in cloud.instance_ids  # and not taken in: so it has ended
         if listed or (old and launched.instance_id not in held):
-            self._context.store.soon(self._context.store.order_closed(order.id, "gone"))
+            self._context.store.soon(self._context.store.machine_gone(launched.instance_id))
             return
         unseen = Instance(
             launched.instance_id,
@@ -380,12 +379,15 @@ class ReconcileLoop:
             market=offering.market,
             cores=offering.cores,
         )
-        self._enter_unseen(unseen, order.pool, order.id)
+        self._enter_unseen(unseen, order.pool, order)
 
-    def _enter_unseen(self, unseen: Instance, pool: str, order_id: str | None) -> None:
-        port = self._context.pool(pool).worker_port
-        price = self._context.price(pool, unseen)
-        worker = self._registry.adopt(unseen, pool, port, self._context.now(), order_id=order_id, price=price)
+    def _enter_unseen(self, unseen: Instance, pool: str, order: Order | None) -> None:
+        if order is not None and self._orders.get(order.id) is not None:  # others of its machines are awaited
+            worker = self._orders.launched(order, unseen)
+        else:
+            port, price = self._context.pool(pool).worker_port, self._context.price(pool, unseen)
+            now, order_id = self._context.now(), None if order is None else order.id
+            worker = self._registry.adopt(unseen, pool, port, now, order_id=order_id, price=price)
         if unseen.id in self._context.ended:
             self._end_again(worker)
         else:
@@ -426,7 +428,7 @@ class ReconcileLoop:
             return
         self._ledger.saw(cloud, instances, asked_at)
         for instance in instances if cloud.rival is None else ():
-            await self.take_in(cloud, instance)
+            self.take_in(cloud, instance)
 
     def _next_at(self) -> float:
         beat_at = self._context.now() + BEAT_SECONDS_MAX

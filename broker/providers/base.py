@@ -38,7 +38,7 @@ from broker.core.errors import (
     QuotaReached,
     Throttled,
 )
-from broker.core.model import Instance, Offering, Order
+from broker.core.model import Bought, Instance, Offering, Order
 
 # What `on_call` hears of a failed call; with "ok" and "cancelled" the closed list, safe as a metric label.
 OUTCOMES: Mapping[type[CloudError], str] = {
@@ -62,6 +62,8 @@ class Provider(Protocol):
     """
 
     name: str  # where, for logs: "ec2 us-east-1"
+    offerings_max: int  # in one order
+    machines_max: int  # in one order
     contested: bool  # brokers on several hosts can reach the same machines: each machine carries a claim
 
     async def open(self) -> None:
@@ -78,16 +80,23 @@ class Provider(Protocol):
         """What the pool can buy, in order of preference; `cores` as far as the cloud has told."""
 
     def prepare(
-        self, pool: str, order_id: str, offering: Offering, created_unix: float, epoch: str = ""
+        self,
+        pool: str,
+        order_id: str,
+        offerings: Sequence[Offering],
+        created_unix: float,
+        epoch: str = "",
+        count: int = 1,
     ) -> Order:
         """The order with the exact parameters of its launch call, ready to be written to disk.
 
-        `epoch` is the claim that a machine of a contested cloud carries from the launch call on.
+        `count` machines, each of any of these offerings: `machines_max` and `offerings_max` at most. `epoch`
+        is the claim that a machine of a contested cloud carries from the launch call on.
         """
 
-    async def launch(self, order: Order) -> Instance:
-        """One machine for this order. Sent again with the same order it returns the same machine, or raises
-        OrderSpent from the moment at which that machine begins to end."""
+    async def launch(self, order: Order) -> Bought:
+        """Machines for this order, as many as can be had. Sent again with the same order it returns the same
+        machines; an order for one raises OrderSpent from the moment at which that machine begins to end."""
 
     async def listing(self) -> list[Instance]:
         """Every machine here that carries this broker's tag, terminated ones as long as the cloud shows them,

@@ -16,7 +16,7 @@ from typing import Any
 from broker.core import prices, tags
 from broker.core.cloudtime import Span
 from broker.core.errors import CloudUnreachable, InstanceNotFound, OrderSpent, PermanentRefusal, SettingsError
-from broker.core.model import Instance, InstanceState, Market, Offering, Order
+from broker.core.model import Bought, Instance, InstanceState, Market, Offering, Order
 from broker.core.settings import PoolSettings
 from broker.providers import ec2_check
 from broker.providers.ec2_api import Account, ClientFactory, Ec2Api, OnCall
@@ -51,6 +51,8 @@ class Ec2Provider:
 
     name: str
     contested = True
+    offerings_max = 1
+    machines_max = 1
 
     def __init__(
         self,
@@ -116,7 +118,13 @@ class Ec2Provider:
         )
 
     def prepare(
-        self, pool: str, order_id: str, offering: Offering, created_unix: float, epoch: str = ""
+        self,
+        pool: str,
+        order_id: str,
+        offerings: Sequence[Offering],
+        created_unix: float,
+        epoch: str = "",
+        count: int = 1,
     ) -> Order:
         assert order_id.isascii(), "an order's id is its client token"
         assert len(order_id) <= TOKEN_CHARS_MAX, "an order's id is its client token"
@@ -127,18 +135,18 @@ class Ec2Provider:
             settings.tags,
             expires_unix=created_unix + settings.max_lifetime,
         )
-        parameters = launch_parameters(settings, self._recipes[pool], offering, launch_tags)
+        parameters = launch_parameters(settings, self._recipes[pool], offerings[0], launch_tags)
         exact = json.dumps(parameters, sort_keys=True, separators=(",", ":"))
-        return Order(order_id, pool, offering, exact, created_unix)
+        return Order(order_id, pool, tuple(offerings), exact, created_unix, count)
 
-    async def launch(self, order: Order) -> Instance:
+    async def launch(self, order: Order) -> Bought:
         answer = await self._api.call("RunInstances", **json.loads(order.parameters), ClientToken=order.id)
         with _understood("RunInstances"):
             instance = self._instance(answer["Instances"][0])
         if instance.state in ENDED:  # the token of a dead machine may return the dead machine
             why = f" ({instance.reason})" if instance.reason else ""
             raise OrderSpent(f"the machine of this order, {instance.id}, is {instance.state} already{why}")
-        return instance
+        return Bought((instance,))
 
     async def listing(self) -> list[Instance]:
         tagged = await self._instances([filter_of(f"tag:{tags.BROKER}", [self._broker_id])])

@@ -26,7 +26,7 @@ from broker.core.errors import (
     InstanceNotFound,
     SettingsError,
 )
-from broker.core.model import Instance, InstanceState, Market, Offering, Order
+from broker.core.model import Bought, Instance, InstanceState, Market, Offering, Order
 from broker.core.settings import PoolSettings
 from broker.core.tags import Identity, launch_tags
 from broker.providers.base import OUTCOMES
@@ -51,6 +51,8 @@ class LocalProvider:
     """
 
     name = "local"
+    offerings_max = 1
+    machines_max = 1  # each is a process of its own
     contested = False  # one host: the locks see to it, and no machine of another state directory is listed
 
     def __init__(
@@ -94,7 +96,13 @@ class LocalProvider:
         ]
 
     def prepare(
-        self, pool: str, order_id: str, offering: Offering, created_unix: float, epoch: str = ""
+        self,
+        pool: str,
+        order_id: str,
+        offerings: Sequence[Offering],
+        created_unix: float,
+        epoch: str = "",
+        count: int = 1,
     ) -> Order:
         settings = self._pools[pool]
         identity = Identity(self._broker_id, pool, order_id, epoch=epoch)
@@ -105,10 +113,10 @@ class LocalProvider:
             min(math.ceil(settings.idle_timeout + LEASH_SECONDS_SPARE), LEASH_SECONDS_MAX),
             launch_tags(identity, settings.name_tag, settings.tags, expires_unix=expires_unix),
         )
-        return Order(order_id, pool, offering, RECIPE.dump_json(recipe).decode(), created_unix)
+        return Order(order_id, pool, tuple(offerings), RECIPE.dump_json(recipe).decode(), created_unix, count)
 
-    async def launch(self, order: Order) -> Instance:
-        return await self._call("launch", self._machines.launch, order)
+    async def launch(self, order: Order) -> Bought:
+        return Bought((await self._call("launch", self._machines.launch, order),))
 
     async def listing(self) -> list[Instance]:
         instances = await self._call("listing", self._machines.listing)

@@ -11,8 +11,10 @@ PORT = 2560
 MOON = Offering("moon", "big", Market.SPOT, cores=64, price_usd_micros_per_hour=1_000_000)
 
 
-def order(order_id: str = "o-1", pool: str = "default", offering: Offering = MOON) -> Order:
-    return Order(order_id, pool, offering, "{}", created_unix=0.0)
+def order(
+    order_id: str = "o-1", pool: str = "default", offering: Offering = MOON, *, count: int = 1
+) -> Order:
+    return Order(order_id, pool, (offering,), "{}", created_unix=0.0, count=count)
 
 
 def instance(instance_id: str = "i-1", address: str | None = "10.0.0.1", **changes: Any) -> Instance:

@@ -2,23 +2,13 @@
 
 from __future__ import annotations
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from broker.core.errors import BudgetReached, LimitReached
 from broker.core.ledger import Budget
-from broker.core.model import Worker, WorkerState
-from broker.core.policy import (
-    Demand,
-    LaunchGuard,
-    LaunchPlan,
-    Reason,
-    Verdict,
-    born_at,
-    judge,
-    plan_launches,
-)
+from broker.core.model import Worker
+from broker.core.policy import LaunchGuard, Reason, Room, Verdict, born_at, judge, launch_room
 from broker.core.registry import Registry
 from broker.core.settings import PoolSettings
 from tests.core.generated import FEW
@@ -245,74 +235,38 @@ def test_an_image_that_stays_broken_for_a_year_does_not_break_the_broker() -> No
     assert guard.closed_until_at == 14_400.0
 
 
-# --- what to order --------------------------------------------------------------------------------------
+# --- how many may be ordered ----------------------------------------------------------------------------
 
 
-def planned(
-    registry: Registry, demand: Demand, settings: PoolSettings = POOL, guard: LaunchGuard | None = None
-) -> LaunchPlan:
-    return plan_launches(registry, "default", settings, demand, guard or LaunchGuard(), now=0.0)
+def room(registry: Registry, settings: PoolSettings = POOL, guard: LaunchGuard | None = None) -> Room:
+    return launch_room(registry, "default", settings, guard or LaunchGuard(), now=0.0)
 
 
-def says(plan: LaunchPlan) -> str | None:
-    """What waiting clients are told at once."""
-    assert plan.orders == 0 or plan.refusal is None
-    return None if plan.refusal is None else plan.refusal.message
+def says(found: Room) -> str:
+    assert found.machines == 0
+    assert found.why is not None
+    return found.why.message
 
 
-def affordable(registry: Registry, demand: Demand, *budgets: Budget) -> LaunchPlan:
+def affordable(*budgets: Budget) -> Room:
     """A machine costs 10."""
-    guard = LaunchGuard()
-    return plan_launches(
-        registry, "default", POOL, demand, guard, 0.0, budgets=budgets, price_usd_micros_per_hour=10
+    return launch_room(
+        Registry(), "default", POOL, LaunchGuard(), 0.0, budgets=budgets, price_usd_micros_per_hour=10
     )
 
 
 def test_no_more_is_ordered_than_every_budget_allows() -> None:
     pools, brokers = Budget("the pool's", 25, 0, 0), Budget("the broker's", 15, 0, 0)
-    assert affordable(Registry(), Demand(exclusive=4)) == LaunchPlan(4)
-    assert affordable(Registry(), Demand(exclusive=4), pools) == LaunchPlan(3)
-    assert affordable(Registry(), Demand(exclusive=4), pools, brokers) == LaunchPlan(2)
-    assert affordable(Registry(), Demand(exclusive=4), brokers, pools) == LaunchPlan(2)
+    assert affordable() == Room(4)
+    assert affordable(pools) == Room(3)
+    assert affordable(pools, brokers) == affordable(brokers, pools) == Room(2)
 
 
-def test_who_waits_hears_which_budget_is_spent_unless_a_machine_may_become_free() -> None:
-    registry, spent = Registry(), Budget("the broker's", 20, 15, 5)
-    plan = affordable(registry, Demand(sharing=1), Budget("the pool's", 25, 0, 0), spent)
-    assert isinstance(plan.refusal, BudgetReached)
-    assert plan.orders == 0
-    assert plan.refusal.message == spent.refusal().message
-    ready(registry, 0.0)
-    waits = affordable(registry, Demand(exclusive=1), spent)
-    assert waits == LaunchPlan(obstacle=spent.refusal().message)
-
-
-def test_nobody_waits_and_nothing_is_ordered() -> None:
-    assert planned(Registry(), Demand()) == LaunchPlan()
-
-
-def test_a_thousand_clients_that_share_need_one_machine() -> None:
-    assert planned(Registry(), Demand(sharing=1000)) == LaunchPlan(orders=1)
-
-
-def test_clients_that_share_nothing_need_one_machine_each() -> None:
-    assert planned(Registry(), Demand(exclusive=3)) == LaunchPlan(orders=3)
-    assert planned(Registry(), Demand(sharing=5, exclusive=2)) == LaunchPlan(orders=3)
-
-
-def test_machines_on_order_and_booting_are_supply_already() -> None:
-    registry = Registry()
-    registry.order(order("o-1"), PORT, 0.0)
-    booting(registry, 0.0, number=2)
-    assert planned(registry, Demand(sharing=9)) == LaunchPlan()
-    assert planned(registry, Demand(exclusive=2)) == LaunchPlan()
-    assert planned(registry, Demand(exclusive=3)) == LaunchPlan(orders=1)
-
-
-def test_a_ready_machine_is_no_supply_for_those_who_still_wait() -> None:
-    registry = Registry()
-    ready(registry, 0.0)
-    assert planned(registry, Demand(exclusive=1)) == LaunchPlan(orders=1)
+def test_who_may_not_launch_hears_which_budget_is_spent() -> None:
+    spent = Budget("the broker's", 20, 15, 5)
+    found = affordable(Budget("the pool's", 25, 0, 0), spent)
+    assert isinstance(found.why, BudgetReached)
+    assert says(found) == spent.refusal().message
 
 
 def test_the_cap_counts_every_machine_that_is_not_gone() -> None:
@@ -320,80 +274,62 @@ def test_the_cap_counts_every_machine_that_is_not_gone() -> None:
     ready(registry, 0.0, 1)
     registry.suspect(ready(registry, 0.0, 2).id, "no answer", 0.0)
     registry.drain(ready(registry, 0.0, 3).id, "idle", 0.0)
-    assert planned(registry, Demand(exclusive=9)) == LaunchPlan(orders=1)
+    assert room(registry) == Room(1)
     registry.drain(ready(registry, 0.0, 4).id, "idle", 0.0)
     registry.terminating("o-4", 0.0)
-    assert planned(registry, Demand(exclusive=9)).obstacle == "the pool's max_workers = 4 is reached"
+    assert says(room(registry)) == "the pool's max_workers = 4 is reached"
     registry.gone("o-4", "terminated", 0.0)
-    assert planned(registry, Demand(exclusive=9)) == LaunchPlan(orders=1)
+    assert room(registry) == Room(1)
+
+
+def test_every_place_of_an_order_counts_against_the_cap() -> None:
+    registry, three = Registry(), order("o-1", count=3)
+    for place in three.places:
+        registry.order(three, PORT, 0.0, place=place)
+    assert room(registry) == Room(1)
 
 
 def test_another_pools_machines_do_not_count() -> None:
     registry = Registry()
     for number in range(9):
         registry.order(order(f"o-{number}", pool="other"), PORT, 0.0)
-    assert planned(registry, Demand(sharing=1)) == LaunchPlan(orders=1)
+    assert room(registry) == Room(4)
 
 
 def test_no_more_is_ordered_than_the_hour_allows() -> None:
     guard = LaunchGuard()
     for _ in range(2):
         guard.attempted(0.0)
-    settings = pool(launches_per_hour=3)
-    assert planned(Registry(), Demand(exclusive=3), settings, guard) == LaunchPlan(orders=1)
-
-
-def test_clients_are_refused_at_once_when_there_is_nothing_to_wait_for() -> None:
-    assert says(planned(Registry(), Demand(sharing=1), pool(max_workers=0))) == (
-        "the pool's max_workers = 0 is reached"
+    assert room(Registry(), pool(launches_per_hour=3), guard) == Room(1)
+    assert says(room(Registry(), pool(launches_per_hour=2), guard)) == (
+        "the pool's launches_per_hour = 2 is reached"
     )
-    assert says(planned(Registry(), Demand(sharing=1), pool(launches_per_hour=0))) == (
-        "the pool's launches_per_hour = 0 is reached"
-    )
-
-
-def test_clients_wait_for_a_machine_that_may_become_free_and_hear_why() -> None:
-    registry = Registry()
-    ready(registry, 0.0)
-    plan = planned(registry, Demand(exclusive=1), pool(max_workers=1))
-    assert plan == LaunchPlan(obstacle="the pool's max_workers = 1 is reached")
 
 
 def test_while_the_breaker_is_open_nothing_is_ordered() -> None:
     guard = LaunchGuard()
     failing(guard, POOL.boot_failures_max, 0.0)
-    assert "did not become ready" in (says(planned(Registry(), Demand(sharing=1), POOL, guard)) or "")
-    registry = Registry()
-    booting(registry, 0.0)
-    assert planned(registry, Demand(sharing=1), POOL, guard) == LaunchPlan(), "what is on its way is enough"
-    assert "did not become ready" in planned(registry, Demand(exclusive=2), POOL, guard).obstacle
+    assert "did not become ready" in says(room(Registry(), POOL, guard))
 
 
 COUNTS = st.integers(0, 8)
 
 
-@given(
-    ordered=COUNTS, warm=COUNTS, sharing=COUNTS, exclusive=COUNTS, attempts=COUNTS, cap=COUNTS, hourly=COUNTS
-)
+@given(ordered=COUNTS, warm=COUNTS, attempts=COUNTS, cap=COUNTS, hourly=COUNTS)
 @FEW
-def test_no_plan_ever_exceeds_a_limit(
-    ordered: int, warm: int, sharing: int, exclusive: int, attempts: int, cap: int, hourly: int
+def test_there_is_never_more_room_than_a_limit_leaves(
+    ordered: int, warm: int, attempts: int, cap: int, hourly: int
 ) -> None:
     registry, guard = Registry(), LaunchGuard()
-    settings = pool(max_workers=cap, launches_per_hour=hourly)
     for number in range(ordered):
         registry.order(order(f"on-order-{number}"), PORT, 0.0)
     for number in range(warm):
         ready(registry, 0.0, number)
     for _ in range(attempts):
         guard.attempted(0.0)
-    plan = planned(registry, Demand(sharing, exclusive), settings, guard)
-    assert 0 <= plan.orders <= Demand(sharing, exclusive).workers_wanted()
-    if plan.orders:
-        assert len(registry) + plan.orders <= cap
-        assert attempts + plan.orders <= hourly
-    assert [bool(plan.orders), plan.refusal is not None, bool(plan.obstacle)].count(True) <= 1
-    assert plan.refusal is None or registry.count("default", *WorkerState) == 0
+    found = room(registry, pool(max_workers=cap, launches_per_hour=hourly), guard)
+    assert found.machines == max(0, min(cap - len(registry), hourly - attempts))
+    assert (found.why is None) is bool(found.machines)
 
 
 def test_why_a_worker_is_drained_is_a_closed_list_of_short_words() -> None:
@@ -402,10 +338,3 @@ def test_why_a_worker_is_drained_is_a_closed_list_of_short_words() -> None:
         "idle", "released", "max-lifetime", "boot-timeout", "boot-failed", "unresponsive", "terminate-all",
         "reclaimed", "stopped", "surplus", "ended-before",
     }  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("sharing", "exclusive", "wanted"), [(0, 0, 0), (1, 0, 1), (7, 0, 1), (0, 2, 2), (3, 2, 3)]
-)
-def test_demand_is_counted_in_machines(sharing: int, exclusive: int, wanted: int) -> None:
-    assert Demand(sharing, exclusive).workers_wanted() == wanted

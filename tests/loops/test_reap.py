@@ -62,7 +62,7 @@ def test_an_idle_worker_past_its_max_lifetime_ends(tmp_path: Path) -> None:
 def test_a_machine_that_stays_pending_ends_at_the_boot_deadline_and_another_is_tried(tmp_path: Path) -> None:
     async def story(broker: RunningBroker) -> None:
         ask = asyncio.create_task(broker.ask("GET_WORKER wait=3600"))
-        await broker.until(lambda: broker.cloud.count("launch") == 2)
+        await broker.until(lambda: broker.cloud.count("launch") == 2 and broker.cloud.running())
         assert broker.cloud.count("terminate") == 1
         broker.cloud.boot(broker.cloud.running()[0])
         assert "ERROR" not in await ask

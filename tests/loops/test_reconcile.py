@@ -404,7 +404,8 @@ def test_a_lease_is_kept_although_the_launch_of_its_machine_could_not_be_written
         async with running_broker(settings(sharing="exclusive"), tmp_path) as broker:
             address = await broker.ask("GET_WORKER client=a")
         with closing(sqlite3.connect(tmp_path / "broker.db")) as file, file:
-            file.execute("UPDATE orders SET state = 'open', instance_id = NULL")
+            file.execute("UPDATE orders SET state = 'open'")
+            file.execute("DELETE FROM machines")
         async with running_broker(settings(sharing="exclusive"), tmp_path, cloud=broker.cloud) as again:
             assert await again.ask(f"PING {address} client=b") == (
                 "ERROR: the worker is held by another client [DENIED]"

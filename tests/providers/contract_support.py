@@ -45,6 +45,7 @@ from broker.testing import EPOCH_UNIX, run_virtual
 from tests.providers.ec2_support import pool as ec2_pool
 from tests.providers.simulated_support import steady
 from tests.support import ec2_wire
+from tests.support.buying import launch_one
 from tests.support.cloud import MotoServer
 from tests.support.fault_proxy import EVERY_ACTION, FaultProxy
 
@@ -519,7 +520,7 @@ class LocalStand(Stand):
         provider = await self.provider()
         order = an_order(provider, "untagged")
         recipe = {**json.loads(order.parameters), "tags": its_tags}
-        return (await provider.launch(replace(order, parameters=json.dumps(recipe)))).id
+        return (await launch_one(provider, replace(order, parameters=json.dumps(recipe)))).id
 
     def heal(self) -> None:
         self._clock_free.set()
@@ -587,7 +588,7 @@ def _stand(name: str, powers: Sequence[Power]) -> Any:
 
 
 def an_order(provider: Provider, order_id: str = "order-1", *, created_unix: float = EPOCH_UNIX) -> Order:
-    return provider.prepare(POOL, order_id, provider.offerings(POOL)[0], created_unix)
+    return provider.prepare(POOL, order_id, [provider.offerings(POOL)[0]], created_unix)
 
 
 def identity_of(order: Order) -> Identity:

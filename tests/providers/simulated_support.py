@@ -86,7 +86,7 @@ class Lab:
 
     def order(self, order_id: str = "order-1", name: str = "default") -> Order:
         offering = self.provider.offerings(name)[0]
-        return self.provider.prepare(name, order_id, offering, EPOCH_UNIX + self.now)
+        return self.provider.prepare(name, order_id, [offering], EPOCH_UNIX + self.now)
 
 
 Story = Callable[[Lab], Awaitable[None]]

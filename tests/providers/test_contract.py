@@ -48,6 +48,7 @@ from tests.providers.contract_support import (
     identity_of,
 )
 from tests.providers.ec2_support import forget_aws
+from tests.support.buying import launch_one
 from tests.support.cloud import MotoServer
 from tests.support.fault_proxy import FaultProxy
 
@@ -109,7 +110,7 @@ async def until_dead(stand: Stand, *instance_ids: str) -> None:
 async def failures_of_every_call(provider: Provider, order: Order, instance_id: str) -> dict[str, CloudError]:
     """What each call of the port raises at this moment: all of them must, and only our errors."""
     answers = await asyncio.gather(
-        provider.launch(order),
+        launch_one(provider, order),
         provider.listing(),
         provider.describe([instance_id]),
         provider.terminate([instance_id]),
@@ -129,7 +130,7 @@ async def failures_of_every_call(provider: Provider, order: Order, instance_id: 
 async def test_opening_twice_is_harmless(stand: Stand) -> None:
     provider = await stand.provider()
     order = an_order(provider)
-    launched = await provider.launch(order)
+    launched = await launch_one(provider, order)
     await provider.open()
     assert an_order(provider) == order
     assert set(await listed(provider)) == stand.living() == {launched.id}
@@ -144,7 +145,7 @@ async def test_an_open_that_has_failed_is_tried_again_and_succeeds(stand: Stand)
             await provider.open()
     stand.heal()
     await provider.open()
-    launched = await provider.launch(an_order(provider))
+    launched = await launch_one(provider, an_order(provider))
     assert set(await listed(provider)) == {launched.id}
 
 
@@ -161,7 +162,7 @@ async def test_a_mistake_in_what_is_to_be_bought_keeps_no_machine_from_being_lis
     stand: Stand,
 ) -> None:
     before = await stand.provider()
-    launched = await before.launch(an_order(before))
+    launched = await launch_one(before, an_order(before))
     restarted = stand.mistaken()
     with suppress(SettingsError):
         await restarted.open()
@@ -174,7 +175,7 @@ async def test_a_mistake_in_what_is_to_be_bought_keeps_no_machine_from_being_lis
 @holds_everywhere
 async def test_machines_outlive_the_close_of_their_provider_and_the_next_one_finds_them(stand: Stand) -> None:
     first = await stand.provider()
-    launched = await first.launch(an_order(first))
+    launched = await launch_one(first, an_order(first))
     await first.close()
     assert stand.living() == {launched.id}
     second = await stand.provider()
@@ -206,7 +207,7 @@ async def test_offerings_and_orders_need_no_cloud(stand: Stand) -> None:
     provider = await stand.provider()
     stand.cut_off()
     heard = list(stand.heard)
-    assert an_order(provider).offering == provider.offerings(POOL)[0]
+    assert an_order(provider).offerings[0] == provider.offerings(POOL)[0]
     assert stand.heard == heard
 
 
@@ -223,11 +224,11 @@ async def test_an_order_that_was_on_disk_is_the_order_that_was_launched(stand: S
     provider = await stand.provider()
     order = an_order(provider)
     await _stored(stand, order)
-    launched = await provider.launch(order)
+    launched = await launch_one(provider, order)
     (read_back,) = await _stored(stand)
     assert read_back == order
     restarted = await stand.provider()
-    assert (await restarted.launch(read_back)).id == launched.id
+    assert (await launch_one(restarted, read_back)).id == launched.id
     assert stand.living() == {launched.id}
 
 
@@ -247,7 +248,7 @@ async def _stored(stand: Stand, *orders: Order) -> list[Order]:
 async def test_an_order_is_launched_as_it_was_prepared_whatever_the_settings_say_now(stand: Stand) -> None:
     order = an_order(await stand.provider(tags={"project": "then"}))
     restarted = await stand.provider(pool="other", tags={"project": "now"})
-    launched = await restarted.launch(order)
+    launched = await launch_one(restarted, order)
     shown = (await listed(restarted))[launched.id]
     assert shown.tags["project"] == "then"
     assert tags.read(shown.tags) == identity_of(order)
@@ -260,20 +261,20 @@ async def test_an_order_is_launched_as_it_was_prepared_whatever_the_settings_say
 async def test_a_launched_machine_is_what_was_ordered_and_says_whose_it_is(stand: Stand) -> None:
     provider = await stand.provider(tags={"project": "x"})
     order = an_order(provider)
-    launched = await provider.launch(order)
+    launched = await launch_one(provider, order)
     for machine in (launched, (await listed(provider))[launched.id]):
         assert machine.state in {InstanceState.PENDING, InstanceState.RUNNING}
         assert tags.read(machine.tags) == identity_of(order)
         assert (machine.tags["project"], machine.tags[tags.NAME]) == ("x", NAME_TAG)
-        assert machine.instance_type == order.offering.instance_type
-        assert (machine.region, machine.market) == (order.offering.region, order.offering.market)
+        assert machine.instance_type == order.offerings[0].instance_type
+        assert (machine.region, machine.market) == (order.offerings[0].region, order.offerings[0].market)
         assert machine.launched_unix > 0
 
 
 @holds_everywhere
 async def test_a_machine_comes_to_run_and_to_have_an_address(stand: Stand) -> None:
     provider = await stand.provider()
-    launched = await provider.launch(an_order(provider))
+    launched = await launch_one(provider, an_order(provider))
     await until_shown(
         stand, provider, launched.id, lambda one: one.state is InstanceState.RUNNING and bool(one.address)
     )
@@ -283,8 +284,8 @@ async def test_a_machine_comes_to_run_and_to_have_an_address(stand: Stand) -> No
 async def test_an_order_sent_again_returns_the_same_machine(stand: Stand) -> None:
     provider = await stand.provider()
     order = an_order(provider)
-    first = await provider.launch(order)
-    assert [(await provider.launch(order)).id for _ in range(2)] == [first.id] * 2
+    first = await launch_one(provider, order)
+    assert [(await launch_one(provider, order)).id for _ in range(2)] == [first.id] * 2
     assert stand.living() == {first.id}
 
 
@@ -292,7 +293,7 @@ async def test_an_order_sent_again_returns_the_same_machine(stand: Stand) -> Non
 async def test_an_order_sent_by_two_callers_at_once_returns_the_same_machine_to_both(stand: Stand) -> None:
     provider = await stand.provider()
     order = an_order(provider)
-    one, other = await asyncio.gather(provider.launch(order), provider.launch(order))
+    one, other = await asyncio.gather(launch_one(provider, order), launch_one(provider, order))
     assert one.id == other.id
     assert stand.living() == {one.id}
 
@@ -301,9 +302,9 @@ async def test_an_order_sent_by_two_callers_at_once_returns_the_same_machine_to_
 async def test_an_order_sent_again_after_a_crash_returns_the_same_machine(stand: Stand) -> None:
     crashed = await stand.provider()
     order = an_order(crashed)
-    first = await crashed.launch(order)
+    first = await launch_one(crashed, order)
     restarted = await stand.provider()
-    assert (await restarted.launch(order)).id == first.id
+    assert (await launch_one(restarted, order)).id == first.id
     assert stand.living() == {first.id}
 
 
@@ -311,7 +312,7 @@ async def test_an_order_sent_again_after_a_crash_returns_the_same_machine(stand:
 async def test_two_orders_are_two_machines_even_at_once(stand: Stand) -> None:
     provider = await stand.provider()
     orders = [an_order(provider, f"order-{number}") for number in range(3)]
-    launched = await asyncio.gather(*(provider.launch(order) for order in orders))
+    launched = await asyncio.gather(*(launch_one(provider, order) for order in orders))
     assert stand.living() == {one.id for one in launched}
     assert len(stand.living()) == 3
 
@@ -320,8 +321,8 @@ async def test_two_orders_are_two_machines_even_at_once(stand: Stand) -> None:
 async def test_an_order_id_of_64_characters_is_launched_and_shown_whole(stand: Stand) -> None:
     provider = await stand.provider()
     order = an_order(provider, "cb-".ljust(64, "0"))
-    launched = await provider.launch(order)
-    assert (await provider.launch(order)).id == launched.id
+    launched = await launch_one(provider, order)
+    assert (await launch_one(provider, order)).id == launched.id
     assert tags.read((await listed(provider))[launched.id].tags).order == order.id
 
 
@@ -329,13 +330,13 @@ async def test_an_order_id_of_64_characters_is_launched_and_shown_whole(stand: S
 async def test_a_changed_order_under_the_same_token_is_told_and_launches_nothing(stand: Stand) -> None:
     provider = await stand.provider()
     order = an_order(provider)
-    first = await provider.launch(order)
+    first = await launch_one(provider, order)
     changed = an_order(provider, created_unix=order.created_unix + 60)
     assert changed.parameters != order.parameters
     with pytest.raises(OrderMismatch) as raised:
-        await provider.launch(changed)
+        await launch_one(provider, changed)
     assert raised.value.sent
-    assert (await provider.launch(order)).id == first.id
+    assert (await launch_one(provider, order)).id == first.id
     assert stand.living() == {first.id}
 
 
@@ -343,15 +344,15 @@ async def test_a_changed_order_under_the_same_token_is_told_and_launches_nothing
 async def test_the_order_of_a_machine_that_was_terminated_is_spent_from_then_on(stand: Stand) -> None:
     provider = await stand.provider()
     order = an_order(provider)
-    first = await provider.launch(order)
+    first = await launch_one(provider, order)
     await stand.delay_end(first.id)
     await provider.terminate([first.id])
     with pytest.raises(OrderSpent) as raised:
-        await provider.launch(order)
+        await launch_one(provider, order)
     assert not raised.value.sent
     await until_shown(stand, provider, first.id, lambda one: one.state is InstanceState.TERMINATED)
     with pytest.raises(OrderSpent):
-        await provider.launch(order)
+        await launch_one(provider, order)
     assert stand.living() == set()
 
 
@@ -359,10 +360,10 @@ async def test_the_order_of_a_machine_that_was_terminated_is_spent_from_then_on(
 async def test_the_order_of_a_machine_that_died_is_spent_also_after_a_crash(stand: Stand) -> None:
     crashed = await stand.provider()
     order = an_order(crashed)
-    await stand.kill((await crashed.launch(order)).id)
+    await stand.kill((await launch_one(crashed, order)).id)
     for provider in (crashed, await stand.provider()):
         with pytest.raises(OrderSpent):
-            await provider.launch(order)
+            await launch_one(provider, order)
     assert stand.living() == set()
 
 
@@ -377,11 +378,11 @@ async def test_a_launch_whose_answer_is_lost_may_have_happened_and_is_the_same_m
     order = an_order(provider)
     stand.lose_answers_to_launches()
     with pytest.raises(CloudUnreachable) as raised:
-        await provider.launch(order)
+        await launch_one(provider, order)
     assert raised.value.sent
     (machine,) = stand.living()
     stand.heal()
-    assert (await provider.launch(order)).id == machine
+    assert (await launch_one(provider, order)).id == machine
     assert stand.living() == {machine}
 
 
@@ -391,11 +392,11 @@ async def test_a_launch_that_reached_nobody_is_sent_again_and_is_one_machine(sta
     order = an_order(provider)
     stand.cut_off()
     with pytest.raises(CloudUnreachable) as raised:
-        await provider.launch(order)
+        await launch_one(provider, order)
     assert raised.value.sent
     stand.heal()
     assert stand.living() == set()
-    launched = await provider.launch(order)
+    launched = await launch_one(provider, order)
     assert stand.living() == {launched.id}
 
 
@@ -405,12 +406,12 @@ async def test_without_capacity_nothing_is_launched_and_the_order_is_as_good_as_
     order = an_order(provider)
     stand.refuse_capacity()
     with pytest.raises(OfferingRefused) as raised:
-        await provider.launch(order)
+        await launch_one(provider, order)
     assert not raised.value.sent
     assert await provider.listing() == []
     assert stand.living() == set()
     stand.heal()
-    launched = await provider.launch(order)
+    launched = await launch_one(provider, order)
     assert stand.living() == {launched.id}
 
 
@@ -418,11 +419,11 @@ async def test_without_capacity_nothing_is_launched_and_the_order_is_as_good_as_
 async def test_an_order_that_has_its_machine_needs_no_capacity(stand: Stand) -> None:
     provider = await stand.provider()
     order = an_order(provider)
-    first = await provider.launch(order)
+    first = await launch_one(provider, order)
     stand.refuse_capacity()
     with pytest.raises(OfferingRefused):
-        await provider.launch(an_order(provider, "order-2"))
-    assert (await provider.launch(order)).id == first.id
+        await launch_one(provider, an_order(provider, "order-2"))
+    assert (await launch_one(provider, order)).id == first.id
     assert stand.living() == {first.id}
 
 
@@ -431,7 +432,7 @@ async def test_a_quota_that_is_reached_is_a_refused_offering_and_launches_nothin
     provider = await stand.provider()
     stand.reach_quota()
     with pytest.raises(QuotaReached) as raised:
-        await provider.launch(an_order(provider))
+        await launch_one(provider, an_order(provider))
     assert isinstance(raised.value, OfferingRefused)
     assert not raised.value.sent
     assert stand.living() == set()
@@ -443,11 +444,11 @@ async def test_a_launch_that_can_never_work_is_refused_for_good_and_launches_not
     order = an_order(provider)
     stand.forbid_launches()
     with pytest.raises(PermanentRefusal) as raised:
-        await provider.launch(order)
+        await launch_one(provider, order)
     assert not raised.value.sent
     assert stand.living() == set()
     stand.heal()  # somebody has mended it
-    launched = await provider.launch(order)
+    launched = await launch_one(provider, order)
     assert stand.living() == {launched.id}
 
 
@@ -456,7 +457,7 @@ async def test_a_launch_whose_caller_is_cancelled_does_not_lose_its_machine(stan
     provider = await stand.provider()
     order = an_order(provider)
     stand.hold_launches()
-    launching = asyncio.create_task(provider.launch(order))
+    launching = asyncio.create_task(launch_one(provider, order))
     await stand.launch_is_held()
     launching.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -471,7 +472,7 @@ async def test_a_launch_whose_caller_is_cancelled_does_not_lose_its_machine(stan
     await stand.until(shown)
     (machine,) = (await listed(provider)).values()
     assert tags.read(machine.tags) == identity_of(order)
-    assert (await provider.launch(order)).id == machine.id
+    assert (await launch_one(provider, order)).id == machine.id
     assert stand.living() == {machine.id}
 
 
@@ -483,7 +484,7 @@ async def fails_and_recovers(
 ) -> None:
     """Every call of the port raises this, changes nothing, and works again when the cloud does."""
     provider = await stand.provider()
-    machine = await provider.launch(an_order(provider))
+    machine = await launch_one(provider, an_order(provider))
     fail()
     heard_before = len(stand.heard)
     failures = await failures_of_every_call(provider, an_order(provider, "order-2"), machine.id)
@@ -534,8 +535,8 @@ async def test_where_nothing_was_launched_the_listing_is_empty(stand: Stand) -> 
 async def test_a_listing_has_every_machine_of_this_broker_and_nobody_elses(stand: Stand) -> None:
     ours, theirs = await stand.provider(), await stand.provider("other")
     orders = [an_order(ours, f"order-{number}") for number in range(2 * MACHINES_PER_PAGE + 1)]
-    launched = {(await ours.launch(order)).id for order in orders}
-    stranger = await theirs.launch(an_order(theirs, "their-order"))
+    launched = {(await launch_one(ours, order)).id for order in orders}
+    stranger = await launch_one(theirs, an_order(theirs, "their-order"))
     untagged = await stand.launch_untagged(Name=NAME_TAG)
     assert set(await listed(ours)) == launched
     assert set(await listed(theirs)) == {stranger.id}
@@ -545,7 +546,7 @@ async def test_a_listing_has_every_machine_of_this_broker_and_nobody_elses(stand
 @holds_everywhere
 async def test_a_listing_has_the_machines_of_a_pool_that_the_settings_have_forgotten(stand: Stand) -> None:
     before = await stand.provider()
-    launched = await before.launch(an_order(before))
+    launched = await launch_one(before, an_order(before))
     now = await stand.provider(pool="other")
     assert set(await listed(now)) == {launched.id}
 
@@ -553,7 +554,7 @@ async def test_a_listing_has_the_machines_of_a_pool_that_the_settings_have_forgo
 @holds_where(Power.ADOPT)
 async def test_only_a_pool_that_adopts_sees_untagged_machines_of_its_name(stand: Stand) -> None:
     theirs = await stand.provider("other")
-    await theirs.launch(an_order(theirs, "their-order"))
+    await launch_one(theirs, an_order(theirs, "their-order"))
     older = await stand.launch_untagged(Name=NAME_TAG)
     await stand.launch_untagged(Name="something-else")
     assert await listed(await stand.provider()) == {}
@@ -567,7 +568,7 @@ async def test_only_a_pool_that_adopts_sees_untagged_machines_of_its_name(stand:
 async def test_a_listing_whose_page_fails_is_no_listing_instead_of_a_short_one(stand: Stand) -> None:
     provider = await stand.provider()
     orders = [an_order(provider, f"order-{number}") for number in range(MACHINES_PER_PAGE + 1)]
-    launched = {(await provider.launch(order)).id for order in orders}
+    launched = {(await launch_one(provider, order)).id for order in orders}
     stand.fail_second_pages()
     with pytest.raises(CloudUnreachable):
         await provider.listing()
@@ -580,7 +581,7 @@ async def test_a_listing_whose_page_fails_is_no_listing_instead_of_a_short_one(s
 @holds_everywhere
 async def test_a_machine_that_died_is_still_listed_as_dead(stand: Stand) -> None:
     provider = await stand.provider()
-    launched = await provider.launch(an_order(provider))
+    launched = await launch_one(provider, an_order(provider))
     await stand.kill(launched.id)
     dead = await until_shown(stand, provider, launched.id, lambda one: one.state is InstanceState.TERMINATED)
     assert dead.address is None
@@ -594,7 +595,7 @@ async def test_a_machine_that_died_is_still_listed_as_dead(stand: Stand) -> None
 @holds_everywhere
 async def test_describe_leaves_out_what_the_cloud_does_not_know(stand: Stand) -> None:
     provider = await stand.provider()
-    first, second = [await provider.launch(an_order(provider, name)) for name in ("order-1", "order-2")]
+    first, second = [await launch_one(provider, an_order(provider, name)) for name in ("order-1", "order-2")]
     found = await provider.describe([stand.unknown_id, first.id, "junk"])
     assert [one.id for one in found] == [first.id]
     assert {one.id for one in await provider.describe([second.id, first.id])} == {first.id, second.id}
@@ -605,7 +606,7 @@ async def test_describe_leaves_out_what_the_cloud_does_not_know(stand: Stand) ->
 @holds_everywhere
 async def test_describe_shows_what_a_listing_shows(stand: Stand) -> None:
     provider = await stand.provider()
-    launched = await provider.launch(an_order(provider))
+    launched = await launch_one(provider, an_order(provider))
     running = await until_shown(
         stand, provider, launched.id, lambda one: one.state is InstanceState.RUNNING and bool(one.address)
     )
@@ -618,7 +619,7 @@ async def test_describe_shows_what_a_listing_shows(stand: Stand) -> None:
 @holds_everywhere
 async def test_a_terminated_machine_is_never_shown_alive_again(stand: Stand) -> None:
     provider = await stand.provider()
-    launched = await provider.launch(an_order(provider))
+    launched = await launch_one(provider, an_order(provider))
     await until_shown(stand, provider, launched.id, lambda one: one.state is InstanceState.RUNNING)
     await stand.delay_end(launched.id)
     await provider.terminate([launched.id])
@@ -640,7 +641,7 @@ async def test_a_terminated_machine_is_never_shown_alive_again(stand: Stand) -> 
 async def test_an_unknown_id_keeps_no_machine_alive(stand: Stand) -> None:
     provider = await stand.provider()
     orders = [an_order(provider, f"order-{number}") for number in range(3)]
-    ended, also_ended, spared = [(await provider.launch(order)).id for order in orders]
+    ended, also_ended, spared = [(await launch_one(provider, order)).id for order in orders]
     await provider.terminate([stand.unknown_id, ended, "junk", also_ended])
     await until_dead(stand, ended, also_ended)
     assert stand.living() == {spared}
@@ -652,7 +653,7 @@ async def test_an_unknown_id_keeps_no_machine_alive(stand: Stand) -> None:
 @holds_everywhere
 async def test_terminating_again_is_harmless_while_a_machine_ends_and_when_it_has_ended(stand: Stand) -> None:
     provider = await stand.provider()
-    launched = await provider.launch(an_order(provider))
+    launched = await launch_one(provider, an_order(provider))
     await stand.delay_end(launched.id)
     await provider.terminate([launched.id])
     await provider.terminate([launched.id, launched.id])
@@ -665,7 +666,7 @@ async def test_terminating_again_is_harmless_while_a_machine_ends_and_when_it_ha
 @holds_everywhere
 async def test_a_machine_that_died_by_itself_can_be_terminated_beside_one_that_lives(stand: Stand) -> None:
     provider = await stand.provider()
-    dead, alive = [(await provider.launch(an_order(provider, f"order-{n}"))).id for n in range(2)]
+    dead, alive = [(await launch_one(provider, an_order(provider, f"order-{n}"))).id for n in range(2)]
     await stand.kill(dead)
     await provider.terminate([dead, alive])
     await until_dead(stand, alive)
@@ -677,7 +678,7 @@ async def test_a_machine_is_ended_by_another_provider_object_than_the_one_that_l
     stand: Stand,
 ) -> None:
     crashed = await stand.provider()
-    launched = await crashed.launch(an_order(crashed))
+    launched = await launch_one(crashed, an_order(crashed))
     restarted = await stand.provider()
     await restarted.terminate([launched.id])
     ended = await until_shown(
@@ -692,7 +693,7 @@ async def test_a_machine_that_was_asked_to_end_does_so_although_the_cloud_is_gon
     stand: Stand,
 ) -> None:
     provider = await stand.provider()
-    launched = await provider.launch(an_order(provider))
+    launched = await launch_one(provider, an_order(provider))
     await stand.delay_end(launched.id)
     await provider.terminate([launched.id])
     stand.cut_off()
@@ -707,7 +708,7 @@ async def test_a_machine_that_was_asked_to_end_does_so_although_the_cloud_is_gon
 @holds_where(Power.LOSE_ANSWERS)
 async def test_a_terminate_whose_answer_is_lost_says_so_and_may_be_sent_again(stand: Stand) -> None:
     provider = await stand.provider()
-    launched = await provider.launch(an_order(provider))
+    launched = await launch_one(provider, an_order(provider))
     stand.lose_answers_to_terminates()
     with pytest.raises(CloudUnreachable) as raised:
         await provider.terminate([launched.id])
@@ -724,7 +725,10 @@ async def test_a_terminate_whose_answer_is_lost_says_so_and_may_be_sent_again(st
 async def test_a_tag_shows_up_in_the_listing_and_leaves_the_others_as_they_were(stand: Stand) -> None:
     provider, restarted = await stand.provider(), await stand.provider()
     order = an_order(provider)
-    launched, other = await provider.launch(order), await provider.launch(an_order(provider, "order-2"))
+    launched, other = (
+        await launch_one(provider, order),
+        await launch_one(provider, an_order(provider, "order-2")),
+    )
     for words in ("first", "second", "second"):
         await provider.tag(launched.id, {**LAST_USED, "words": words})
         shown = (await listed(restarted))[launched.id]
@@ -756,22 +760,22 @@ async def test_every_call_is_heard_with_an_outcome_of_the_closed_list(stand: Sta
             await call  # type: ignore[misc]
         ((_, heard[case]),) = stand.heard[before:]
 
-    launched = await provider.launch(an_order(provider))
-    await hear("launch again", provider.launch(an_order(provider)))
-    await hear("changed", provider.launch(an_order(provider, created_unix=0.0)))
+    launched = await launch_one(provider, an_order(provider))
+    await hear("launch again", launch_one(provider, an_order(provider)))
+    await hear("changed", launch_one(provider, an_order(provider, created_unix=0.0)))
     await hear("list", provider.listing())
     await hear("describe", provider.describe([launched.id]))
     await hear("tag", provider.tag(launched.id, LAST_USED))
     await hear("tag unknown", provider.tag(stand.unknown_id, LAST_USED))
     stand.forbid_launches()
-    await hear("forbidden", provider.launch(an_order(provider, "order-2")))
+    await hear("forbidden", launch_one(provider, an_order(provider, "order-2")))
     stand.heal()
     stand.refuse_capacity()
-    await hear("no capacity", provider.launch(an_order(provider, "order-2")))
+    await hear("no capacity", launch_one(provider, an_order(provider, "order-2")))
     stand.heal()
     await hear("terminate", provider.terminate([launched.id]))
     await until_shown(stand, provider, launched.id, lambda one: one.state is InstanceState.TERMINATED)
-    await hear("spent", provider.launch(an_order(provider)))
+    await hear("spent", launch_one(provider, an_order(provider)))
     stand.cut_off()
     await hear("cut off", provider.listing())
     assert heard == {

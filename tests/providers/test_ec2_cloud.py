@@ -32,6 +32,7 @@ from broker.providers import ec2_api
 from broker.providers.ec2 import Ec2Provider
 from tests.providers.ec2_support import NOW_UNIX, ONE_TYPE, endpoint, forget_aws, pool
 from tests.support import ec2_wire
+from tests.support.buying import launch_one
 from tests.support.cloud import MotoServer
 from tests.support.fault_proxy import FaultProxy, loopback_address
 
@@ -73,7 +74,7 @@ async def opened(broker_id: str = "lab", /, **more: Any) -> AsyncIterator[Ec2Pro
 
 
 def an_order(provider: Ec2Provider, order_id: str = "order-1", of: str = "default") -> Order:
-    return provider.prepare(of, order_id, provider.offerings(of)[0], NOW_UNIX)
+    return provider.prepare(of, order_id, [provider.offerings(of)[0]], NOW_UNIX)
 
 
 async def ids_listed(provider: Ec2Provider) -> set[str]:
@@ -91,7 +92,7 @@ def tags_of(server: MotoServer, resource_id: str) -> dict[str, str]:
 
 async def test_a_launched_machine_is_what_the_pool_ordered(proxy: FaultProxy) -> None:
     async with opened(tags={"cost-centre": "17"}) as provider:
-        launched = await provider.launch(an_order(provider))
+        launched = await launch_one(provider, an_order(provider))
         assert (launched.state, launched.address, launched.market) == (
             InstanceState.PENDING,
             None,
@@ -115,7 +116,7 @@ async def test_a_launched_machine_is_what_the_pool_ordered(proxy: FaultProxy) ->
 
 async def test_the_volume_carries_the_same_tags_as_its_machine(proxy: FaultProxy, server: MotoServer) -> None:
     async with opened() as provider:
-        launched = await provider.launch(an_order(provider))
+        launched = await launch_one(provider, an_order(provider))
     (volume,) = server.call("DescribeVolumes", {}).iterfind(ec2_wire.path("volumeSet", "item"))
     assert tags_of(server, ec2_wire.text_of(volume, "volumeId")) == dict(launched.tags)
 
@@ -123,7 +124,7 @@ async def test_the_volume_carries_the_same_tags_as_its_machine(proxy: FaultProxy
 async def test_the_launch_call_on_the_wire(proxy: FaultProxy) -> None:
     script = "#!/bin/sh\necho grüezi\n"
     async with opened(user_data=script, key_name="lab") as provider:
-        await provider.launch(an_order(provider))
+        await launch_one(provider, an_order(provider))
     (call,) = proxy.calls_of("RunInstances")
     tags = {key: value for key, value in call.params.items() if key.startswith("TagSpecification.")}
     rest = {key: value for key, value in call.params.items() if key not in tags}
@@ -150,7 +151,7 @@ async def test_the_launch_call_on_the_wire(proxy: FaultProxy) -> None:
 
 async def test_an_on_demand_machine_is_listed_as_one(proxy: FaultProxy) -> None:
     async with opened(market="on-demand") as provider:
-        await provider.launch(an_order(provider))
+        await launch_one(provider, an_order(provider))
         assert [one.market for one in await provider.listing()] == [Market.ON_DEMAND]
 
 
@@ -165,7 +166,7 @@ async def test_a_named_group_and_a_subnet_of_ones_own_reach_the_machine(
         "CreateSecurityGroup", {"GroupName": "workers", "GroupDescription": "w", "VpcId": vpc}
     ).findtext(ec2_wire.path("groupId"))
     async with opened(subnet=subnet, security_groups=["workers"]) as provider:
-        launched = await provider.launch(an_order(provider))
+        launched = await launch_one(provider, an_order(provider))
         (seen,) = await provider.describe([launched.id])
         assert seen.address == loopback_address(seen.id, "public")
     (call,) = proxy.calls_of("RunInstances")
@@ -195,7 +196,7 @@ async def test_machine_types_are_known_with_their_cores_and_unknown_ones_are_a_p
 @pytest.mark.parametrize("address", ["private", "dns"])
 async def test_the_pools_address_is_the_one_that_is_seen(proxy: FaultProxy, address: Any) -> None:
     async with opened(address=address) as provider:
-        await provider.launch(an_order(provider))
+        await launch_one(provider, an_order(provider))
         (seen,) = await provider.listing()
         assert seen.address == loopback_address(seen.id, address)
 
@@ -203,7 +204,7 @@ async def test_the_pools_address_is_the_one_that_is_seen(proxy: FaultProxy, addr
 async def test_while_the_public_address_is_missing_there_is_none(proxy: FaultProxy) -> None:
     proxy.after_launch(pending=1, unaddressed=2)
     async with opened() as provider:
-        await provider.launch(an_order(provider))
+        await launch_one(provider, an_order(provider))
         seen = [(await provider.listing())[0] for _ in range(3)]
     assert [one.state.value for one in seen] == ["pending", "running", "running"]
     assert [one.address is None for one in seen] == [True, True, False]
@@ -220,36 +221,36 @@ async def test_an_order_whose_answer_was_lost_is_sent_once_more_and_is_still_one
     async with opened() as provider:
         order = an_order(provider)
         with pytest.raises(CloudUnreachable) as lost:
-            await provider.launch(order)
+            await launch_one(provider, order)
         assert lost.value.sent
         assert len(proxy.calls_of("RunInstances")) == 1  # the SDK has not tried again on its own
-        instance = await provider.launch(order)
+        instance = await launch_one(provider, order)
     assert [one.instance_id for one in proxy.truth()] == [instance.id]
 
 
 async def test_an_order_survives_its_broker(proxy: FaultProxy) -> None:
     async with opened() as provider:
         order = an_order(provider)
-        first = await provider.launch(order)
+        first = await launch_one(provider, order)
     async with opened(instance_types=["c6i.large"]) as another:
-        assert (await another.launch(order)).id == first.id
+        assert (await launch_one(another, order)).id == first.id
 
 
 async def test_a_token_used_with_other_parameters_is_told(proxy: FaultProxy) -> None:
     async with opened() as provider:
         order = an_order(provider)
-        await provider.launch(order)
+        await launch_one(provider, order)
         changed = replace(order, parameters=order.parameters.replace("c7i.large", "c6i.large"))
         with pytest.raises(OrderMismatch):
-            await provider.launch(changed)
+            await launch_one(provider, changed)
 
 
 async def test_the_order_of_a_dead_machine_is_spent(proxy: FaultProxy) -> None:
     async with opened() as provider:
         order = an_order(provider)
-        await provider.terminate([(await provider.launch(order)).id])
+        await provider.terminate([(await launch_one(provider, order)).id])
         with pytest.raises(OrderSpent):
-            await provider.launch(order)
+            await launch_one(provider, order)
     assert len(proxy.truth()) == 1
 
 
@@ -272,7 +273,7 @@ async def test_every_refused_launch_is_one_call_and_one_of_our_errors(proxy: Fau
         for count, (code, kind) in enumerate(refusals.items(), 1):
             refused = proxy.refuse("RunInstances", code, times=9)
             with pytest.raises(CloudError) as raised:
-                await provider.launch(an_order(provider, f"order-{count}"))
+                await launch_one(provider, an_order(provider, f"order-{count}"))
             refused.cancel()
             assert type(raised.value) is kind
             assert code in raised.value.message
@@ -285,8 +286,8 @@ async def test_a_reset_launch_may_be_sent_again(proxy: FaultProxy) -> None:
     proxy.reset("RunInstances")
     async with opened() as provider:
         with pytest.raises(CloudUnreachable):
-            await provider.launch(an_order(provider))
-        await provider.launch(an_order(provider))
+            await launch_one(provider, an_order(provider))
+        await launch_one(provider, an_order(provider))
     assert len(proxy.truth()) == 1
 
 
@@ -298,7 +299,7 @@ async def test_a_launch_that_stalls_ends_at_its_time_limit_and_is_found_by_its_t
     async with opened() as provider:
         order = an_order(provider)
         with pytest.raises(CloudUnreachable, match="time limit"):
-            await provider.launch(order)
+            await launch_one(provider, order)
         stall.release()
     (machine,) = proxy.truth()
     assert machine.client_token == "order-1"
@@ -310,7 +311,7 @@ async def test_a_launch_that_stalls_ends_at_its_time_limit_and_is_found_by_its_t
 async def test_a_listing_of_several_pages_is_complete(proxy: FaultProxy) -> None:
     async with opened(page_size=5) as provider:
         orders = [an_order(provider, f"order-{n}") for n in range(12)]
-        launched = {(await provider.launch(order)).id for order in orders}
+        launched = {(await launch_one(provider, order)).id for order in orders}
         assert await ids_listed(provider) == launched
         assert [call.page for call in proxy.calls_of("DescribeInstances")] == [1, 2, 3]
         assert [call.params["MaxResults"] for call in proxy.calls_of("DescribeInstances")] == ["5"] * 3
@@ -320,7 +321,7 @@ async def test_a_page_that_keeps_failing_is_no_listing(proxy: FaultProxy) -> Non
     proxy.limit_page_size(1)
     async with opened() as provider:
         for n in range(2):
-            await provider.launch(an_order(provider, f"order-{n}"))
+            await launch_one(provider, an_order(provider, f"order-{n}"))
         proxy.fail_page(2, times=ec2_api.OTHERWISE.attempts_max)
         with pytest.raises(CloudUnreachable):
             await provider.listing()
@@ -331,7 +332,7 @@ async def test_a_page_that_keeps_failing_is_no_listing(proxy: FaultProxy) -> Non
 
 async def test_dead_machines_stay_in_the_listing_with_the_reason_of_their_end(proxy: FaultProxy) -> None:
     async with opened() as provider:
-        launched = await provider.launch(an_order(provider))
+        launched = await launch_one(provider, an_order(provider))
         proxy.reclaim(launched.id)
         (seen,) = await provider.listing()
     assert seen.state is InstanceState.TERMINATED
@@ -341,8 +342,8 @@ async def test_dead_machines_stay_in_the_listing_with_the_reason_of_their_end(pr
 
 async def test_a_listing_holds_no_other_brokers_machines(proxy: FaultProxy) -> None:
     async with opened() as ours, opened("other") as theirs:
-        mine = await ours.launch(an_order(ours))
-        await theirs.launch(an_order(theirs, "order-2"))
+        mine = await launch_one(ours, an_order(ours))
+        await launch_one(theirs, an_order(theirs, "order-2"))
         assert await ids_listed(ours) == {mine.id}
 
 
@@ -365,17 +366,17 @@ async def test_only_an_adopting_pool_sees_untagged_machines_of_its_name(
     async with opened() as provider:
         assert await ids_listed(provider) == set()
     async with opened(adopt_name_tag=True) as provider:
-        ours = await provider.launch(an_order(provider))
+        ours = await launch_one(provider, an_order(provider))
         assert await ids_listed(provider) == {older, ours.id}
 
 
 async def test_describe_leaves_out_what_the_cloud_does_not_know(proxy: FaultProxy) -> None:
     async with opened() as provider:
-        launched = await provider.launch(an_order(provider))
+        launched = await launch_one(provider, an_order(provider))
         found = await provider.describe([UNKNOWN_ID, launched.id, "junk"])
         assert [one.id for one in found] == [launched.id]
         proxy.after_launch(hidden=1)
-        hidden = await provider.launch(an_order(provider, "order-2"))
+        hidden = await launch_one(provider, an_order(provider, "order-2"))
         assert await provider.describe([hidden.id]) == []
         assert [one.id for one in await provider.describe([hidden.id])] == [hidden.id]
 
@@ -393,7 +394,7 @@ async def test_a_read_is_tried_once_more_and_then_told(proxy: FaultProxy) -> Non
 
 async def test_a_stale_id_keeps_no_machine_alive(proxy: FaultProxy) -> None:
     async with opened() as provider:
-        alive = [(await provider.launch(an_order(provider, f"order-{n}"))).id for n in range(3)]
+        alive = [(await launch_one(provider, an_order(provider, f"order-{n}"))).id for n in range(3)]
         await provider.terminate([alive[0], UNKNOWN_ID, alive[1], "junk", alive[2]])
         await provider.terminate(alive)  # once more is fine
     assert proxy.running_ours("lab") == []
@@ -401,9 +402,9 @@ async def test_a_stale_id_keeps_no_machine_alive(proxy: FaultProxy) -> None:
 
 async def test_a_machine_that_terminate_does_not_find_yet_keeps_no_other_alive(proxy: FaultProxy) -> None:
     async with opened() as provider:
-        old = await provider.launch(an_order(provider))
+        old = await launch_one(provider, an_order(provider))
         proxy.after_launch(hidden=9, hidden_from_terminate=True)
-        new = await provider.launch(an_order(provider, "order-2"))
+        new = await launch_one(provider, an_order(provider, "order-2"))
         await provider.terminate([new.id, old.id])
     assert [one.instance_id for one in proxy.running_ours("lab")] == [new.id]
 
@@ -411,7 +412,7 @@ async def test_a_machine_that_terminate_does_not_find_yet_keeps_no_other_alive(p
 async def test_a_terminated_machine_is_seen_shutting_down_first(proxy: FaultProxy) -> None:
     proxy.after_terminate(shutting_down=1)
     async with opened() as provider:
-        launched = await provider.launch(an_order(provider))
+        launched = await launch_one(provider, an_order(provider))
         await provider.terminate([launched.id])
         states = [(await provider.listing())[0].state.value for _ in range(2)]
     assert states == ["shutting-down", "terminated"]
@@ -421,10 +422,10 @@ async def test_the_claim_arrives_with_the_launch_and_is_renewed_on_all_machines(
     async with opened() as provider:
         offering = provider.offerings("default")[0]
         orders = [
-            provider.prepare("default", f"order-{n}", offering, NOW_UNIX, "1.a@2026-01-01T00:00:00Z")
+            provider.prepare("default", f"order-{n}", [offering], NOW_UNIX, "1.a@2026-01-01T00:00:00Z")
             for n in range(2)
         ]
-        ids = [(await provider.launch(order)).id for order in orders]
+        ids = [(await launch_one(provider, order)).id for order in orders]
         assert {one.tags[EPOCH] for one in await provider.listing()} == {"1.a@2026-01-01T00:00:00Z"}
         await provider.tag_all([ids[0], UNKNOWN_ID, ids[1]], {EPOCH: "2.b@2026-01-01T00:05:00Z"})
         assert [one.tags[EPOCH] for one in await provider.listing()] == ["2.b@2026-01-01T00:05:00Z"] * 2
@@ -432,7 +433,7 @@ async def test_the_claim_arrives_with_the_launch_and_is_renewed_on_all_machines(
 
 async def test_a_tag_is_written_and_read_back(proxy: FaultProxy) -> None:
     async with opened() as provider:
-        launched = await provider.launch(an_order(provider))
+        launched = await launch_one(provider, an_order(provider))
         await provider.tag(launched.id, {LAST_USED: "2026-01-01T00:10:00Z"})
         (seen,) = await provider.listing()
         assert seen.tags[LAST_USED] == "2026-01-01T00:10:00Z"
@@ -458,7 +459,7 @@ async def test_an_answer_that_is_not_awss_leaves_open_whether_the_launch_happene
         monkeypatch.setenv("AWS_ENDPOINT_URL", url)
         async with opened() as provider:
             with pytest.raises(CloudUnreachable) as raised:
-                await provider.launch(an_order(provider))
+                await launch_one(provider, an_order(provider))
             assert raised.value.sent
 
 
@@ -488,7 +489,7 @@ async def test_the_clouds_clock_is_told_by_its_answers_and_not_by_this_machines_
 
 async def test_a_terminated_machine_has_the_second_of_its_end(proxy: FaultProxy) -> None:
     async with opened() as provider:
-        instance = await provider.launch(an_order(provider))
+        instance = await launch_one(provider, an_order(provider))
         await provider.terminate([instance.id])
         (dead,) = await provider.listing()
         assert dead.ended_unix is not None

@@ -218,7 +218,7 @@ async def test_a_group_is_looked_up_by_its_name_in_the_default_vpc() -> None:
     async with opened(
         client, {"default": pool(security_groups=["workers"], security_group_ids=["sg-0"])}
     ) as provider:
-        order = provider.prepare("default", "order-1", provider.offerings("default")[0], NOW_UNIX)
+        order = provider.prepare("default", "order-1", [provider.offerings("default")[0]], NOW_UNIX)
         assert '"SecurityGroupIds":["sg-0","sg-1"]' in order.parameters
         assert client.sent("DescribeSecurityGroups")[0]["Filters"] == [
             {"Name": "vpc-id", "Values": ["vpc-default"]},
@@ -280,7 +280,7 @@ async def test_a_script_is_read_from_its_file_as_it_is(tmp_path: Path) -> None:
     script = tmp_path / "boot.sh"
     script.write_text("#!/bin/sh\necho grüezi\n", encoding="utf-8")
     async with opened(ScriptedClient(), {"default": pool(user_data_file=str(script))}) as provider:
-        order = provider.prepare("default", "order-1", provider.offerings("default")[0], NOW_UNIX)
+        order = provider.prepare("default", "order-1", [provider.offerings("default")[0]], NOW_UNIX)
     assert '"UserData":"#!/bin/sh\\necho gr\\u00fcezi\\n"' in order.parameters
 
 

@@ -25,6 +25,7 @@ from broker.providers.ec2 import Ec2Provider
 from broker.providers.ec2_api import LAUNCHING, OTHERWISE, PAGES_MAX
 from broker.providers.ec2_errors import client_error
 from tests.providers.ec2_support import NOW_UNIX, ScriptedClient, opened, page, pool, shape
+from tests.support.buying import launch_one
 
 
 async def test_the_provider_fits_its_port() -> None:
@@ -38,7 +39,7 @@ SPOT = Offering("us-east-1", "c7i.large", Market.SPOT, cores=2)
 
 
 def order_of(provider: Ec2Provider, order_id: str = "order-1") -> Order:
-    return provider.prepare("default", order_id, provider.offerings("default")[0], NOW_UNIX)
+    return provider.prepare("default", order_id, [provider.offerings("default")[0]], NOW_UNIX)
 
 
 def unknown(*ids: str) -> Exception:
@@ -56,7 +57,7 @@ async def test_a_launch_sends_what_the_order_holds_and_its_id_as_the_token() -> 
     client = ScriptedClient(RunInstances={"Instances": [shape(tags=OURS)]})
     async with opened(client) as provider:
         order = order_of(provider)
-        assert (await provider.launch(order)).id == "i-00000001"
+        assert (await launch_one(provider, order)).id == "i-00000001"
         assert client.sent("RunInstances") == [{**json.loads(order.parameters), "ClientToken": "order-1"}]
 
 
@@ -82,7 +83,7 @@ async def test_an_order_is_the_same_text_every_time_and_expires_after_the_longes
 async def test_an_order_written_by_an_earlier_run_is_sent_as_it_was_written() -> None:
     client = ScriptedClient(RunInstances={"Instances": [shape()]})
     async with opened(client) as provider:
-        await provider.launch(Order("old", "forgotten", SPOT, '{"ImageId":"ami-old"}', NOW_UNIX))
+        await provider.launch(Order("old", "forgotten", (SPOT,), '{"ImageId":"ami-old"}', NOW_UNIX))
         assert client.sent("RunInstances") == [{"ImageId": "ami-old", "ClientToken": "old"}]
 
 
@@ -98,7 +99,7 @@ async def test_a_token_that_returns_the_dead_machine_is_spent(state: str) -> Non
     dead = shape(state=state, StateReason={"Code": "Server.SpotInstanceTermination", "Message": "reclaimed"})
     async with opened(ScriptedClient(RunInstances={"Instances": [dead]})) as provider:
         with pytest.raises(OrderSpent, match=r"i-00000001, is .* already \(Server.SpotInstanceTermination"):
-            await provider.launch(order_of(provider))
+            await launch_one(provider, order_of(provider))
 
 
 @pytest.mark.parametrize(
@@ -107,7 +108,7 @@ async def test_a_token_that_returns_the_dead_machine_is_spent(state: str) -> Non
 async def test_an_answer_without_a_machine_leaves_open_whether_there_is_one(answer: dict[str, Any]) -> None:
     async with opened(ScriptedClient(RunInstances=answer)) as provider:
         with pytest.raises(CloudUnreachable) as raised:
-            await provider.launch(order_of(provider))
+            await launch_one(provider, order_of(provider))
         assert raised.value.sent
 
 
@@ -117,7 +118,7 @@ async def test_launches_that_hang_keep_no_terminate_waiting() -> None:
         client.hold = asyncio.Event()
         order = order_of(provider)
         async with asyncio.TaskGroup() as group:
-            launches = [group.create_task(provider.launch(order)) for _ in range(20)]
+            launches = [group.create_task(launch_one(provider, order)) for _ in range(20)]
             while client.in_flight < LAUNCHING.in_flight_max:
                 await asyncio.sleep(0)
             ending = group.create_task(provider.terminate(["i-9"]))
@@ -404,7 +405,7 @@ async def test_every_call_is_counted_with_its_outcome() -> None:
     async with opened(client, on_call=lambda api, outcome: seen.append((api, outcome))) as provider:
         await provider.listing()
         with pytest.raises(Exception, match="capacity"):
-            await provider.launch(order_of(provider))
+            await launch_one(provider, order_of(provider))
         client.hold = asyncio.Event()
         waiting = asyncio.create_task(provider.listing())
         while not client.in_flight:
@@ -462,15 +463,15 @@ async def test_the_claim_is_in_the_order_and_so_the_same_in_every_resend() -> No
     client = ScriptedClient(RunInstances={"Instances": [shape()]})
     async with opened(client) as provider:
         offering = provider.offerings("default")[0]
-        claimed = provider.prepare("default", "cb-1", offering, NOW_UNIX, "7.a@2026-01-01T00:00:00Z")
-        await provider.launch(claimed)
-        await provider.launch(claimed)
+        claimed = provider.prepare("default", "cb-1", [offering], NOW_UNIX, "7.a@2026-01-01T00:00:00Z")
+        await launch_one(provider, claimed)
+        await launch_one(provider, claimed)
         first, second = client.sent("RunInstances")
         assert first == second
         assert {"Key": "compute-broker:epoch", "Value": "7.a@2026-01-01T00:00:00Z"} in first[
             "TagSpecifications"
         ][0]["Tags"]
-        assert "epoch" not in provider.prepare("default", "cb-2", offering, NOW_UNIX).parameters
+        assert "epoch" not in provider.prepare("default", "cb-2", [offering], NOW_UNIX).parameters
 
 
 # --- time ----------------------------------------------------------------------------------------------

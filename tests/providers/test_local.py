@@ -37,6 +37,7 @@ from broker.providers.local import LocalProvider
 from broker.providers.local_machines import VISIBLE_SECONDS, instance_id_of
 from broker.providers.local_processes import INSTANCE
 from broker.providers.local_records import Record, Records
+from tests.support.buying import launch_one
 
 needs_tclsh = pytest.mark.skipif(
     shutil.which("tclsh") is None, reason="tclsh is not installed: apt install tcl"
@@ -85,8 +86,8 @@ async def main():
     pools = parse({"pool": {"default": json.loads(sys.argv[2])}}, {}).pool
     provider = LocalProvider("lab", pools, Path(sys.argv[1]), time.time)
     await provider.open()
-    order = provider.prepare("default", "order-1", provider.offerings("default")[0], time.time())
-    print((await provider.launch(order)).id, flush=True)
+    order = provider.prepare("default", "order-1", [provider.offerings("default")[0]], time.time())
+    print((await launch_one(provider, order)).id, flush=True)
     await asyncio.sleep(600)
 
 asyncio.run(main())
@@ -181,7 +182,7 @@ def alive(pid: int) -> bool:
 
 
 def order(provider: LocalProvider, order_id: str = "order-1") -> Order:
-    return provider.prepare("default", order_id, provider.offerings("default")[0], START_UNIX)
+    return provider.prepare("default", order_id, [provider.offerings("default")[0]], START_UNIX)
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -234,7 +235,7 @@ async def evaluated(instance: Instance, port: int, script: str) -> str:
 async def test_the_stock_worker_evaluates_tcl_on_an_address_of_its_own(host: Host) -> None:
     provider: Provider = await host.broker()
     [offering] = provider.offerings("default")
-    instance = await provider.launch(provider.prepare("default", "order-1", offering, START_UNIX))
+    instance = await launch_one(provider, provider.prepare("default", "order-1", [offering], START_UNIX))
 
     assert await evaluated(instance, host.port, "expr {6 * 7}") == "42"
     assert (instance.state, instance.region, instance.zone) == (InstanceState.RUNNING, "local", "")
@@ -261,7 +262,7 @@ async def test_what_a_pool_offers_is_this_machine_at_the_pools_price(host: Host)
 
 async def test_a_machine_carries_the_tags_of_its_launch_and_those_written_later(host: Host) -> None:
     provider = await host.broker(*PYTHON, ENVIRONMENT_TELLER, max_lifetime="1h", tags={"project": "x"})
-    instance = await provider.launch(order(provider))
+    instance = await launch_one(provider, order(provider))
     await provider.tag(instance.id, {tags.LAST_USED: tags.rfc3339(START_UNIX)})
 
     [listed] = await provider.listing()
@@ -275,7 +276,7 @@ async def test_a_machine_carries_the_tags_of_its_launch_and_those_written_later(
 
 async def test_a_worker_dies_with_its_release(host: Host) -> None:
     provider = await host.broker(*PYTHON, ENVIRONMENT_TELLER)
-    instance = await provider.launch(order(provider))
+    instance = await launch_one(provider, order(provider))
     pid = host.pid(instance.id)
     await told_by(instance, host.port)
 
@@ -292,7 +293,7 @@ async def test_a_worker_dies_with_its_release(host: Host) -> None:
 
 async def test_a_worker_that_ignores_the_request_is_made_to_end_without_anybody_waiting(host: Host) -> None:
     provider = await host.broker(*PYTHON, STUBBORN)
-    instance = await provider.launch(order(provider))
+    instance = await launch_one(provider, order(provider))
     _, writer = await connect(instance, host.port)
     writer.close()
 
@@ -306,7 +307,7 @@ async def test_a_worker_that_ignores_the_request_is_made_to_end_without_anybody_
 
 async def test_the_next_broker_ends_what_the_last_one_had_asked_to_end(host: Host) -> None:
     first = await host.broker(*PYTHON, STUBBORN)
-    instance = await first.launch(order(first))
+    instance = await launch_one(first, order(first))
     _, writer = await connect(instance, host.port)
     writer.close()
     host.records.write(replace(host.record(instance.id), terminate_asked=True))
@@ -321,7 +322,7 @@ async def test_the_next_broker_ends_what_the_last_one_had_asked_to_end(host: Hos
 @pytest.mark.parametrize("how", ["released", "killed", "killed while no broker ran"])
 async def test_what_a_worker_has_started_ends_with_it(host: Host, how: str) -> None:
     provider = await host.broker(*PYTHON, PARENT)
-    instance = await provider.launch(order(provider))
+    instance = await launch_one(provider, order(provider))
     children = [int(pid) for pid in (await told_by(instance, host.port)).split()]
     assert [alive(pid) for pid in children] == [True, True]
 
@@ -337,7 +338,7 @@ async def test_what_a_worker_has_started_ends_with_it(host: Host, how: str) -> N
 
 async def test_a_killed_worker_shows_as_terminated_and_says_how(host: Host) -> None:
     provider = await host.broker(*PYTHON, ENVIRONMENT_TELLER)
-    instance = await provider.launch(order(provider))
+    instance = await launch_one(provider, order(provider))
     await told_by(instance, host.port)
     os.kill(host.pid(instance.id), signal.SIGKILL)
 
@@ -348,7 +349,7 @@ async def test_a_killed_worker_shows_as_terminated_and_says_how(host: Host) -> N
 
 async def test_a_worker_that_cannot_start_says_why_in_the_listing(host: Host) -> None:
     provider = await host.broker(*PYTHON, "import sys; print(); sys.exit('no\\tmodel file')")
-    launched = await provider.launch(order(provider))
+    launched = await launch_one(provider, order(provider))
     assert launched.state is InstanceState.RUNNING
 
     ended = await until_listed(provider, InstanceState.TERMINATED)
@@ -357,7 +358,7 @@ async def test_a_worker_that_cannot_start_says_why_in_the_listing(host: Host) ->
 
 async def test_an_ended_machine_stays_visible_for_a_while_and_then_leaves_nothing(host: Host) -> None:
     provider = await host.broker(*PYTHON, "print('over')")
-    await provider.launch(order(provider))
+    await launch_one(provider, order(provider))
     ended = await until_listed(provider, InstanceState.TERMINATED)
 
     host.now_unix += VISIBLE_SECONDS - 1
@@ -372,12 +373,12 @@ async def test_an_ended_machine_stays_visible_for_a_while_and_then_leaves_nothin
 
 async def test_a_resent_order_finds_its_machine_also_after_a_restart(host: Host) -> None:
     first = await host.broker(*PYTHON, ENVIRONMENT_TELLER)
-    instance = await first.launch(order(first))
-    assert await first.launch(order(first)) == instance
+    instance = await launch_one(first, order(first))
+    assert await launch_one(first, order(first)) == instance
     await first.close()
 
     second = await host.broker(*PYTHON, ENVIRONMENT_TELLER)
-    assert await second.launch(order(second)) == instance
+    assert await launch_one(second, order(second)) == instance
     assert await second.listing() == [instance]
     # The kernel fills in a process's environment a moment after its start is reported.
     await until(lambda: len(processes_under(str(host.records.directory))) == 1)
@@ -385,36 +386,36 @@ async def test_a_resent_order_finds_its_machine_also_after_a_restart(host: Host)
 
 async def test_an_order_resent_with_other_parameters_is_refused(host: Host) -> None:
     provider = await host.broker(*PYTHON, ENVIRONMENT_TELLER)
-    await provider.launch(order(provider))
+    await launch_one(provider, order(provider))
     changed = await host.broker(*PYTHON, ENVIRONMENT_TELLER, idle_timeout="1h")
     with pytest.raises(OrderMismatch):
-        await changed.launch(order(changed))
+        await launch_one(changed, order(changed))
     assert host.calls["launch", "conflict"] == 1
 
 
 async def test_an_order_whose_machine_has_ended_is_spent(host: Host) -> None:
     provider = await host.broker(*PYTHON, "print('over')")
-    await provider.launch(order(provider))
+    await launch_one(provider, order(provider))
     await until_listed(provider, InstanceState.TERMINATED)
     with pytest.raises(OrderSpent, match="exit status 0: over"):
-        await provider.launch(order(provider))
+        await launch_one(provider, order(provider))
 
 
 async def test_an_order_of_another_provider_is_refused(host: Host) -> None:
     provider = await host.broker()
     with pytest.raises(PermanentRefusal):
-        await provider.launch(replace(order(provider), parameters='{"ImageId": "ami-1"}'))
+        await launch_one(provider, replace(order(provider), parameters='{"ImageId": "ami-1"}'))
 
 
 async def test_a_launch_whose_caller_gives_up_leads_to_one_machine_all_the_same(host: Host) -> None:
     provider = await host.broker(*PYTHON, ENVIRONMENT_TELLER)
-    launching = asyncio.create_task(provider.launch(order(provider)))
+    launching = asyncio.create_task(launch_one(provider, order(provider)))
     await asyncio.sleep(0)
     launching.cancel()
     with pytest.raises(asyncio.CancelledError):
         await launching
     assert host.calls == {("launch", "cancelled"): 1}
-    instance = await provider.launch(order(provider))
+    instance = await launch_one(provider, order(provider))
     assert await provider.listing() == [instance]
     # The kernel fills in a process's environment a moment after its start is reported.
     await until(lambda: len(processes_under(str(host.records.directory))) == 1)
@@ -423,7 +424,7 @@ async def test_a_launch_whose_caller_gives_up_leads_to_one_machine_all_the_same(
 async def test_orders_at_the_same_time_get_a_machine_and_an_address_each(host: Host) -> None:
     provider = await host.broker(*PYTHON, ENVIRONMENT_TELLER)
     orders = [order(provider, f"order-{number}") for number in range(6)]
-    instances = await asyncio.gather(*(provider.launch(one) for one in orders + orders))
+    instances = await asyncio.gather(*(launch_one(provider, one) for one in orders + orders))
     assert instances[:6] == instances[6:]
     assert len({instance.address for instance in instances}) == 6
     assert {i.id for i in await provider.listing()} == {i.id for i in instances}
@@ -464,14 +465,14 @@ async def test_an_order_resent_after_such_a_kill_starts_its_machine(host: Host) 
     provider = await host.broker(*PYTHON, ENVIRONMENT_TELLER)
     begun = _as_left_before_the_start(host, order(provider))
 
-    instance = await provider.launch(order(provider))
+    instance = await launch_one(provider, order(provider))
     assert (instance.id, instance.state) == (begun.id, InstanceState.RUNNING)
     assert await provider.listing() == [instance]
 
 
 async def test_a_broker_killed_after_it_started_the_process_finds_it_again(host: Host) -> None:
     first = await host.broker(*PYTHON, ENVIRONMENT_TELLER)
-    instance = await first.launch(order(first))
+    instance = await launch_one(first, order(first))
     pid = host.pid(instance.id)
     host.records.write(replace(host.record(instance.id), pid=None, started_seconds=0.0))
 
@@ -483,7 +484,7 @@ async def test_a_broker_killed_after_it_started_the_process_finds_it_again(host:
 @pytest.mark.parametrize("damage", ["lost", "torn", "directory lost"])
 async def test_a_worker_whose_record_is_lost_is_known_by_its_environment(host: Host, damage: str) -> None:
     first = await host.broker(*PYTHON, ENVIRONMENT_TELLER)
-    launched = await first.launch(order(first))
+    launched = await launch_one(first, order(first))
     leash_file = host.records.leash_file(launched.id)
     if damage == "torn":
         leash_file.write_bytes(leash_file.read_bytes()[:40])
@@ -496,7 +497,7 @@ async def test_a_worker_whose_record_is_lost_is_known_by_its_environment(host: H
     [found] = await second.listing()
     assert replace(found, launched_unix=START_UNIX) == launched
     assert abs(found.launched_unix - psutil.Process(host.pid(found.id)).create_time()) < 1
-    assert await second.launch(order(second)) == found
+    assert await launch_one(second, order(second)) == found
 
 
 async def test_a_record_nobody_can_read_and_no_process_belongs_to_is_cleared_away(host: Host) -> None:
@@ -508,7 +509,7 @@ async def test_a_record_nobody_can_read_and_no_process_belongs_to_is_cleared_awa
 
 async def test_a_reused_pid_is_never_signalled(host: Host) -> None:
     provider = await host.broker(*PYTHON, ENVIRONMENT_TELLER)
-    instance = await provider.launch(order(provider))
+    instance = await launch_one(provider, order(provider))
     record = host.record(instance.id)
     stranger = await asyncio.create_subprocess_exec("sleep", "600", start_new_session=True)
     try:
@@ -525,7 +526,7 @@ async def test_a_reused_pid_is_never_signalled(host: Host) -> None:
 
 async def test_a_jump_of_the_wall_clock_makes_no_worker_a_stranger(host: Host) -> None:
     provider = await host.broker(*PYTHON, ENVIRONMENT_TELLER)
-    instance = await provider.launch(order(provider))
+    instance = await launch_one(provider, order(provider))
     record = host.record(instance.id)
     host.records.write(replace(record, started_seconds=record.started_seconds - 3600))
     host.now_unix += 3600
@@ -538,10 +539,10 @@ async def test_two_brokers_with_state_directories_of_their_own_do_not_meet(
     other_host.port = host.port
     first = await host.broker(*PYTHON, ENVIRONMENT_TELLER)
     second = await other_host.broker(*PYTHON, ENVIRONMENT_TELLER)
-    mine = await first.launch(order(first))
+    mine = await launch_one(first, order(first))
     _, writer = await connect(mine, host.port)  # the other order's first choice is taken now
     writer.close()
-    theirs = await second.launch(order(second))
+    theirs = await launch_one(second, order(second))
 
     assert mine.id == theirs.id
     assert mine.address != theirs.address
@@ -552,7 +553,7 @@ async def test_two_brokers_with_state_directories_of_their_own_do_not_meet(
 
 async def test_a_machine_with_another_brokers_tag_is_not_touched(host: Host) -> None:
     first = await host.broker(*PYTHON, ENVIRONMENT_TELLER)
-    instance = await first.launch(order(first))
+    instance = await launch_one(first, order(first))
     other = await host.broker(broker_id="other")
 
     assert await other.listing() == []
@@ -568,7 +569,7 @@ async def test_a_machine_with_another_brokers_tag_is_not_touched(host: Host) -> 
 
 async def test_each_listing_tells_running_workers_that_their_broker_lives(host: Host) -> None:
     provider = await host.broker(*PYTHON, ENVIRONMENT_TELLER, idle_timeout="90s")
-    instance = await provider.launch(order(provider))
+    instance = await launch_one(provider, order(provider))
     leash_file = host.records.leash_file(instance.id)
     os.utime(leash_file, (1, 1))
 
@@ -581,7 +582,7 @@ async def test_each_listing_tells_running_workers_that_their_broker_lives(host: 
 @needs_tclsh
 async def test_the_stock_worker_ends_itself_when_its_record_is_gone(host: Host) -> None:
     provider = await host.broker()
-    instance = await provider.launch(order(provider))
+    instance = await launch_one(provider, order(provider))
     assert await evaluated(instance, host.port, "pid") == str(host.pid(instance.id))
     pid = host.pid(instance.id)
     host.records.leash_file(instance.id).unlink()
@@ -597,7 +598,7 @@ async def test_a_worker_inherits_no_secret_of_the_broker(host: Host) -> None:
         "NOTIFY_SOCKET": "/run/notify",
     }
     provider = await host.broker(*PYTHON, ENVIRONMENT_TELLER, environ=environ)
-    instance = await provider.launch(order(provider))
+    instance = await launch_one(provider, order(provider))
     environment = json.loads(await told_by(instance, host.port))
 
     assert (environment["PATH"], environment["LC_TIME"]) == (os.environ["PATH"], "C")
@@ -610,7 +611,7 @@ async def test_a_worker_inherits_no_secret_of_the_broker(host: Host) -> None:
 
 async def test_a_talkative_worker_does_not_fill_the_disk(host: Host) -> None:
     provider = await host.broker(*PYTHON, "print('x' * 2**21, flush=True); import signal; signal.pause()")
-    instance = await provider.launch(order(provider))
+    instance = await launch_one(provider, order(provider))
     log_file = host.records.log_file(instance.id)
     await until(lambda: log_file.stat().st_size > 2**21)
     await provider.listing()
@@ -619,7 +620,7 @@ async def test_a_talkative_worker_does_not_fill_the_disk(host: Host) -> None:
 
 async def test_what_is_kept_of_a_worker_is_for_its_user_alone(host: Host) -> None:
     provider = await host.broker(*PYTHON, ENVIRONMENT_TELLER)
-    await provider.launch(order(provider))
+    await launch_one(provider, order(provider))
     files = list(host.records.directory.iterdir())
     assert len(files) == 2
     assert {path.stat().st_mode & 0o777 for path in files} == {0o600}
@@ -632,7 +633,7 @@ async def test_what_is_kept_of_a_worker_is_for_its_user_alone(host: Host) -> Non
 async def _launch_error(host: Host, provider: LocalProvider) -> CloudError:
     """The error of a launch, which has left nothing behind."""
     with pytest.raises(CloudError) as raised:
-        await provider.launch(order(provider))
+        await launch_one(provider, order(provider))
     assert await provider.listing() == []
     assert list(host.records.directory.iterdir()) == []
     return raised.value
@@ -672,7 +673,7 @@ async def test_without_a_record_on_disk_nothing_is_started(host: Host) -> None:
     instance_id = instance_id_of("order-1")
     (host.records.directory / f"{instance_id}.tmp").mkdir()  # whoever is root can write anywhere but here
     with pytest.raises(PermanentRefusal, match=r"no local worker can be recorded in .*: Is a directory"):
-        await provider.launch(order(provider))
+        await launch_one(provider, order(provider))
     assert await provider.listing() == []
     assert processes_under(str(host.records.directory)) == []
 
@@ -681,7 +682,7 @@ async def test_a_directory_that_cannot_be_read_is_not_an_empty_one(host: Host) -
     provider = await host.broker(*PYTHON, ENVIRONMENT_TELLER)
     shutil.rmtree(host.records.directory)
     host.records.directory.write_text("in the way")
-    for attempt in (provider.launch(order(provider)), provider.listing()):
+    for attempt in (launch_one(provider, order(provider)), provider.listing()):
         with pytest.raises(CloudUnreachable):
             await attempt
     assert host.calls == {("launch", "unreachable"): 1, ("listing", "unreachable"): 1}

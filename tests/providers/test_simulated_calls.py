@@ -14,6 +14,7 @@ from broker.providers.sim_weather import Road
 from broker.providers.simulated import EVERY_API, Ending, Fault
 from broker.testing import EPOCH_UNIX
 from tests.providers.simulated_support import Lab, code_of, play, steady
+from tests.support.buying import launch_one
 
 SILENCES = (sdk.HTTPClientError, sdk.ConnectionError)
 
@@ -273,13 +274,13 @@ def test_the_provider_understands_every_ending() -> None:
             for ending in (Ending.RESET, Ending.SILENCE):
                 lab.sim.befall("RunInstances", fault, ending=ending)
                 with pytest.raises(CloudUnreachable) as raised:
-                    await lab.provider.launch(order)
+                    await launch_one(lab.provider, order)
                 assert raised.value.sent
         lab.sim.befall("RunInstances", Fault.THROTTLED)
         with pytest.raises(Throttled):
-            await lab.provider.launch(order)
+            await launch_one(lab.provider, order)
         (machine,) = lab.sim.truth()
-        assert (await lab.provider.launch(order)).id == machine.id
+        assert (await launch_one(lab.provider, order)).id == machine.id
         assert machine.token == order.id
 
     play(story)

@@ -15,6 +15,7 @@ from broker.providers.simulated import BROKER as OURSELVES
 from broker.providers.simulated import Fault
 from tests.providers.ec2_support import pool
 from tests.providers.simulated_support import KIND, Lab, launch_of, play, steady
+from tests.support.buying import launch_one
 
 INTERRUPTION = "EC2 Spot Instance Interruption Warning"
 REBALANCE = "EC2 Instance Rebalance Recommendation"
@@ -464,7 +465,7 @@ def test_strangers_come_and_go_by_chance() -> None:
 def test_a_whole_life_through_the_provider() -> None:
     async def story(lab: Lab) -> None:
         await lab.provider.open()
-        launched = await lab.provider.launch(lab.order())
+        launched = await launch_one(lab.provider, lab.order())
         assert (launched.state, launched.market, launched.cores) == (InstanceState.PENDING, Market.SPOT, 2)
         await lab.sleep(60)
         (running,) = await lab.provider.listing()
@@ -486,8 +487,8 @@ def test_every_pool_of_a_region_can_be_opened() -> None:
     async def story(lab: Lab) -> None:
         await lab.provider.open()
         offering = lab.provider.offerings("named")[0]
-        order = lab.provider.prepare("named", "order-1", offering, 0.0)
-        launched = await lab.provider.launch(order)
+        order = lab.provider.prepare("named", "order-1", [offering], 0.0)
+        launched = await launch_one(lab.provider, order)
         machine = lab.sim.machine(launched.id)
         assert (machine.vcpus, offering.cores, machine.spot) == (64, 64, False)
 

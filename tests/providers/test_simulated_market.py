@@ -13,6 +13,7 @@ from broker.core.errors import CloudError, OfferingRefused, PermanentRefusal, Qu
 from broker.providers.sim_market import REFUSALS
 from broker.providers.simulated import Fault
 from tests.providers.simulated_support import Lab, code_of, play, steady
+from tests.support.buying import launch_one
 
 
 async def codes(lab: Lab, count: int, pause_seconds: float, **more: Any) -> list[str]:
@@ -127,7 +128,7 @@ def test_every_refusal_reaches_the_broker_as_what_it_is() -> None:
         for code in REFUSALS:
             lab.sim.refuse("RunInstances", code)
             with pytest.raises(CloudError) as raised:
-                await lab.provider.launch(lab.order())
+                await launch_one(lab.provider, lab.order())
             assert not raised.value.sent
             kinds[code] = type(raised.value)
             assert lab.sim.faults[f"refused {code}"] == 1

@@ -12,6 +12,7 @@ from broker.core.tags import BROKER
 from broker.providers.ec2_api import Manners
 from broker.providers.simulated import Fault
 from tests.providers.simulated_support import Lab, code_of, play, steady
+from tests.support.buying import launch_one
 
 ONE_TRY = Manners(attempts_max=1, answer_seconds_max=20.0, in_flight_max=16)
 
@@ -161,7 +162,7 @@ def test_a_failed_second_page_is_no_listing() -> None:
     async def story(lab: Lab) -> None:
         await lab.provider.open()
         for n in range(6):
-            await lab.provider.launch(lab.order(f"order-{n}"))
+            await launch_one(lab.provider, lab.order(f"order-{n}"))
             await asyncio.sleep(1)
         failed = 0
         for _ in range(10):  # a fault of EC2's own is tried again, a lost place in the listing is not
@@ -197,7 +198,7 @@ def test_pages_fail_by_chance_but_never_the_first() -> None:
 def test_the_provider_describes_what_is_visible_and_leaves_out_the_rest() -> None:
     async def story(lab: Lab) -> None:
         await lab.provider.open()
-        launched = await lab.provider.launch(lab.order())
+        launched = await launch_one(lab.provider, lab.order())
         lab.sim.hide(launched.id, 30, from_writes=True)
         assert await lab.provider.describe([launched.id]) == []
         assert await lab.provider.listing() == []

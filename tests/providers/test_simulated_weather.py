@@ -16,6 +16,7 @@ from broker.providers.simulated import CLEAR, Fault, Weather
 from broker.testing import ManualClock
 from tests.providers.ec2_support import pool
 from tests.providers.simulated_support import KIND, Lab, play, steady
+from tests.support.buying import launch_one
 
 PACE = ("_seconds",)
 
@@ -29,9 +30,9 @@ async def a_day(lab: Lab, hours: int = 24) -> None:
                 if not lab.provider.offerings("default")[0].cores:
                     await lab.provider.open()
                 order = lab.order(f"order-{hour}-{step}")
-                launched = await lab.provider.launch(order)
+                launched = await launch_one(lab.provider, order)
                 await lab.provider.tag(launched.id, {"look": "first"})
-                await lab.provider.launch(order)
+                await launch_one(lab.provider, order)
             except CloudError:
                 pass
             for look in range(4):

@@ -19,7 +19,7 @@ from broker.clouds import Cloud
 from broker.core import claim, policy
 from broker.core.claim import Claim, Ruling
 from broker.core.model import Instance, Lease, Worker, WorkerState
-from broker.core.policy import Demand, LaunchGuard, LaunchPlan
+from broker.core.policy import LaunchGuard, Room
 from broker.core.protocol import OK, Release
 from broker.core.registry import Registry
 from broker.core.settings import PoolSettings
@@ -62,7 +62,8 @@ def no_token_reuse() -> Iterator[Any]:
                 cloud = self._context.cloud(entry.order.pool)
                 assert cloud is not None
                 fresh = replace(entry.order, id=self._new_order_id())
-                await self._orders.launched(entry.order, await cloud.provider.launch(fresh))
+                bought = await cloud.provider.launch(fresh)
+                self._orders.answered(entry.order, bought, "failed")
                 return
             except Exception:
                 await asyncio.sleep(1)
@@ -89,19 +90,13 @@ def order_written_after_the_call() -> Iterator[Any]:
 def cap_ignores_machines_on_order() -> Iterator[Any]:
     """Only machines that are ready count against the cap and as supply."""
 
-    def plan(
-        registry: Registry,
-        name: str,
-        pool: PoolSettings,
-        demand: Demand,
-        guard: LaunchGuard,
-        now: float,
-        **_: object,
-    ) -> LaunchPlan:
-        room = pool.max_workers - registry.count(name, WorkerState.READY)
-        return LaunchPlan(max(0, min(demand.workers_wanted(), room)))
+    def room(
+        registry: Registry, name: str, pool: PoolSettings, guard: LaunchGuard, now: float, **_: object
+    ) -> Room:
+        return Room(max(0, pool.max_workers - registry.count(name, WorkerState.READY)))
 
-    yield patch.object(launch, "plan_launches", plan)
+    yield patch.object(launch, "launch_room", room)
+    yield patch.object(launch.LaunchLoop, "_coming", lambda self, name: {})
 
 
 @planted
@@ -155,10 +150,10 @@ def machines_without_an_address_are_not_taken_in() -> Iterator[Any]:
     """The published broker's discovery: pending machines are passed over, and nobody looks again."""
     take_in = reconcile.ReconcileLoop._matched
 
-    async def matched(self: reconcile.ReconcileLoop, cloud: Cloud, instance: Instance) -> Worker | None:
+    def matched(self: reconcile.ReconcileLoop, cloud: Cloud, instance: Instance) -> Worker | None:
         if self._context.clouds.recovered() or instance.address is None:
             return None
-        return await take_in(self, cloud, instance)
+        return take_in(self, cloud, instance)
 
     yield patch.object(reconcile.ReconcileLoop, "_matched", matched)
     yield patch.object(store.Store, "open_orders", lambda self: [])
@@ -205,12 +200,10 @@ def forgotten_when_terminate_is_answered() -> Iterator[Any]:
 
     original = reconcile.ReconcileLoop._matched
 
-    async def only_at_the_start(
-        self: reconcile.ReconcileLoop, cloud: Cloud, instance: Instance
-    ) -> Worker | None:
+    def only_at_the_start(self: reconcile.ReconcileLoop, cloud: Cloud, instance: Instance) -> Worker | None:
         if self._context.now() - self._began_at > 60 and self._orders.get(_order_of(instance)) is None:
             return None
-        return await original(self, cloud, instance)
+        return original(self, cloud, instance)
 
     yield patch.object(reap.ReapLoop, "_sent", sent)
     yield patch.object(reconcile.ReconcileLoop, "_matched", only_at_the_start)
@@ -321,7 +314,7 @@ def handed_out_when_it_runs() -> Iterator[Any]:
 def waits_never_end() -> Iterator[Any]:
     async def patient(self: service.Service, waiter: Any, deadline_at: float) -> Lease:
         self._context.waiting.join(waiter)
-        self._demand()
+        self._demand(0.0)
         try:
             lease: Lease = await waiter.served
             return lease
