@@ -66,6 +66,11 @@ class OpenOrder:
         self.vacant = dict.fromkeys(self.order.places)
 
 
+def sold_as_ordered(order: Order, instance: Instance) -> bool:
+    """EC2 has sold on-demand machines for spot orders (aws-sdk-js issue 1915): three times the price."""
+    return any(one.market is instance.market for one in order.offerings)
+
+
 class Orders:
     """See the module."""
 
@@ -135,6 +140,8 @@ class Orders:
             self._context.unwanted.discard(place)
             if worker.state is WorkerState.BOOTING:
                 worker = registry.drain(worker.id, Reason.TERMINATE_ALL, now)
+        elif not sold_as_ordered(order, instance) and worker.state is WorkerState.BOOTING:
+            worker = registry.drain(worker.id, Reason.WRONG_MARKET, now)
         return worker
 
     def answered(self, order: Order, bought: Bought, outcome: str) -> None:

@@ -227,6 +227,7 @@ class FakeCloud:
         }
         self.ends_at_once = True
         self.refuses: dict[str, CloudError] = {}
+        self.sells_otherwise: set[str] = set()  # machine types that come on demand, whatever was ordered
         self.gives: deque[int] = deque()
         self._numbers = itertools.count(1)
 
@@ -295,6 +296,8 @@ class FakeCloud:
             count = self.gives.popleft() if self.gives else order.count
             for _ in range(count if sold is not None else 0):
                 instance = self._make(order.pool, order.id, sold or order.offerings[0], epoch)
+                if instance.instance_type in self.sells_otherwise:
+                    instance = replace(instance, market=Market.ON_DEMAND)
                 machines.append(Machine(instance, order.id))
                 self.machines[instance.id] = machines[-1]
         if error is not None:

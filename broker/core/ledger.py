@@ -132,6 +132,8 @@ def first_seen(instance: Instance, pool: str, price: Price, look: Span) -> Run:
 def seen(run: Run, instance: Instance, look: Span) -> Run:
     """The run after one more look: asked for at `look.earliest_unix`, answered at `look.latest_unix`."""
     was_so_unix = look.earliest_unix - STALE_SECONDS_MAX
+    if run.running_from_unix is None and instance.launched_unix > run.not_running_until_unix:
+        run = replace(run, not_running_until_unix=instance.launched_unix)
     match instance.state:
         case InstanceState.PENDING:
             return _seen_pending(run, was_so_unix)

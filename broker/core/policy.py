@@ -41,6 +41,7 @@ class Reason(StrEnum):
     RECLAIMED = "reclaimed"
     STOPPED = "stopped"
     SURPLUS = "surplus"
+    WRONG_MARKET = "wrong-market"
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,7 +31,7 @@ from broker.core.policy import Room, launch_room
 from broker.core.registry import BOOKED
 from broker.core.wish import Wish
 from broker.ledger import Ledger
-from broker.orders import OUTCOMES, YIELDED, OpenOrder, Orders
+from broker.orders import OUTCOMES, YIELDED, OpenOrder, Orders, sold_as_ordered
 
 CALLS_MAX = 5  # for one order in a row; then the waiting clients hear why
 PAUSE_SECONDS_MIN = 1.0  # between them, doubling: 1 + 2 + 4 + 8 s
@@ -198,7 +198,7 @@ class LaunchLoop:
             else:
                 refusals.append(refusal)
         if usable:
-            return tuple(usable)
+            return tuple(one for one in usable if one.market is usable[0].market)
         if len(refusals) == 1 or (refusals and isinstance(refusals[0], PermanentRefusal)):
             return refusals[0]
         reasons = "; ".join(dict.fromkeys(refusal.message for refusal in refusals))
@@ -274,8 +274,9 @@ class LaunchLoop:
             raise PermanentRefusal(f"pool '{order.pool}' is not configured any more")
         asked_at = self._context.now()
         bought = await cloud.provider.launch(order)
-        self._ledger.saw(cloud, bought.instances, asked_at)
-        for offering, error in bought.refusals:
+        described = [one for one in bought.instances if one.launched_unix]  # the others are only named
+        self._ledger.saw(cloud, described, asked_at)
+        for offering, error in (*bought.refusals, *_sold_otherwise(order, bought)):
             self._cool(order.pool, offering, error)
         if not bought.instances and not bought.refusals:
             raise OfferingRefused(f"{cloud.provider.name} gave none of {order.count} machines, and no reason")
@@ -307,8 +308,19 @@ class LaunchLoop:
             self._tell(order.pool, error)
 
     def _cool(self, pool: str, offering: Offering, error: BrokerError) -> None:
-        seconds = MENDING_SECONDS if isinstance(error, PermanentRefusal) else COOL_DOWN_SECONDS
+        seconds = RESEND_SECONDS  # the call was refused, not the offering
+        if isinstance(error, PermanentRefusal):
+            seconds = MENDING_SECONDS
+        elif isinstance(error, OfferingRefused):
+            seconds = COOL_DOWN_SECONDS
         self._cooling[pool, offering] = (self._context.now() + seconds, error)
+
+
+def _sold_otherwise(order: Order, bought: Bought) -> list[tuple[Offering, BrokerError]]:
+    """The offerings of machines that were sold on another market: not to be asked for again at once."""
+    kinds = {one.instance_type for one in bought.instances if not sold_as_ordered(order, one)}
+    error = OfferingRefused("the cloud sold it on another market than was asked for")
+    return [(one, error) for one in order.offerings if one.instance_type in kinds]
 
 
 def _outcome(bought: Bought) -> str:

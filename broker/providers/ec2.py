@@ -15,11 +15,20 @@ from typing import Any
 
 from broker.core import prices, tags
 from broker.core.cloudtime import Span
-from broker.core.errors import CloudUnreachable, InstanceNotFound, OrderSpent, PermanentRefusal, SettingsError
+from broker.core.errors import (
+    CloudError,
+    CloudUnreachable,
+    InstanceNotFound,
+    OfferingRefused,
+    OrderSpent,
+    PermanentRefusal,
+    SettingsError,
+)
 from broker.core.model import Bought, Instance, InstanceState, Market, Offering, Order
 from broker.core.settings import PoolSettings
 from broker.providers import ec2_check
 from broker.providers.ec2_api import Account, ClientFactory, Ec2Api, OnCall
+from broker.providers.ec2_fleet import MACHINES_MAX, OVERRIDES_MAX, Fleets, fleet_parameters
 from broker.providers.ec2_wire import (
     Recipe,
     Shape,
@@ -51,8 +60,8 @@ class Ec2Provider:
 
     name: str
     contested = True
-    offerings_max = 1
-    machines_max = 1
+    offerings_max = OVERRIDES_MAX
+    machines_max = MACHINES_MAX
 
     def __init__(
         self,
@@ -73,6 +82,7 @@ class Ec2Provider:
         self._broker_id, self._pools, self._page_size = broker_id, dict(pools), page_size
         self._clock_wall = clock_wall
         self._api = Ec2Api(on_call, clock_wall, clock_monotonic)
+        self._fleets = Fleets(self._api)
         self._region = region or ""
         self._recipes: dict[str, Recipe] = {}
         self._cores: dict[str, int] = {}
@@ -135,18 +145,36 @@ class Ec2Provider:
             settings.tags,
             expires_unix=created_unix + settings.max_lifetime,
         )
-        parameters = launch_parameters(settings, self._recipes[pool], offerings[0], launch_tags)
+        recipe = self._recipes[pool]
+        if len(offerings) > 1:
+            parameters = fleet_parameters(self._broker_id, settings, recipe, offerings, launch_tags, count)
+        else:
+            parameters = launch_parameters(settings, recipe, offerings[0], launch_tags, count)
         exact = json.dumps(parameters, sort_keys=True, separators=(",", ":"))
         return Order(order_id, pool, tuple(offerings), exact, created_unix, count)
 
     async def launch(self, order: Order) -> Bought:
-        answer = await self._api.call("RunInstances", **json.loads(order.parameters), ClientToken=order.id)
+        parameters = json.loads(order.parameters)
+        if "fleet" in parameters:
+            with _understood("CreateFleet"):
+                return await self._fleets.launch(order, parameters, self._region)
+        answer = await self._api.call("RunInstances", **parameters, ClientToken=order.id)
         with _understood("RunInstances"):
-            instance = self._instance(answer["Instances"][0])
-        if instance.state in ENDED:  # the token of a dead machine may return the dead machine
-            why = f" ({instance.reason})" if instance.reason else ""
-            raise OrderSpent(f"the machine of this order, {instance.id}, is {instance.state} already{why}")
-        return Bought((instance,))
+            instances = tuple(self._instance(shape) for shape in answer["Instances"])
+            first = instances[0]
+        if all(one.state in ENDED for one in instances):  # a token may return its dead machines
+            why = f" ({first.reason})" if first.reason else ""
+            raise OrderSpent(f"the machine of this order, {first.id}, is {first.state} already{why}")
+        return Bought(
+            tuple(one for one in instances if one.state not in ENDED), self._short(order, instances)
+        )
+
+    def _short(self, order: Order, instances: Sequence[Instance]) -> tuple[tuple[Offering, CloudError], ...]:
+        """RunInstances gives what there is, without a word about the rest."""
+        if len(instances) >= order.count:
+            return ()
+        words = f"EC2 had only {len(instances)} of {order.count} {order.offerings[0].instance_type}"
+        return ((order.offerings[0], OfferingRefused(words)),)
 
     async def listing(self) -> list[Instance]:
         tagged = await self._instances([filter_of(f"tag:{tags.BROKER}", [self._broker_id])])

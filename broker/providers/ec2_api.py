@@ -23,7 +23,7 @@ from botocore.loaders import Loader, create_loader
 
 from broker.core.cloudtime import CloudClock, Span, hear
 from broker.core.errors import CloudUnreachable, CredentialsRefused, SettingsError
-from broker.providers.ec2_errors import CANCELLED, OK, outcome_of, translate
+from broker.providers.ec2_errors import CANCELLED, LAUNCHES, OK, outcome_of, translate
 
 CONNECT_SECONDS_MAX = 5.0
 PAGES_MAX = 1_000  # a listing that does not end is no listing
@@ -50,6 +50,8 @@ OTHERWISE = Manners(
 )
 
 METHODS = {
+    "CreateFleet": "create_fleet",
+    "CreateLaunchTemplate": "create_launch_template",
     "CreateTags": "create_tags",
     "DescribeInstanceTypes": "describe_instance_types",
     "DescribeInstances": "describe_instances",
@@ -76,6 +78,8 @@ OnCall = Callable[[str, str], None]  # (api, outcome): one of METHODS, one of ec
 class Ec2Client(Protocol):
     """What is used of the SDK's client: METHODS. It raises the SDK's errors (`ec2_errors.client_error`)."""
 
+    async def create_fleet(self, **parameters: Any) -> Answer: ...
+    async def create_launch_template(self, **parameters: Any) -> Answer: ...
     async def create_tags(self, **parameters: Any) -> Answer: ...
     async def describe_instance_types(self, **parameters: Any) -> Answer: ...
     async def describe_instances(self, **parameters: Any) -> Answer: ...
@@ -204,7 +208,7 @@ class Ec2Api:
 
     async def call(self, api: str, **parameters: Any) -> Answer:
         """EC2's answer. Raises the CloudError that base.Provider names for the call."""
-        launches = api == "RunInstances"
+        launches = api in LAUNCHES
         client = self._launcher if launches else self._reader
         if client is None:
             raise CloudUnreachable("EC2 has not been reached since the start")

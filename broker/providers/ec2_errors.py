@@ -32,6 +32,17 @@ from broker.core.errors import (
 )
 from broker.providers.base import OUTCOMES
 
+
+class TemplateExists(CloudError):
+    """the launch template is there already"""
+
+
+class TemplateMissing(CloudError):
+    """EC2 does not know the launch template"""
+
+
+TEMPLATE_OUTCOMES: dict[type[CloudError], str] = {TemplateExists: "ok", TemplateMissing: "not-found"}
+
 QUOTED_CHARS_MAX = 200  # of AWS's words: what a client reads stays one line
 CLOCK_SKEW_SECONDS_NOTABLE = (
     60.0  # AWS tolerates 5 minutes (InvalidSecurity.RequestHasExpired); say it earlier
@@ -90,6 +101,8 @@ NO_ANSWER = Meaning(CloudUnreachable, "EC2 has a fault of its own")
 LISTING_BROKE = Meaning(CloudUnreachable, "EC2 lost the place in a listing: ask for it again", quote=False)
 NOT_FOUND = Meaning(InstanceNotFound, "EC2 does not know the machine at the moment")
 USED_OTHERWISE = Meaning(OrderMismatch, "EC2 saw this order's token with other parameters", quote=False)
+TEMPLATE_EXISTS = Meaning(TemplateExists, "the launch template is there already", quote=False)
+TEMPLATE_MISSING = Meaning(TemplateMissing, "EC2 does not know the launch template", quote=False)
 SPENT = Meaning(OrderSpent, "the machine of this order was launched and is gone already", quote=False)
 
 MEANINGS: dict[str, Meaning] = {
@@ -105,6 +118,7 @@ MEANINGS: dict[str, Meaning] = {
     "ReservationCapacityExceeded": NO_CAPACITY,
     "UnfulfillableCapacity": NO_CAPACITY,
     "Unsupported": NOT_OFFERED,
+    "InvalidFleetConfiguration": NOT_OFFERED,  # of a fleet: "your requested instance type is not supported"
     "UnsupportedOperation": NOT_OFFERED,  # for a launch: "an instance type that is not supported by the AMI"
     "VolumeTypeNotAvailableInZone": NOT_OFFERED,
     "SpotMaxPriceTooLow": PRICE_TOO_LOW,
@@ -178,6 +192,10 @@ MEANINGS: dict[str, Meaning] = {
     "TagLimitExceeded": TAGS,
     "TagPolicyViolation": TAGS,
     "OperationNotPermitted": PROTECTED,
+    # A launch template.
+    "InvalidLaunchTemplateName.AlreadyExistsException": TEMPLATE_EXISTS,
+    "InvalidLaunchTemplateName.NotFoundException": TEMPLATE_MISSING,
+    "InvalidLaunchTemplateId.NotFoundException": TEMPLATE_MISSING,
     # One machine.
     "InvalidInstanceID.NotFound": NOT_FOUND,
     "InvalidInstanceID.Malformed": NOT_FOUND,  # an id that cannot be one is not known either
@@ -201,12 +219,15 @@ MEANINGS: dict[str, Meaning] = {
 # permissions"); its message begins with these words.
 FOREIGN_IMAGE = "Not authorized for images"
 
+LAUNCHES = frozenset({"RunInstances", "CreateFleet"})
 # What a call cannot mean: an error that only makes sense for other calls is a refusal like any other.
 ONLY_FROM: dict[type[CloudError], frozenset[str]] = {
-    OfferingRefused: frozenset({"RunInstances"}),
-    QuotaReached: frozenset({"RunInstances"}),
-    OrderMismatch: frozenset({"RunInstances"}),
-    OrderSpent: frozenset({"RunInstances"}),
+    OfferingRefused: LAUNCHES,
+    QuotaReached: LAUNCHES,
+    OrderMismatch: LAUNCHES,
+    OrderSpent: LAUNCHES,
+    TemplateExists: frozenset({"CreateLaunchTemplate"}),
+    TemplateMissing: frozenset({"CreateFleet"}),
     InstanceNotFound: frozenset({"CreateTags", "TerminateInstances"}),
 }
 
@@ -258,7 +279,7 @@ def translate(error: Exception, api: str, now_unix: float) -> CloudError:
 
 def outcome_of(error: CloudError) -> str:
     """The label of a failed call, from OUTCOMES."""
-    return OUTCOMES[type(error)]
+    return TEMPLATE_OUTCOMES.get(type(error)) or OUTCOMES[type(error)]
 
 
 def client_error(api: str, code: str, message: str = "", status: int = 400) -> Exception:
@@ -268,6 +289,11 @@ def client_error(api: str, code: str, message: str = "", status: int = 400) -> E
         "ResponseMetadata": {"HTTPStatusCode": status},
     }
     return sdk.ClientError(response, api)
+
+
+def refusal(api: str, code: str, words: str) -> CloudError:
+    """An error that stands within an answer: nothing was launched for what it is about."""
+    return translate(client_error(api, code, words), api, 0.0)
 
 
 def _answered(error: sdk.ClientError, api: str, now_unix: float) -> CloudError:
@@ -308,7 +334,7 @@ def _permission(api: str, code: str, words: str) -> str:
     named = ACTION_NAMED.search(words)
     action = named["action"] if named else f"ec2:{api}"
     remedy = "a policy forbids it explicitly" if "explicit deny" in words else "allow it in their IAM policy"
-    if not named and api == "RunInstances":
+    if not named and api in LAUNCHES:
         remedy += ", with ec2:CreateTags, and iam:PassRole for an instance profile"
     return f"the AWS credentials may not perform {action}: {remedy} ({code})"
 

@@ -40,50 +40,60 @@ class Recipe:
 
 
 def launch_parameters(
-    pool: PoolSettings, recipe: Recipe, offering: Offering, tags: Mapping[str, str]
+    pool: PoolSettings, recipe: Recipe, offering: Offering, tags: Mapping[str, str], count: int = 1
 ) -> dict[str, Any]:
-    """RunInstances for one machine, without its ClientToken. The SDK encodes UserData, once."""
+    """RunInstances for so many machines at most, without its ClientToken. The SDK encodes UserData, once."""
     spot = offering.market is Market.SPOT
     tagged = ("instance", "volume", "spot-instances-request") if spot else ("instance", "volume")
     parameters: dict[str, Any] = {
         "MinCount": 1,
-        "MaxCount": 1,
-        "ImageId": image_id(pool.image or ""),
+        "MaxCount": count,
         "InstanceType": offering.instance_type,
-        "InstanceInitiatedShutdownBehavior": "terminate",
-        "MetadataOptions": {"HttpEndpoint": "enabled", "HttpTokens": "required"},
         "TagSpecifications": [{"ResourceType": kind, "Tags": tag_list(tags)} for kind in tagged],
+        **shared_parameters(pool),
     }
     if spot:
         parameters["InstanceMarketOptions"] = ONE_TIME_SPOT
+    if recipe.user_data:
+        parameters["UserData"] = recipe.user_data
+    if not pool.subnet and offering.zone:
+        parameters["Placement"] = {"AvailabilityZone": offering.zone}
+    return parameters | network(pool, recipe.security_group_ids, subnet=pool.subnet)
+
+
+def shared_parameters(pool: PoolSettings) -> dict[str, Any]:
+    """What all machines of a pool have in common, however they are launched."""
+    parameters: dict[str, Any] = {
+        "ImageId": image_id(pool.image or ""),
+        "InstanceInitiatedShutdownBehavior": "terminate",
+        "MetadataOptions": {"HttpEndpoint": "enabled", "HttpTokens": "required"},
+    }
     if pool.key_name:
         parameters["KeyName"] = pool.key_name
     if pool.instance_profile:
         kind = "Arn" if pool.instance_profile.startswith("arn:") else "Name"
         parameters["IamInstanceProfile"] = {kind: pool.instance_profile}
-    if recipe.user_data:
-        parameters["UserData"] = recipe.user_data
-    return parameters | _network(pool, recipe.security_group_ids, offering.zone)
+    return parameters
 
 
-def _network(pool: PoolSettings, group_ids: Sequence[str], zone: str) -> dict[str, Any]:
+def network(pool: PoolSettings, group_ids: Sequence[str], *, subnet: str | None) -> dict[str, Any]:
     """Where the machine is plugged in.
 
     A subnet that one made oneself gives no public address unless it was told to (AWS: EC2 user guide,
     "Assign a public IPv4 address at launch"), and a machine without the address its pool hands out never
     becomes ready. So a pool that hands out public addresses asks for one, which only an interface can be
-    asked for. With private addresses, or in the default VPC, the subnet's own setting decides.
+    asked for. With private addresses, or in the default VPC, the subnet's own setting decides. `subnet` is
+    None where the call names it elsewhere.
     """
     groups: dict[str, Any] = {"SecurityGroupIds": list(group_ids)} if group_ids else {}
-    if not pool.subnet:
-        return groups | ({"Placement": {"AvailabilityZone": zone}} if zone else {})
-    if pool.address == "private":
-        return groups | {"SubnetId": pool.subnet}
+    where: dict[str, Any] = {"SubnetId": subnet} if subnet else {}
+    if not pool.subnet or pool.address == "private":
+        return groups | where
     interface: dict[str, Any] = {
         "DeviceIndex": 0,
-        "SubnetId": pool.subnet,
         "AssociatePublicIpAddress": True,
         "DeleteOnTermination": True,
+        **where,
     }
     return {"NetworkInterfaces": [interface | ({"Groups": list(group_ids)} if group_ids else {})]}
 

@@ -27,7 +27,7 @@ TRANSIENT_CODES = ("RequestLimitExceeded", "RequestTimeout", "Throttling")
 
 
 class SimClient:
-    """See the module: an ec2_api.Ec2Client, and CreateFleet besides."""
+    """See the module: an ec2_api.Ec2Client."""
 
     def __init__(self, sky: Sky, roads: Roads, server: Server, manners: Manners, caller: str) -> None:
         self._sky, self._roads, self._server = sky, roads, server
@@ -35,6 +35,9 @@ class SimClient:
 
     async def create_fleet(self, **parameters: Any) -> Answer:
         return await self._call("CreateFleet", parameters)
+
+    async def create_launch_template(self, **parameters: Any) -> Answer:
+        return await self._call("CreateLaunchTemplate", parameters)
 
     async def create_tags(self, **parameters: Any) -> Answer:
         return await self._call("CreateTags", parameters)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from broker.providers.sim_calls import Answer, Call, Parameters, launch_tags
@@ -19,7 +19,8 @@ from broker.providers.sim_sky import Refused, Sky
 from broker.providers.sim_tokens import token_of
 from broker.providers.sim_weather import Fault
 
-IMAGE_DEFAULT = "ami-00000000"  # what the launch templates name, which are not modelled
+IMAGE_DEFAULT = "ami-00000000"  # of a launch template that was made elsewhere
+UNKNOWN_TEMPLATE = "InvalidLaunchTemplateName.NotFoundException"
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +30,7 @@ class Offer:
     template: Mapping[str, Any]
     override: Mapping[str, Any]
     wish: Wish
+    data: Mapping[str, Any]  # what the template says of its machines
 
     def said(self) -> Answer:
         return {
@@ -55,6 +57,17 @@ class Fleets:
     def __init__(self, sky: Sky, launcher: Launcher) -> None:
         self._sky, self._launcher = sky, launcher
         self._numbers = itertools.count(1)
+        self._templates: dict[str, Mapping[str, Any]] = {}
+
+    def create_launch_template(self, call: Call) -> Answer:
+        """Raises Refused for a name that is taken."""
+        name = str(call.parameters["LaunchTemplateName"])
+        if name in self._templates:
+            raise Refused(
+                "InvalidLaunchTemplateName.AlreadyExistsException", "Launch template name already in use."
+            )
+        self._templates[name] = dict(call.parameters["LaunchTemplateData"])
+        return {"LaunchTemplate": {"LaunchTemplateName": name, "LatestVersionNumber": 1}}
 
     def create_fleet(self, call: Call) -> Answer:
         """Raises Refused."""
@@ -81,7 +94,7 @@ class Fleets:
             self._sky.met(Fault.FLEET_PARTIAL)
             return count - 1
         if goods.chance(weather.fleet_surplus):
-            self._sky.met(Fault.FLEET_SURPLUS)
+            self._sky.met(Fault.FLEET_SURPLUS, token_of(parameters))
             return count + 1
         return count
 
@@ -100,8 +113,9 @@ class Fleets:
                     {**offer.said(), "ErrorCode": refused.code, "ErrorMessage": refused.message}
                 )
                 continue
-            image = str(offer.override.get("ImageId") or IMAGE_DEFAULT)
-            bought = [self._launcher.buy(call, token, wish, zone, its_tags, image) for zone in zones]
+            image = str(offer.override.get("ImageId") or offer.data.get("ImageId") or IMAGE_DEFAULT)
+            said = replace(call, parameters={**offer.data, **call.parameters})
+            bought = [self._launcher.buy(said, token, wish, zone, its_tags, image) for zone in zones]
             basket.machines += bought
             basket.instances.append(
                 {
@@ -118,10 +132,17 @@ class Fleets:
         target = parameters["TargetCapacitySpecification"]
         spot = target.get("DefaultTargetCapacityType", "on-demand") == "spot"
         for config in parameters["LaunchTemplateConfigs"]:
+            template = config.get("LaunchTemplateSpecification") or {}
+            data = self._data(template)
             for override in config.get("Overrides") or ():
                 zone = self._launcher.zone_of(override)
-                yield Offer(
-                    config.get("LaunchTemplateSpecification") or {},
-                    override,
-                    Wish(kind_of(override), spot, zone),
-                )
+                yield Offer(template, override, Wish(kind_of(override), spot, zone), data)
+
+    def _data(self, template: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Raises Refused for a template that nobody has made. Those named by id were made elsewhere."""
+        name = template.get("LaunchTemplateName")
+        if name is None:
+            return {}
+        if name not in self._templates:
+            raise Refused(UNKNOWN_TEMPLATE, f"The specified launch template, {name}, does not exist.")
+        return self._templates[str(name)]

@@ -14,6 +14,7 @@ Limit = tuple[float, float]  # (tokens when full, tokens a second)
 
 CALLS: dict[str, Limit] = {
     "RunInstances": (5, 2),
+    "CreateFleet": (5, 2),  # not in that list: taken to be like RunInstances
     "TerminateInstances": (100, 5),
     "CreateTags": (100, 10),
 }

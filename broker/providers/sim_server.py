@@ -37,8 +37,10 @@ class Server:
         self._world, self._sky, self._spells = world, world.sky, spells
         self._limits = Limits()
         launcher = Launcher(world, spells)
+        fleets = Fleets(world.sky, launcher)
         self._handlers: dict[str, Callable[[Call], Answer]] = {
-            "CreateFleet": Fleets(world.sky, launcher).create_fleet,
+            "CreateFleet": fleets.create_fleet,
+            "CreateLaunchTemplate": fleets.create_launch_template,
             "CreateTags": self.changer.create_tags,
             "DescribeInstances": lambda call: self.lister.describe_instances(call.parameters),
             "DescribeInstanceTypes": describe_instance_types,
@@ -100,7 +102,9 @@ class Server:
                 raise _server_error()
 
     def _check_limits(self, call: Call) -> None:
-        instances = len(call.instance_ids) or int(call.parameters.get("MaxCount") or 1)
+        target = call.parameters.get("TargetCapacitySpecification") or {}
+        asked = call.parameters.get("MaxCount") or target.get("TotalTargetCapacity") or 1
+        instances = len(call.instance_ids) or int(asked)
         try:
             self._limits.take(call.api, instances, self._sky.at)
         except Refused:

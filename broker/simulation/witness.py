@@ -12,6 +12,7 @@ from typing import Any
 
 from broker.core.model import Event, WorkerChanged, WorkerState
 from broker.daemon import Daemon
+from broker.providers.sim_calls import LAUNCHES
 from broker.providers.sim_machine import Machine
 from broker.providers.sim_weather import Fault
 from broker.providers.simulated import SimEC2
@@ -41,6 +42,7 @@ BROKEN_CALLS = {Fault.REQUEST_LOST, Fault.ANSWER_LOST, Fault.SERVER_ERROR, Fault
 THROTTLES = {Fault.THROTTLED, Fault.BUCKET_EMPTY, Fault.LAUNCH_OUTAGE}
 THROTTLED = {
     "RunInstances": "launch throttled",
+    "CreateFleet": "launch throttled",
     "throttled": "launch throttled",  # by a launch outage
     "TerminateInstances": "terminate throttled",
 }
@@ -82,7 +84,7 @@ class Witness:
             self._outdated(at, fault, details)
         if details == "DescribeInstances" and fault in BROKEN_CALLS:
             self.saw("listing failed")
-        elif details == "RunInstances" and fault is Fault.ANSWER_LOST:
+        elif details in LAUNCHES and fault is Fault.ANSWER_LOST:
             self.saw("launch answer lost")
         if fault in THROTTLES and details in THROTTLED:
             self.saw(THROTTLED[details])
@@ -104,9 +106,10 @@ class Witness:
         """A call leaves the broker."""
         if method == "terminate_instances":
             self._batch = len(parameters["InstanceIds"])
-        elif method == "run_instances":
+        elif method in ("run_instances", "create_fleet"):
             failed_at, kind = self._failed
-            if at - failed_at <= ELSEWHERE_SECONDS and kind not in ("", parameters["InstanceType"]):
+            others = set(_types_in(parameters)) - {kind}
+            if at - failed_at <= ELSEWHERE_SECONDS and kind and others:
                 self.saw("launched elsewhere after a failure")
                 self._failed = (float("-inf"), "")
 
@@ -156,3 +159,14 @@ class Witness:
             if abs(at - moment_at) <= REAPING_SECONDS and not registry.busy(worker.id):
                 self.saw("asked as the reaper decides")
                 return
+
+
+def _types_in(parameters: Any) -> list[str]:
+    """The machine types that a launch call names."""
+    if "InstanceType" in parameters:
+        return [str(parameters["InstanceType"])]
+    return [
+        str(override["InstanceType"])
+        for config in parameters["LaunchTemplateConfigs"]
+        for override in config["Overrides"]
+    ]

@@ -10,6 +10,7 @@ from typing import Any
 from broker.core.model import Event, WorkerChanged, WorkerState
 from broker.daemon import Daemon
 from broker.providers.sim_machine import Machine
+from broker.providers.sim_weather import Fault
 from broker.providers.simulated import BROKER, SimEC2
 from broker.simulation.history import HOUR_SECONDS, History
 from broker.simulation.host import OTHER_OWNER_ID, Host, Incarnation
@@ -137,6 +138,8 @@ class World:
             machine = self.sky.machine(details.partition(" ")[0])
             if machine.ended_by == BROKER:
                 self.referee.terminated(at, machine)
+        elif what == f"fault: {Fault.FLEET_SURPLUS}":
+            self.referee.given_more(details)
         elif what == "launched":
             self.referee.counted(at, self.ours())
             self.check_books()
@@ -144,9 +147,11 @@ class World:
     def _asked(self, method: str, parameters: Any) -> None:
         """A call leaves the broker."""
         self.witness.broker_called(self.now, method, parameters)
-        if method == "run_instances":
+        if method in ("run_instances", "create_fleet"):
             token = parameters["ClientToken"]
-            self.referee.launched(self.now, token, self.host.on_disk(token))
+            target = parameters.get("TargetCapacitySpecification", {}).get("TotalTargetCapacity")
+            count = int(target or parameters["MaxCount"])
+            self.referee.launched(self.now, token, self.host.on_disk(token), count)
 
     def _heard(self, event: Event) -> None:
         """The broker's books have changed."""
@@ -154,7 +159,7 @@ class World:
         if not isinstance(event, WorkerChanged):
             return
         if event.worker.state is WorkerState.ORDERED:
-            self.referee.placed(self.now, event.worker.id)
+            self.referee.placed(self.now, event.worker.order_id or "")
         if self.tracing:
             worker = event.worker
             reason = f" ({worker.reason})" if worker.reason else ""

@@ -87,7 +87,7 @@ async def main():
     provider = LocalProvider("lab", pools, Path(sys.argv[1]), time.time)
     await provider.open()
     order = provider.prepare("default", "order-1", [provider.offerings("default")[0]], time.time())
-    print((await launch_one(provider, order)).id, flush=True)
+    print((await provider.launch(order)).instances[0].id, flush=True)
     await asyncio.sleep(600)
 
 asyncio.run(main())
