@@ -40,6 +40,7 @@ def shared_lab(moto_server: MotoServer, tmp_path_factory: pytest.TempPathFactory
 def shared_broker(shared_lab: Lab) -> BrokerProcess:
     pools: dict[str, dict[str, object]] = {name: {} for name in POOLS}
     pools["late-port"] = {"worker_port": shared_lab.late_fleet.port}
+    pools["two-types"] = {"instance_types": TYPES}
     pools["default"] = {}
     return shared_lab.broker_to_be(pools=pools).start()
 
@@ -114,14 +115,15 @@ def test_a_throttled_launch_is_sent_again_as_it_was(lab: Lab, broker: BrokerProc
     assert first.params == second.params
 
 
-def test_a_type_without_capacity_is_followed_by_the_next_at_once(lab: Lab, broker: BrokerProcess) -> None:
-    lab.proxy.refuse("RunInstances", "InsufficientInstanceCapacity", match={"InstanceType": TYPES[0]})
-    assert lab.works(broker.ask("GET_WORKER pool=second-type"))
-    first, second = lab.launch_calls("second-type")
-    assert (first.params["InstanceType"], second.params["InstanceType"]) == TYPES
-    assert first.params["ClientToken"] != second.params["ClientToken"]
-    assert second.at - first.at < AT_ONCE_SECONDS_MAX
-    assert lab.only("second-type").instance_type == TYPES[1]
+def test_a_pool_of_several_types_is_bought_with_one_call(lab: Lab, broker: BrokerProcess) -> None:
+    address = broker.ask("GET_WORKER pool=two-types")
+    assert lab.works(address)
+    (call,) = lab.proxy.calls_of("CreateFleet")
+    overrides = "LaunchTemplateConfigs.1.Overrides.{}.InstanceType"
+    assert [call.params[overrides.format(number)] for number in (1, 2)] == list(TYPES)
+    assert address == lab.address(lab.only("two-types"))
+    assert broker.ask(f"RELEASE {address}") == "OK"
+    lab.wait_until_terminated("two-types")
 
 
 def test_when_no_type_has_capacity_the_client_hears_why_and_the_cloud_is_left_alone(
@@ -134,9 +136,9 @@ def test_when_no_type_has_capacity_the_client_hears_why_and_the_cloud_is_left_al
     assert "InsufficientInstanceCapacity" in refusal
     for _ in range(20):
         assert broker.ask("GET_WORKER pool=no-type") == refusal
-    assert [call.params["InstanceType"] for call in lab.launch_calls("no-type")] == list(TYPES)
+    assert [call.params["InstanceType"] for call in lab.launch_calls("no-type")] == [TYPES[0]]
     assert lab.machines("no-type") == []
-    assert broker.metric("compute_broker_launches_total", pool="no-type", outcome="no-capacity") == 2
+    assert broker.metric("compute_broker_launches_total", pool="no-type", outcome="no-capacity") == 1
 
 
 def test_a_missing_permission_is_named_and_not_asked_for_again_and_again(
@@ -149,7 +151,7 @@ def test_a_missing_permission_is_named_and_not_asked_for_again_and_again(
     assert is_capable_error(refusal, "CLOUD")
     assert "may not perform ec2:RunInstances" in refusal
     assert "IAM policy" in refusal
-    assert [call.params["InstanceType"] for call in lab.launch_calls("forbidden")] == list(TYPES)
+    assert [call.params["InstanceType"] for call in lab.launch_calls("forbidden")] == [TYPES[0]]
 
 
 def test_a_wrong_image_is_named_with_the_setting_to_correct(lab: Lab, broker: BrokerProcess) -> None:
@@ -159,7 +161,7 @@ def test_a_wrong_image_is_named_with_the_setting_to_correct(lab: Lab, broker: Br
     (refusal,) = refusals
     assert is_capable_error(refusal, "CLOUD")
     assert "correct the pool's `image`" in refusal
-    assert [call.params["InstanceType"] for call in lab.launch_calls("wrong-image")] == list(TYPES)
+    assert [call.params["InstanceType"] for call in lab.launch_calls("wrong-image")] == [TYPES[0]]
 
 
 # ---------------------------------------------------------------- machines that are not ready yet
