@@ -123,7 +123,7 @@ def operations(registry: Registry) -> dict[str, float]:
             "a worker's end": _timed(partial(_dismiss, registry, new.id) for new in newcomers),
         }
 
-    with _collector_off():
+    with collector_off():
         rounds = [one_round() for _ in range(ROUNDS)]
     return {name: min(one[name] for one in rounds) for name in rounds[0]}
 
@@ -134,7 +134,7 @@ async def reap_tick_ms() -> float:
     context = _context(clock, idle_workers(SIZES[-1]))
     loop = ReapLoop(context, report=_unheard, terminated=lambda: None)
     worst_ms = 0.0
-    with _collector_off():
+    with collector_off():
         for number in range(TICKS):
             clock.now = NOW + number
             began_ns = time.perf_counter_ns()
@@ -200,7 +200,7 @@ def _timed(calls: Iterable[Callable[[], object]]) -> float:
 
 
 @contextlib.contextmanager
-def _collector_off() -> Iterator[None]:
+def collector_off() -> Iterator[None]:
     gc.collect()
     gc.disable()
     try:

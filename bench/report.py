@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from statistics import median
 
 from bench import idle
+from bench.fulfilment import FulfilmentResult
 from bench.idle import IdleResult
 from bench.load import Slice
 from bench.machine import Machine
@@ -26,6 +27,7 @@ class Report:
     idle: Sequence[IdleResult] = ()
     idle_why_not: str = ""
     registry: RegistryResult | None = None
+    fulfilment: FulfilmentResult | None = None
 
     def verdicts(self) -> list[Verdict]:
         verdicts = self.throughput.verdicts() if self.throughput else []
@@ -33,6 +35,7 @@ class Report:
         if self.idle_why_not:
             verdicts.append(Verdict("idle connections", "", self.idle_why_not, None))
         verdicts += self.registry.verdicts() if self.registry else []
+        verdicts += self.fulfilment.verdicts() if self.fulfilment else []
         return verdicts
 
     def markdown(self) -> str:
@@ -51,6 +54,12 @@ class Report:
                 "Microseconds for one operation, by the number of workers in the books.",
             ]
             parts.append(table(*self.registry.table()))
+        if self.fulfilment:
+            parts += [
+                "### Planner",
+                "From the queue and the books to purchases, the best of some rounds.",
+                table(*self.fulfilment.table()),
+            ]
         return "\n\n".join(parts) + "\n"
 
     def _machine_line(self) -> str:

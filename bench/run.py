@@ -16,13 +16,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench import idle, load, registry_ops, throughput
+from bench import fulfilment, idle, load, registry_ops, throughput
 from bench.machine import Cores, Machine, raise_file_limit
 from bench.peers import STARTERS, Peer, PeerMissing
 from bench.report import Report
 
 RESULTS = Path(__file__).with_name("RESULTS.md")
-SECTIONS = ("throughput", "idle", "registry")
+SECTIONS = ("throughput", "idle", "registry", "fulfilment")
 FILES_NEEDED = idle.CONNECTIONS + 200
 IDLE_SERVERS = ("broker", "echo")  # the bare echo shows what uvloop itself needs for a connection
 
@@ -59,6 +59,7 @@ def main() -> int:
         "throughput": lambda: _throughput(report, plan, cores),
         "idle": lambda: _idle(report, plan, cores, files_max),
         "registry": lambda: _registry(report),
+        "fulfilment": lambda: _fulfilment(report),
     }
     for name in options.only or SECTIONS:
         sections[name]()
@@ -123,6 +124,10 @@ def _idle(report: Report, plan: Plan, cores: Cores, files_max: int) -> None:
 
 def _registry(report: Report) -> None:
     report.registry = registry_ops.measure(say)
+
+
+def _fulfilment(report: Report) -> None:
+    report.fulfilment = fulfilment.measure(say)
 
 
 def _append(markdown: str) -> None:
