@@ -113,10 +113,13 @@ class Ec2Provider:
 
     def offerings(self, pool: str) -> Sequence[Offering]:
         settings = self._pools[pool]
-        return tuple(self._offering(settings, kind) for kind in dict.fromkeys(settings.instance_types))
+        kinds = dict.fromkeys(settings.instance_types)
+        return tuple(
+            self._offering(settings, kind, Market(one)) for one in settings.markets for kind in kinds
+        )
 
-    def _offering(self, settings: PoolSettings, kind: str) -> Offering:
-        market, cores = Market(settings.market), self._cores.get(kind)
+    def _offering(self, settings: PoolSettings, kind: str, market: Market) -> Offering:
+        cores = self._cores.get(kind)
         cost = prices.price(settings, kind, cores, market)
         return Offering(
             self._region,
