@@ -64,7 +64,7 @@ class Shortfall:
 
 
 @dataclass(frozen=True, slots=True)
-class Purchase:
+class Choice:
     """What to ask for now: `machines` of any of the `offerings`, which are all of one market; or nothing.
 
     Then either `obstacle` says why it is worth to wait, or `refusal` is what those who wait shall hear.
@@ -88,7 +88,7 @@ def choose(
     cooling: Cooling,
     spot_prices: SpotPrices,
     now: float,
-) -> Purchase:
+) -> Choice:
     """See the module. `offerings`: those of the pool `name` that suit whoever waits, in its order."""
     assert shortfall.machines > 0, "who lacks no machine does not ask what to buy"
     affordable, dear = _affordable(offerings, spot_prices)
@@ -100,8 +100,8 @@ def choose(
         return _without_spot(pool, shortfall, on_demand, why, look_at, now)
     ask = spot or on_demand
     if not ask:
-        return Purchase(refusal=why, look_at=look_at)
-    return Purchase(ask[:OFFERINGS_MAX], shortfall.machines, look_at=look_at)
+        return Choice(refusal=why, look_at=look_at)
+    return Choice(ask[:OFFERINGS_MAX], shortfall.machines, look_at=look_at)
 
 
 def _without_spot(
@@ -111,21 +111,21 @@ def _without_spot(
     why: BrokerError,
     look_at: float | None,
     now: float,
-) -> Purchase:
+) -> Choice:
     """Spot is preferred and cannot be had: on-demand, if the pool may buy it, when it may."""
     if not on_demand:
-        return Purchase(refusal=why, look_at=look_at, spot_refused=True)
+        return Choice(refusal=why, look_at=look_at, spot_refused=True)
     room = shortfall.machines
     if pool.on_demand_max is not None:
         room = min(room, pool.on_demand_max - shortfall.on_demand_machines)
     if room <= 0:
         refusal = NoCapacity(f"{why.message}; the pool's on_demand_max = {pool.on_demand_max} is reached")
-        return Purchase(refusal=refusal, look_at=look_at, spot_refused=True)
+        return Choice(refusal=refusal, look_at=look_at, spot_refused=True)
     since_at = shortfall.spot_refused_since_at
     falls_back_at = (now if since_at is None else since_at) + pool.on_demand_after
     if now >= falls_back_at:
-        return Purchase(on_demand[:OFFERINGS_MAX], room, look_at=look_at, spot_refused=True)
-    return Purchase(
+        return Choice(on_demand[:OFFERINGS_MAX], room, look_at=look_at, spot_refused=True)
+    return Choice(
         obstacle=f"{why.message}; on-demand is bought in {falls_back_at - now:.0f} s if that lasts",
         look_at=falls_back_at if look_at is None else min(look_at, falls_back_at),
         spot_refused=True,

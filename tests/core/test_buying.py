@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from broker.core.buying import (
     FALLBACK_IDLE_SECONDS,
     OFFERINGS_MAX,
-    Purchase,
+    Choice,
     Shortfall,
     SpotDrought,
     choose,
@@ -52,7 +52,7 @@ def asked(
     on_demand: int = 0,
     since_at: float | None = None,
     now: float = 0.0,
-) -> Purchase:
+) -> Choice:
     return choose(
         offerings,
         "default",
@@ -72,26 +72,26 @@ def without_spot(error: OfferingRefused | PermanentRefusal = NONE_LEFT, now: flo
     return cooling
 
 
-def refused(purchase: Purchase) -> NoCapacity | QuotaReached | PermanentRefusal:
-    """The refusal of a purchase that asks for nothing."""
-    assert (purchase.offerings, purchase.machines, purchase.obstacle) == ((), 0, "")
-    assert isinstance(purchase.refusal, NoCapacity | QuotaReached | PermanentRefusal)
-    return purchase.refusal
+def refused(choice: Choice) -> NoCapacity | QuotaReached | PermanentRefusal:
+    """The refusal of a choice that asks for nothing."""
+    assert (choice.offerings, choice.machines, choice.obstacle) == ((), 0, "")
+    assert isinstance(choice.refusal, NoCapacity | QuotaReached | PermanentRefusal)
+    return choice.refusal
 
 
 # --- one market ----------------------------------------------------------------------------------------
 
 
 def test_all_offerings_that_can_be_had_are_asked_for_at_once_in_the_pools_order() -> None:
-    assert asked(SPOT, pool(market="spot"), machines=7) == Purchase(SPOT, 7)
-    assert asked(ON_DEMAND, pool(market="on-demand"), machines=7) == Purchase(ON_DEMAND, 7)
+    assert asked(SPOT, pool(market="spot"), machines=7) == Choice(SPOT, 7)
+    assert asked(ON_DEMAND, pool(market="on-demand"), machines=7) == Choice(ON_DEMAND, 7)
 
 
 def test_what_cools_down_is_left_out_and_asked_for_again_when_that_is_over() -> None:
     cooling = Cooling()
     cooling.refused(C7I, NONE_LEFT, 0.0)
-    assert asked(SPOT, pool(market="spot"), cooling=cooling, now=60.0) == Purchase((C6A,), 1, look_at=180.0)
-    assert asked(SPOT, pool(market="spot"), cooling=cooling, now=180.0) == Purchase(SPOT, 1)
+    assert asked(SPOT, pool(market="spot"), cooling=cooling, now=60.0) == Choice((C6A,), 1, look_at=180.0)
+    assert asked(SPOT, pool(market="spot"), cooling=cooling, now=180.0) == Choice(SPOT, 1)
 
 
 def test_one_call_names_no_more_places_than_it_may() -> None:
@@ -100,15 +100,15 @@ def test_one_call_names_no_more_places_than_it_may() -> None:
 
 
 def test_a_spot_pool_never_buys_on_demand_however_long_it_waits() -> None:
-    purchase = asked(SPOT, pool(market="spot"), cooling=without_spot(), since_at=-86_400.0, now=1.0)
-    assert refused(purchase).code is Code.NO_CAPACITY
-    assert purchase.look_at == 180.0
+    choice = asked(SPOT, pool(market="spot"), cooling=without_spot(), since_at=-86_400.0, now=1.0)
+    assert refused(choice).code is Code.NO_CAPACITY
+    assert choice.look_at == 180.0
 
 
 def test_who_wants_what_the_pool_does_not_have_is_refused() -> None:
-    purchase = asked((), pool(market="on-demand"))
-    assert refused(purchase).code is Code.NO_CAPACITY
-    assert purchase.look_at is None
+    choice = asked((), pool(market="on-demand"))
+    assert refused(choice).code is Code.NO_CAPACITY
+    assert choice.look_at is None
 
 
 # --- what a client hears -------------------------------------------------------------------------------
@@ -175,8 +175,8 @@ def test_a_type_of_unknown_size_is_only_compared_with_itself() -> None:
 def test_where_the_cloud_may_choose_the_zone_and_one_is_too_dear_the_others_are_named() -> None:
     prices = {(f"us-{zone}", C7I.instance_type): price for zone, price in (("a", 1), ("b", 9), ("c", 2))}
     dollars = {key: price * DOLLAR for key, price in prices.items()}
-    purchase = asked((C7I,), pool(market="spot"), prices=dollars)
-    assert [one.zone for one in purchase.offerings] == ["us-a", "us-c"]
+    choice = asked((C7I,), pool(market="spot"), prices=dollars)
+    assert [one.zone for one in choice.offerings] == ["us-a", "us-c"]
 
 
 def test_the_price_of_another_zone_says_nothing() -> None:
@@ -198,26 +198,26 @@ def test_in_regions_whose_list_nobody_has_the_price_is_taken_for_higher() -> Non
 def test_spot_is_bought_as_long_as_there_is_any() -> None:
     cooling = Cooling()
     cooling.refused(C7I, NONE_LEFT, 0.0)
-    purchase = asked(cooling=cooling, machines=5, since_at=-86_400.0)
-    assert (purchase.offerings, purchase.machines, purchase.spot_refused) == ((C6A,), 5, False)
+    choice = asked(cooling=cooling, machines=5, since_at=-86_400.0)
+    assert (choice.offerings, choice.machines, choice.spot_refused) == ((C6A,), 5, False)
 
 
 def test_on_demand_is_not_bought_before_spot_has_been_refused_for_a_while() -> None:
-    purchase = asked(cooling=without_spot(), since_at=0.0, now=119.0)
-    assert purchase == Purchase(
+    choice = asked(cooling=without_spot(), since_at=0.0, now=119.0)
+    assert choice == Choice(
         obstacle="no capacity; on-demand is bought in 1 s if that lasts", look_at=120.0, spot_refused=True
     )
 
 
 def test_a_drought_that_has_just_begun_counts_from_now() -> None:
-    purchase = asked(cooling=without_spot(), since_at=None, now=50.0)
-    assert (purchase.offerings, purchase.look_at, purchase.spot_refused) == ((), 170.0, True)
+    choice = asked(cooling=without_spot(), since_at=None, now=50.0)
+    assert (choice.offerings, choice.look_at, choice.spot_refused) == ((), 170.0, True)
 
 
 def test_then_on_demand_is_bought_for_what_is_short() -> None:
-    purchase = asked(cooling=without_spot(), machines=3, since_at=0.0, now=120.0)
-    assert (purchase.offerings, purchase.machines) == (ON_DEMAND, 3)
-    assert purchase.look_at == 180.0  # when spot is tried again
+    choice = asked(cooling=without_spot(), machines=3, since_at=0.0, now=120.0)
+    assert (choice.offerings, choice.machines) == (ON_DEMAND, 3)
+    assert choice.look_at == 180.0  # when spot is tried again
 
 
 def test_as_soon_as_spot_can_be_asked_for_again_it_is() -> None:
