@@ -21,7 +21,7 @@ THROTTLE = client_error("RunInstances", "RequestLimitExceeded", "Request limit e
 
 
 def order(provider: Ec2Provider, number: int) -> Order:
-    return provider.prepare("default", f"order-{number}", provider.offerings("default")[0], EPOCH_UNIX)
+    return provider.prepare("default", f"order-{number}", provider.offerings("default")[:1], EPOCH_UNIX)
 
 
 async def timed(call: Coroutine[Any, Any, Any]) -> tuple[float, object]:
