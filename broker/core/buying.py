@@ -23,10 +23,6 @@ from broker.core.money import dollars
 from broker.core.registry import Registry
 from broker.core.settings import PoolSettings
 
-# Offerings in one call, a limit of ours: EC2 takes 300 overrides in a fleet of type request or maintain and
-# names no limit for instant ones (AWS: EC2 API reference, FleetLaunchTemplateConfigRequest). An order holds
-# its call to the byte, and beyond a hundred places more choice brings nothing.
-OFFERINGS_MAX = 100
 REASONS_MAX = 3  # in one error: what a client reads stays a line
 FALLBACK_IDLE_SECONDS = 60.0  # a client that has only paused between two leases keeps its machine
 
@@ -87,9 +83,11 @@ def choose(
     *,
     cooling: Cooling,
     spot_prices: SpotPrices,
+    offerings_max: int,
     now: float,
 ) -> Choice:
-    """See the module. `offerings`: those of the pool `name` that suit whoever waits, in its order."""
+    """See the module. `offerings`: those of the pool `name` that suit whoever waits, in its order;
+    `offerings_max`: so many may stand in one order, as the provider says."""
     assert shortfall.machines > 0, "who lacks no machine does not ask what to buy"
     affordable, dear = _affordable(offerings, spot_prices)
     free, cool_downs = cooling.usable(affordable, now, pool=name)
@@ -97,11 +95,11 @@ def choose(
     why = _sum_up([*(one.error for one in cool_downs), *dear])
     look_at = min((now + one.seconds_left for one in cool_downs), default=None)
     if pool.markets[0] == "spot" and not spot:
-        return _without_spot(pool, shortfall, on_demand, why, look_at, now)
+        return _without_spot(pool, shortfall, on_demand[:offerings_max], why, look_at, now)
     ask = spot or on_demand
     if not ask:
         return Choice(refusal=why, look_at=look_at)
-    return Choice(ask[:OFFERINGS_MAX], shortfall.machines, look_at=look_at)
+    return Choice(ask[:offerings_max], shortfall.machines, look_at=look_at)
 
 
 def _without_spot(
@@ -124,7 +122,7 @@ def _without_spot(
     since_at = shortfall.spot_refused_since_at
     falls_back_at = (now if since_at is None else since_at) + pool.on_demand_after
     if now >= falls_back_at:
-        return Choice(on_demand[:OFFERINGS_MAX], room, look_at=look_at, spot_refused=True)
+        return Choice(on_demand, room, look_at=look_at, spot_refused=True)
     return Choice(
         obstacle=f"{why.message}; on-demand is bought in {falls_back_at - now:.0f} s if that lasts",
         look_at=falls_back_at if look_at is None else min(look_at, falls_back_at),

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from broker.core.buying import (
     FALLBACK_IDLE_SECONDS,
-    OFFERINGS_MAX,
     Choice,
     Shortfall,
     SpotDrought,
@@ -40,6 +39,7 @@ BOTH = (*SPOT, *ON_DEMAND)
 MIXED = pool(market="spot-then-on-demand", on_demand_after="2m")
 NONE_LEFT = OfferingRefused("no capacity")
 DOLLAR = 1_000_000
+OFFERINGS_MAX = 100
 
 
 def asked(
@@ -60,6 +60,7 @@ def asked(
         Shortfall(machines, on_demand, since_at),
         cooling=cooling or Cooling(),
         spot_prices=prices or {},
+        offerings_max=OFFERINGS_MAX,
         now=now,
     )
 
