@@ -13,7 +13,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from broker.core.claim import ACT_SECONDS_MAX, Claim
+from broker.core.cooling import Cooling
 from broker.core.errors import BrokerError, CloudError, CredentialsRefused, ReadOnly, SettingsError
+from broker.core.quotes import Quotes
 from broker.providers.base import Provider
 
 SCAN_FAILURES_MAX = 3  # so many failed scans in a row and the cloud counts as unreachable
@@ -32,6 +34,8 @@ class Cloud:
     error: BrokerError | None = None
     mistake: SettingsError | None = None  # nothing can be bought here until a person has mended the settings
     rival: Claim | None = None  # another broker's claim, by which it is in charge here and we are not
+    cooling: Cooling = field(default_factory=Cooling)  # what could not be bought here of late
+    quotes: Quotes = field(default_factory=Quotes)  # what spot costs here
     claims: dict[str, Claim | None] = field(default_factory=dict)  # by living machine, as last listed
 
     @property

@@ -33,6 +33,7 @@ from broker.ledger import Ledger
 from broker.logs import EventLog, Log
 from broker.loops.beat import BeatLoop
 from broker.loops.launch import LaunchLoop
+from broker.loops.prices import PricesLoop
 from broker.loops.probe import Connect, ProbeLoop, connects
 from broker.loops.reap import ReapLoop
 from broker.loops.reconcile import ReconcileLoop
@@ -146,7 +147,7 @@ class Daemon:
             context,
             prove=self.probe.prove,
             scan=self.reconcile.scan,
-            demand=self.launch.demanded,
+            demand=self._demanded,
             reap=wake_reap,
             new_id=lambda: f"lease-{new_id()}",
         )
@@ -166,6 +167,7 @@ class Daemon:
             self.reap,
             self.launch,
             TaggingLoop(context, report),
+            PricesLoop(context, report),
             self._claims,
             self.server,
         )
@@ -383,6 +385,11 @@ class Daemon:
     def _wake(self, loop: str) -> None:
         self.runners[loop].wake()
 
+    def _demanded(self, patience_seconds: float) -> None:
+        """A client waits, at most so long."""
+        self.launch.demanded(patience_seconds)
+        self._wake("prices")
+
     def _look_closely(self) -> None:
         self.reconcile.watch_closely()
         self._wake("reconcile")
@@ -400,6 +407,7 @@ class Daemon:
     def _scanned(self) -> None:
         if self._claims.due():
             self._wake("beat")
+        self._wake("prices")  # machines may have been found, or the cloud has come back
         if len(self.context.waiting):
             self._wake("launch")
 

@@ -225,6 +225,7 @@ class FakeCloud:
             pool: (Offering("moon", "big", Market.SPOT, cores=64, price_usd_micros_per_hour=1_000_000),)
             for pool in pools
         }
+        self.prices: dict[tuple[str, str], int] = {}  # (zone, type) → micro-dollars an hour, on spot
         self.ends_at_once = True
         self.refuses: dict[str, CloudError] = {}
         self.sells_otherwise: set[str] = set()  # machine types that come on demand, whatever was ordered
@@ -335,6 +336,10 @@ class FakeCloud:
         await self._call("tag_all", ids, dict(new))
         for machine in [self.machines[one] for one in ids if one in self.machines]:
             machine.instance = replace(machine.instance, tags={**machine.instance.tags, **new})
+
+    async def spot_prices(self, pool: str) -> Mapping[tuple[str, str], int]:
+        await self._call("spot_prices", pool)
+        return dict(self.prices)
 
     def clock_unix(self, at: float) -> Span:
         wall_unix = self._clock.wall() - (self._clock.monotonic() - at)

@@ -60,11 +60,12 @@ VCPUS_UNKNOWN = 192  # a size that says nothing: as large as the largest of the 
 def price(pool: PoolSettings, instance_type: str, cores: int | None, market: Market) -> Price:
     """What such a machine of the pool is taken to cost: as configured, or the list price, marked.
 
-    A configured price is that of the pool's own market: EC2 has sold on-demand what was asked for as spot.
+    A configured price is that of the market which the pool prefers: EC2 has sold on-demand what was asked for
+    as spot, and a pool may fall back on it.
     Local workers are free, and that is true and not assumed.
     """
     configured = pool.price_usd_micros_per_hour
-    if pool.provider == "local" or (configured and pool.market == market):
+    if pool.provider == "local" or (configured and pool.markets[0] == market):
         return Price(configured)
     return Price(max(configured, on_demand_usd_micros_per_hour(instance_type, cores)), assumed=True)
 

@@ -204,7 +204,15 @@ class PoolSettings(Section):
         description="ec2: an AMI id, or the name of an SSM parameter that holds one.",
     )
     instance_types: Names = Field((), validate_default=True, description="ec2: in order of preference.")
-    market: Literal["spot", "on-demand"] = Field("spot", description="ec2: how machines are bought.")
+    market: Literal["spot", "on-demand", "spot-then-on-demand"] = Field(
+        "spot", description="ec2: how machines are bought; with the last, on-demand where spot has none."
+    )
+    on_demand_after: Seconds = Field(
+        120.0, description="ec2: with spot-then-on-demand, how long spot must be refused before that."
+    )
+    on_demand_max: int | None = Field(
+        None, ge=0, description="ec2: with spot-then-on-demand, at most this many on-demand machines."
+    )
     address: Literal["public", "private", "dns"] = Field(
         "public", description="ec2: which address clients get."
     )
@@ -252,6 +260,11 @@ class PoolSettings(Section):
     @property
     def exclusive(self) -> bool:
         return self.sharing == "exclusive"
+
+    @property
+    def markets(self) -> tuple[Literal["spot", "on-demand"], ...]:
+        """Where the pool may buy, the preferred one first."""
+        return ("spot", "on-demand") if self.market == "spot-then-on-demand" else (self.market,)
 
     @property
     def price_usd_micros_per_hour(self) -> int:

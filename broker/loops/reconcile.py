@@ -214,6 +214,8 @@ class ReconcileLoop:
                 return
         else:
             self._missing.pop(worker.id, None)
+            if worker.state in USABLE and _was_reclaimed(instance):
+                cloud.cooling.reclaimed(worker.offering, self._context.now())
             if instance.state is InstanceState.TERMINATED:
                 self._registry.gone(worker.id, instance.reason or "terminated", self._context.now())
                 return
@@ -450,6 +452,11 @@ def _why_it_ends(worker: Worker, instance: Instance) -> Reason:
     if worker.state is WorkerState.BOOTING and not instance.reason.startswith(SPOT_REASON):
         return Reason.BOOT_FAILED
     return Reason.STOPPED if instance.state in HALTED else Reason.RECLAIMED
+
+
+def _was_reclaimed(instance: Instance) -> bool:
+    """Whether the cloud has taken it back, rather than a person or the machine itself."""
+    return instance.state in DEAD and instance.reason.startswith(SPOT_REASON)
 
 
 def _age_seconds(cloud: Cloud, instance: Instance, now: float) -> float:

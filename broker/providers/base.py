@@ -5,19 +5,20 @@ CloudError family (a few raise SettingsError from `open`, when the pool cannot w
 not retry launches: whether a failed launch may have happened is the caller's most important question, and
 `CloudError.sent` answers it.
 
-| call      | idempotent                      | raises beyond Unreachable, Throttled, CredentialsRefused  |
-| --------- | ------------------------------- | --------------------------------------------------------- |
-| open      | yes                             | SettingsError                                             |
-| offerings | yes, no cloud involved          | nothing                                                   |
-| prepare   | yes, no cloud involved          | nothing                                                   |
-| launch    | yes, by `order.id`, when resent | OfferingRefused, QuotaReached, PermanentRefusal,          |
-|           | with the same parameters        | OrderMismatch, OrderSpent                                 |
-| listing   | yes                             | PermanentRefusal. Returns a *complete* listing or raises  |
-| describe  | yes                             | PermanentRefusal. Leaves unknown ids out: no proof        |
-| terminate | yes, unknown ids are fine       | PermanentRefusal                                          |
-| tag       | yes                             | PermanentRefusal, InstanceNotFound                        |
-| tag_all   | yes, unknown ids are fine       | PermanentRefusal                                          |
-| clock     | yes, no cloud involved          | nothing                                                   |
+| call        | idempotent                      | raises beyond Unreachable, Throttled, CredentialsRefused  |
+| ----------- | ------------------------------- | --------------------------------------------------------- |
+| open        | yes                             | SettingsError                                             |
+| offerings   | yes, no cloud involved          | nothing                                                   |
+| prepare     | yes, no cloud involved          | nothing                                                   |
+| launch      | yes, by `order.id`, when resent | OfferingRefused, QuotaReached, PermanentRefusal,          |
+|             | with the same parameters        | OrderMismatch, OrderSpent                                 |
+| listing     | yes                             | PermanentRefusal. Returns a *complete* listing or raises  |
+| describe    | yes                             | PermanentRefusal. Leaves unknown ids out: no proof        |
+| terminate   | yes, unknown ids are fine       | PermanentRefusal                                          |
+| tag         | yes                             | PermanentRefusal, InstanceNotFound                        |
+| tag_all     | yes, unknown ids are fine       | PermanentRefusal                                          |
+| spot_prices | yes                             | PermanentRefusal                                          |
+| clock       | yes, no cloud involved          | nothing                                                   |
 """
 
 from __future__ import annotations
@@ -113,6 +114,12 @@ class Provider(Protocol):
 
     async def tag_all(self, instance_ids: Iterable[str], tags: Mapping[str, str]) -> None:
         """Write the same tags onto many machines. An unknown one keeps no other from its own."""
+
+    async def spot_prices(self, pool: str) -> Mapping[tuple[str, str], int]:
+        """What spot machines of the pool's types cost now: (zone, instance type) → micro-dollars an hour.
+
+        What is missing is not known. Empty where nothing is sold on spot.
+        """
 
     def clock_unix(self, at: float) -> Span:
         """What the cloud's own clock shows at a monotonic moment, as far as its answers have told: bills

@@ -26,7 +26,7 @@ from broker.core.errors import (
 )
 from broker.core.model import Bought, Instance, InstanceState, Market, Offering, Order
 from broker.core.settings import PoolSettings
-from broker.providers import ec2_check
+from broker.providers import ec2_check, ec2_prices
 from broker.providers.ec2_api import Account, ClientFactory, Ec2Api, OnCall
 from broker.providers.ec2_fleet import MACHINES_MAX, OVERRIDES_MAX, Fleets, fleet_parameters
 from broker.providers.ec2_wire import (
@@ -80,7 +80,7 @@ class Ec2Provider:
         self._check_account = None if client_factory else account.check
         self._client_factory = client_factory or account.client
         self._broker_id, self._pools, self._page_size = broker_id, dict(pools), page_size
-        self._clock_wall = clock_wall
+        self._clock_wall, self._clock_monotonic = clock_wall, clock_monotonic
         self._api = Ec2Api(on_call, clock_wall, clock_monotonic)
         self._fleets = Fleets(self._api)
         self._region = region or ""
@@ -113,10 +113,13 @@ class Ec2Provider:
 
     def offerings(self, pool: str) -> Sequence[Offering]:
         settings = self._pools[pool]
-        return tuple(self._offering(settings, kind) for kind in dict.fromkeys(settings.instance_types))
+        kinds = dict.fromkeys(settings.instance_types)
+        return tuple(
+            self._offering(settings, kind, Market(one)) for one in settings.markets for kind in kinds
+        )
 
-    def _offering(self, settings: PoolSettings, kind: str) -> Offering:
-        market, cores = Market(settings.market), self._cores.get(kind)
+    def _offering(self, settings: PoolSettings, kind: str, market: Market) -> Offering:
+        cores = self._cores.get(kind)
         cost = prices.price(settings, kind, cores, market)
         return Offering(
             self._region,
@@ -206,6 +209,12 @@ class Ec2Provider:
             refusals = await self._for_all("CreateTags", "Resources", batch, Tags=tag_list(tags), alone=False)
             if refusals:
                 raise refusals[0]
+
+    async def spot_prices(self, pool: str) -> Mapping[tuple[str, str], int]:
+        now_unix = self._api.clock_unix(self._clock_monotonic()).latest_unix
+        found = await ec2_prices.history(self._api, self._pools[pool].instance_types, now_unix)
+        with _understood(ec2_prices.API):
+            return ec2_prices.current(found)
 
     def clock_unix(self, at: float) -> Span:
         return self._api.clock_unix(at)

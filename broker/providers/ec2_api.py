@@ -2,7 +2,8 @@
 
 Two clients. Launches get one attempt, because only the broker knows what a lost answer means; all other
 calls are repeatable and get two. Each has its own bound on calls in flight, so that launches that hang never
-keep a Terminate waiting. The SDK stays behind this door: out come EC2's answers or our errors.
+keep a Terminate waiting; and each sort of call leaves at a pace of its own (ec2_pace). The SDK stays behind
+this door: out come EC2's answers or our errors.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ from botocore import exceptions as sdk
 from botocore.loaders import Loader, create_loader
 
 from broker.core.cloudtime import CloudClock, Span, hear
-from broker.core.errors import CloudUnreachable, CredentialsRefused, SettingsError
+from broker.core.errors import CloudUnreachable, CredentialsRefused, SettingsError, Throttled
 from broker.providers.ec2_errors import CANCELLED, LAUNCHES, OK, outcome_of, translate
+from broker.providers.ec2_pace import Pace
 
 CONNECT_SECONDS_MAX = 5.0
 PAGES_MAX = 1_000  # a listing that does not end is no listing
@@ -56,6 +58,7 @@ METHODS = {
     "DescribeInstanceTypes": "describe_instance_types",
     "DescribeInstances": "describe_instances",
     "DescribeSecurityGroups": "describe_security_groups",
+    "DescribeSpotPriceHistory": "describe_spot_price_history",
     "DescribeSubnets": "describe_subnets",
     "DescribeVpcs": "describe_vpcs",
     "RunInstances": "run_instances",
@@ -84,6 +87,7 @@ class Ec2Client(Protocol):
     async def describe_instance_types(self, **parameters: Any) -> Answer: ...
     async def describe_instances(self, **parameters: Any) -> Answer: ...
     async def describe_security_groups(self, **parameters: Any) -> Answer: ...
+    async def describe_spot_price_history(self, **parameters: Any) -> Answer: ...
     async def describe_subnets(self, **parameters: Any) -> Answer: ...
     async def describe_vpcs(self, **parameters: Any) -> Answer: ...
     async def run_instances(self, **parameters: Any) -> Answer: ...
@@ -191,6 +195,7 @@ class Ec2Api:
         self._reader: Ec2Client | None = None
         self._launch_turns = asyncio.Semaphore(LAUNCHING.in_flight_max)
         self._other_turns = asyncio.Semaphore(OTHERWISE.in_flight_max)
+        self._pace = Pace(clock_monotonic)
 
     async def connect(self, factory: ClientFactory) -> None:
         """Makes the clients, once, because that takes the SDK a while. Raises SettingsError."""
@@ -213,6 +218,7 @@ class Ec2Api:
         if client is None:
             raise CloudUnreachable("EC2 has not been reached since the start")
         method = getattr(client, METHODS[api])
+        await self._keep_pace(api)
         async with self._launch_turns if launches else self._other_turns:
             sent_at = self._clock_monotonic()
             try:
@@ -223,12 +229,21 @@ class Ec2Api:
             except Exception as error:  # translate says what is known of the call's fate
                 self._hear(sent_at, getattr(error, "response", None))
                 ours = translate(error, api, self._clock_wall())
+                if isinstance(ours, Throttled):
+                    self._pace.throttled(api)
                 self._on_call(api, outcome_of(ours))
                 # The SDK's text on refused credentials may quote the signed request: it ends here.
                 raise ours from (None if isinstance(ours, CredentialsRefused) else error)
         self._hear(sent_at, answer)
         self._on_call(api, OK)
         return answer
+
+    async def _keep_pace(self, api: str) -> None:
+        try:
+            await self._pace.wait(api)
+        except Throttled as error:  # it was not sent, but whoever counts calls shall see that one was wanted
+            self._on_call(api, outcome_of(error))
+            raise
 
     def clock_unix(self, at: float) -> Span:
         """EC2's clock at a monotonic moment; our wall clock until EC2 has answered for the first time."""

@@ -137,6 +137,9 @@ class LocalProvider:
             with suppress(InstanceNotFound):
                 await self.tag(instance_id, tags)
 
+    async def spot_prices(self, pool: str) -> Mapping[tuple[str, str], int]:
+        return {}
+
     def clock_unix(self, at: float) -> Span:
         wall_unix = self._clock_wall() - (asyncio.get_running_loop().time() - at)
         return Span(wall_unix, wall_unix)

@@ -51,6 +51,9 @@ class SimClient:
     async def describe_security_groups(self, **parameters: Any) -> Answer:
         return await self._call("DescribeSecurityGroups", parameters)
 
+    async def describe_spot_price_history(self, **parameters: Any) -> Answer:
+        return await self._call("DescribeSpotPriceHistory", parameters)
+
     async def describe_subnets(self, **parameters: Any) -> Answer:
         return await self._call("DescribeSubnets", parameters)
 

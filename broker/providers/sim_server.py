@@ -20,6 +20,7 @@ from broker.providers.sim_launch import Launcher
 from broker.providers.sim_limits import Limits, throttled
 from broker.providers.sim_listing import Lister
 from broker.providers.sim_market import REFUSALS, vcpus_of, zone_of_subnet
+from broker.providers.sim_prices import PriceHistory
 from broker.providers.sim_shapes import plain
 from broker.providers.sim_sky import Refused, Spells
 from broker.providers.sim_weather import Fault
@@ -45,6 +46,7 @@ class Server:
             "DescribeInstances": lambda call: self.lister.describe_instances(call.parameters),
             "DescribeInstanceTypes": describe_instance_types,
             "DescribeSecurityGroups": describe_security_groups,
+            "DescribeSpotPriceHistory": PriceHistory(world, self.lister).describe,
             "DescribeSubnets": lambda call: describe_subnets(call, world.market.zones),
             "DescribeVpcs": describe_vpcs,
             "RunInstances": launcher.run_instances,

@@ -28,6 +28,7 @@ from broker.core.settings import Settings
 from broker.ledger import Ledger
 from broker.metering import Meter
 from broker.orders import YIELDED
+from broker.web.buying_metrics import buying_gauges
 
 COMMAND_BUCKETS = (0.00001, 0.0001, 0.001, 0.01, 0.1, 1.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 LAUNCH_BUCKETS = (1.0, 5.0, 10.0, 20.0, 30.0, 45.0, 60.0, 90.0, 120.0, 180.0, 300.0, 600.0)
@@ -153,6 +154,7 @@ class Metrics(Collector):
     def collect(self) -> Iterator[Metric]:
         yield from self._pool_gauges()
         yield from self._money()
+        yield from buying_gauges(self._context)
         yield from self._command_metrics()
         yield _gauge("compute_broker_connections", "Client connections.", self._connections())
         read_only = GaugeMetricFamily(

@@ -73,3 +73,9 @@ def test_a_machine_of_another_market_than_the_pools_costs_the_list_price_at_leas
 def test_without_a_price_the_list_price_is_assumed_and_local_workers_are_free() -> None:
     assert price(pool(**EC2), "c7i.large", 2, Market.SPOT) == Price(89_250, assumed=True)
     assert price(pool(), "process", 8, Market.ON_DEMAND) == Price(0)
+
+
+def test_a_pool_that_falls_back_on_on_demand_has_its_price_for_spot_only() -> None:
+    mixed = pool(**EC2, market="spot-then-on-demand", price_usd_per_hour=0.02)
+    assert price(mixed, "c7i.large", 2, Market.SPOT) == Price(20_000)
+    assert price(mixed, "c7i.large", 2, Market.ON_DEMAND) == Price(89_250, assumed=True)

@@ -71,6 +71,7 @@ def test_the_defaults_are_those_that_are_documented() -> None:
         "provider": "local", "worker_port": 2560, "readiness": "tcp", "readiness_max_age": 1.0,
         "sharing": "shared", "idle_timeout": 900.0, "max_lifetime": 28_800.0, "boot_deadline": 600.0,
         "wait": 900.0, "max_workers": 4, "launches_per_hour": 20, "boot_failures_max": 3, "market": "spot",
+        "on_demand_after": 120.0,
         "address": "public", "name_tag": "dserv-worker",
     }  # fmt: skip
 

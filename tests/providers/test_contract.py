@@ -29,7 +29,7 @@ from broker.core.errors import (
     SettingsError,
     Throttled,
 )
-from broker.core.model import Instance, InstanceState, Order
+from broker.core.model import Instance, InstanceState, Market, Order
 from broker.providers.base import OUTCOMES, Provider
 from broker.store import Store
 from tests.providers.contract_support import (
@@ -252,6 +252,19 @@ async def test_an_order_is_launched_as_it_was_prepared_whatever_the_settings_say
     shown = (await listed(restarted))[launched.id]
     assert shown.tags["project"] == "then"
     assert tags.read(shown.tags) == identity_of(order)
+
+
+@holds_everywhere
+async def test_spot_prices_are_those_of_the_pools_types_by_zone_and_none_where_nothing_is_spot(
+    stand: Stand,
+) -> None:
+    provider = await stand.provider()
+    prices = await provider.spot_prices(POOL)
+    sold_on_spot = any(one.market is Market.SPOT for one in provider.offerings(POOL))
+    assert {kind for _, kind in prices} == (set(stand.kinds) if sold_on_spot else set())
+    assert all(zone.startswith(stand.place) for zone, _ in prices)
+    assert all(price > 0 for price in prices.values())
+    assert await provider.spot_prices(POOL) == prices
 
 
 # --- one order, one machine --------------------------------------------------------------------------------

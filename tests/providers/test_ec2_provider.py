@@ -499,3 +499,13 @@ async def test_a_refusal_tells_the_time_too() -> None:
         with pytest.raises(CredentialsRefused):
             await provider.listing()
         assert provider.clock_unix(50.0) == Span(NOW_UNIX + 86_400.0, NOW_UNIX + 86_401.0)
+
+
+async def test_a_pool_that_may_fall_back_offers_every_type_on_spot_and_then_on_demand() -> None:
+    mixed = pool(instance_types=["c7i.large", "c7i.large"], market="spot-then-on-demand")
+    async with opened(ScriptedClient(), {"default": mixed}) as provider:
+        offerings = provider.offerings("default")
+    assert [(one.instance_type, one.market, one.cores) for one in offerings] == [
+        ("c7i.large", Market.SPOT, 2),
+        ("c7i.large", Market.ON_DEMAND, 2),
+    ]

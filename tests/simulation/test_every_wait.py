@@ -25,6 +25,7 @@ DRAWN_HOURS = 6.0
 REAL = "it is reached with real sockets, threads and credentials only (tests/acceptance kills there)"
 AT_ONCE = "what it waits for is there at once in these lives, so no task ever stands there"
 RARE = "it takes an accident within an accident"
+PACED = "it takes more calls than EC2 lets through in a burst (tests/providers/test_ec2_pace.py waits there)"
 UNREACHED = {
     "daemon.py": {
         "run": REAL,
@@ -57,7 +58,9 @@ UNREACHED = {
         "connect": REAL,
         "close": REAL,
         "call": AT_ONCE,
+        "_keep_pace": PACED,
     },
+    "providers/ec2_pace.py": {"wait": PACED},
     "providers/ec2_check.py": {"user_data": REAL, "_user_data": REAL, "_groups_by_name": RARE},
     "server.py": {"_next_turn": RARE},
     "service.py": {"_answer": RARE},

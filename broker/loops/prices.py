@@ -1,0 +1,68 @@
+"""Keeps the spot prices of those pools known that buy or have bought: the others cost no call.
+
+A refresh that fails changes nothing: the old prices stand until they are too old (core/quotes.py), and then
+they count as unknown, which forbids nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from broker.clouds import Cloud
+from broker.context import Context
+from broker.core.errors import BrokerError, CloudUnreachable, PermanentRefusal
+from broker.core.model import Market
+from broker.core.registry import BOOKED
+from broker.loops.reap import Report
+
+REFRESH_SECONDS = 600.0  # prices move over hours, and a decision about cents needs no fresher one
+RETRY_SECONDS = 60.0  # after a failure; six refreshes have then failed before a price is forgotten
+CALL_SECONDS_MAX = 45.0  # two attempts of a call and a page more: a price is not worth a longer wait
+
+
+class PricesLoop:
+    """See the module."""
+
+    name = "prices"
+
+    def __init__(self, context: Context, report: Report) -> None:
+        self._context = context
+        self._report = report
+        self._due_at: dict[str, float] = {}  # pool → when its prices are to be asked for again
+
+    async def tick(self) -> float | None:
+        """Asks for what is due: nothing without demand and machines. Clients and scans wake this loop."""
+        context = self._context
+        self._due_at = {name: at for name, at in self._due_at.items() if name in context.settings.pool}
+        needed = [name for name in context.settings.pool if self._is_needed(name)]
+        for name in needed:
+            cloud = context.cloud(name)
+            if cloud is not None and self._due_at.get(name, context.now()) <= context.now():
+                self._due_at[name] = context.now() + await self._refresh(cloud, name)
+        return min((self._due_at[name] for name in needed if name in self._due_at), default=None)
+
+    def _is_needed(self, name: str) -> bool:
+        """Whether the pool has clients waiting or machines, and its cloud can be asked and sells on spot."""
+        context, cloud = self._context, self._context.cloud(name)
+        if cloud is None or not cloud.recovered or cloud.rival is not None or cloud.refusal() is not None:
+            return False
+        if all(offering.market is not Market.SPOT for offering in cloud.provider.offerings(name)):
+            return False
+        return bool(context.waiting.of(name) or context.registry.count(name, *BOOKED))
+
+    async def _refresh(self, cloud: Cloud, name: str) -> float:
+        """In how many seconds to ask again."""
+        try:
+            async with asyncio.timeout(CALL_SECONDS_MAX):
+                prices = await cloud.provider.spot_prices(name)
+        except TimeoutError:
+            return self._failed(name, CloudUnreachable(f"no spot prices within {CALL_SECONDS_MAX:.0f} s"))
+        except BrokerError as error:
+            return self._failed(name, error)
+        cloud.quotes.told(prices, self._context.now())
+        return REFRESH_SECONDS
+
+    def _failed(self, name: str, error: BrokerError) -> float:
+        """A missing permission is a person's to mend: it is not asked for every minute."""
+        self._report("spot prices not refreshed", {"pool": name, "error": error.message})
+        return REFRESH_SECONDS if isinstance(error, PermanentRefusal) else RETRY_SECONDS
