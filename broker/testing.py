@@ -25,7 +25,7 @@ import structlog
 from broker.clock import Clock
 from broker.core import tags
 from broker.core.cloudtime import Span
-from broker.core.errors import CloudError, CloudUnreachable, OrderSpent
+from broker.core.errors import CloudError, CloudUnreachable, OfferingRefused, OrderSpent
 from broker.core.model import Bought, Instance, InstanceState, Market, Offering, Order
 from broker.core.settings import Settings
 from broker.daemon import Daemon
@@ -229,6 +229,7 @@ class FakeCloud:
         self.ends_at_once = True
         self.refuses: dict[str, CloudError] = {}
         self.sells_otherwise: set[str] = set()  # machine types that come on demand, whatever was ordered
+        self.dry: set[Market] = set()  # markets on which nothing is to be had
         self.gives: deque[int] = deque()
         self._numbers = itertools.count(1)
 
@@ -290,10 +291,10 @@ class FakeCloud:
         if error is not None and not self.lose:
             raise error
         machines = [m for m in self.machines.values() if m.order_id == order.id]
-        refusals = [(one, self.refuses[one.instance_type]) for one in order.offerings if self._refuses(one)]
+        refusals = [(one, why) for one in order.offerings if (why := self._refuses(one)) is not None]
         if not machines:
             epoch = json.loads(order.parameters).get("epoch", "")
-            sold = next((one for one in order.offerings if not self._refuses(one)), None)
+            sold = next((one for one in order.offerings if self._refuses(one) is None), None)
             count = self.gives.popleft() if self.gives else order.count
             for _ in range(count if sold is not None else 0):
                 instance = self._make(order.pool, order.id, sold or order.offerings[0], epoch)
@@ -345,8 +346,10 @@ class FakeCloud:
         wall_unix = self._clock.wall() - (self._clock.monotonic() - at)
         return Span(wall_unix, wall_unix)
 
-    def _refuses(self, offering: Offering) -> bool:
-        return offering.instance_type in self.refuses
+    def _refuses(self, offering: Offering) -> CloudError | None:
+        if offering.market in self.dry:
+            return OfferingRefused(f"no {offering.instance_type} on {offering.market}")
+        return self.refuses.get(offering.instance_type)
 
     async def _call(self, api: str, *arguments: Any, quiet: bool = False) -> Exception | None:
         self.calls.append((api, arguments))

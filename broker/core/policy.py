@@ -42,6 +42,7 @@ class Reason(StrEnum):
     STOPPED = "stopped"
     SURPLUS = "surplus"
     WRONG_MARKET = "wrong-market"
+    REPLACED = "replaced"
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from typing import Any
 
 from broker.clouds import Cloud
 from broker.context import Context
+from broker.core.buying import Choice, Shortfall, SpotDrought, choose
 from broker.core.errors import (
     BrokerError,
     CloudError,
@@ -25,7 +26,7 @@ from broker.core.errors import (
     StoreError,
     Throttled,
 )
-from broker.core.model import Bought, Offering, Order, WorkerState
+from broker.core.model import Bought, Market, Offering, Order, WorkerState
 from broker.core.planning import Purchase, plan
 from broker.core.policy import Room, launch_room
 from broker.core.registry import BOOKED
@@ -35,8 +36,6 @@ from broker.orders import OUTCOMES, YIELDED, OpenOrder, Orders, sold_as_ordered
 
 CALLS_MAX = 5  # for one order in a row; then the waiting clients hear why
 PAUSE_SECONDS_MIN = 1.0  # between them, doubling: 1 + 2 + 4 + 8 s
-COOL_DOWN_SECONDS = 180.0  # a refused offering is not asked for again (Karpenter uses the same three minutes)
-MENDING_SECONDS = 60.0  # a permanent refusal needs a person: until then clients hear it without a new call
 RESEND_SECONDS = (
     10.0  # an order without an answer is sent again no sooner, however many clients come and wait
 )
@@ -72,7 +71,8 @@ class LaunchLoop:
         self._in_flight: dict[str, asyncio.Task[None]] = {}  # order id → the task that makes its calls
         self._quiet_at = 0.0
         self._batch_ends_at: float | None = None
-        self._cooling: dict[tuple[str, Offering], tuple[float, BrokerError]] = {}
+        self._droughts: dict[str, SpotDrought] = {}
+        self._paused: dict[str, tuple[float, str]] = {}  # pool → until when, and why
 
     @property
     def in_flight(self) -> int:
@@ -111,13 +111,15 @@ class LaunchLoop:
         context = self._context
         cloud, needs = context.cloud(name), context.waiting.needs(name)
         context.obstacles.pop(name, None)
+        if not needs:
+            self._drought(name).ended()
         if cloud is None or not cloud.recovered or not needs:
             return
         refusal = cloud.read_only() or cloud.refusal()
         if refusal is not None:
             self._tell(name, refusal)
             return
-        obstacle = self._blindness(cloud)
+        obstacle = self._blindness(cloud) or self._pause(name)
         if obstacle:
             context.obstacles[name] = obstacle
             return
@@ -145,6 +147,11 @@ class LaunchLoop:
             )
         return ""
 
+    def _pause(self, name: str) -> str:
+        """What the last call was held up by, or nothing: it was not about what can be bought."""
+        until_at, why = self._paused.get(name, (0.0, ""))
+        return why if self._context.now() < until_at else ""
+
     def _room(self, name: str, cloud: Cloud) -> Room:
         context, budgets = self._context, self._ledger.budgets(name)
         prices = [one.price_usd_micros_per_hour for one in cloud.provider.offerings(name)] if budgets else []
@@ -167,15 +174,43 @@ class LaunchLoop:
 
     def _buy(self, name: str, cloud: Cloud, purchase: Purchase) -> None:
         """Place the orders of one purchase, as few as the provider allows."""
-        provider, left = cloud.provider, purchase.machines
+        left, now = purchase.machines, self._context.now()
         while left > 0:
-            offerings = self._choose(name, cloud, purchase.wish)
-            if isinstance(offerings, BrokerError):
-                self._tell(name, offerings, purchase.wish)
+            choice = self._choose(name, cloud, purchase.wish, left)
+            if choice.spot_refused:
+                self._drought(name).refused(now)
+            if choice.refusal is not None:
+                self._tell(name, choice.refusal, purchase.wish)
+            if choice.obstacle:
+                self._context.obstacles[name] = choice.obstacle
+            count = min(choice.machines, cloud.provider.machines_max)
+            if not count:
                 return
-            count = min(left, provider.machines_max)
-            self._order(name, cloud, offerings[: provider.offerings_max], count)
+            self._order(name, cloud, choice.offerings, count)
             left -= count
+
+    def _choose(self, name: str, cloud: Cloud, wish: Wish, machines: int) -> Choice:
+        """What to ask the cloud for."""
+        pool, now = self._context.pool(name), self._context.now()
+        suitable = [one for one in cloud.provider.offerings(name) if wish.fits(one)]
+        if not suitable:
+            return Choice(refusal=NoCapacity(f"pool '{name}' has nothing with {wish}"))
+        booked = self._context.registry.in_state(*BOOKED, pool=name) if len(pool.markets) > 1 else []
+        on_demand = sum(worker.offering.market is Market.ON_DEMAND for worker in booked)
+        shortfall = Shortfall(machines, on_demand, self._drought(name).since_at)
+        return choose(
+            suitable,
+            name,
+            pool,
+            shortfall,
+            cooling=cloud.cooling,
+            spot_prices=cloud.quotes.known(now),
+            offerings_max=cloud.provider.offerings_max,
+            now=now,
+        )
+
+    def _drought(self, name: str) -> SpotDrought:
+        return self._droughts.setdefault(name, SpotDrought())
 
     def _order(self, name: str, cloud: Cloud, offerings: tuple[Offering, ...], count: int) -> None:
         context, guard = self._context, self._context.guard(name)
@@ -185,24 +220,6 @@ class LaunchLoop:
         now_unix, order_id = context.clock.wall(), self._new_order_id()
         order = cloud.provider.prepare(name, order_id, offerings, now_unix, epoch, count)
         self._start(order, self._place(self._orders.enter(order)))
-
-    def _choose(self, name: str, cloud: Cloud, wish: Wish) -> tuple[Offering, ...] | BrokerError:
-        """The offerings that suit and do not cool down; without any, what the client shall hear."""
-        now, usable, refusals = self._context.now(), [], []
-        for offering in cloud.provider.offerings(name):
-            if not wish.fits(offering):
-                continue
-            until, refusal = self._cooling.get((name, offering), (now, None))
-            if refusal is None or now >= until:
-                usable.append(offering)
-            else:
-                refusals.append(refusal)
-        if usable:
-            return tuple(one for one in usable if one.market is usable[0].market)
-        if len(refusals) == 1 or (refusals and isinstance(refusals[0], PermanentRefusal)):
-            return refusals[0]
-        reasons = "; ".join(dict.fromkeys(refusal.message for refusal in refusals))
-        return NoCapacity(reasons or f"pool '{name}' has nothing with {wish}")
 
     def _tell(self, name: str, error: BrokerError, wish: Wish | None = None, doubtful: int = 0) -> None:
         """Tell those clients for whom no machine is on its way that none will come."""
@@ -276,8 +293,7 @@ class LaunchLoop:
         bought = await cloud.provider.launch(order)
         described = [one for one in bought.instances if one.launched_unix]  # the others are only named
         self._ledger.saw(cloud, described, asked_at)
-        for offering, error in (*bought.refusals, *_sold_otherwise(order, bought)):
-            self._cool(order.pool, offering, error)
+        self._learn(order, cloud, bought)
         if not bought.instances and not bought.refusals:
             raise OfferingRefused(f"{cloud.provider.name} gave none of {order.count} machines, and no reason")
         self._orders.answered(order, bought, _outcome(bought))
@@ -299,21 +315,32 @@ class LaunchLoop:
             entry.doubtful, entry.resend_at = True, NEVER_SECONDS
         else:
             self._orders.close(order, OUTCOMES.get(type(error), "failed"))
+        cloud = self._context.cloud(order.pool)
         if isinstance(error, OfferingRefused | PermanentRefusal):
             for offering in order.offerings:
-                self._cool(order.pool, offering, error)
+                if cloud is not None:
+                    self._cool(order.pool, cloud, offering, error)
         elif isinstance(error, OrderSpent):
             self._context.guard(order.pool).boot_failed(self._context.pool(order.pool), now)
         else:
             self._tell(order.pool, error)
 
-    def _cool(self, pool: str, offering: Offering, error: BrokerError) -> None:
-        seconds = RESEND_SECONDS  # the call was refused, not the offering
-        if isinstance(error, PermanentRefusal):
-            seconds = MENDING_SECONDS
-        elif isinstance(error, OfferingRefused):
-            seconds = COOL_DOWN_SECONDS
-        self._cooling[pool, offering] = (self._context.now() + seconds, error)
+    def _learn(self, order: Order, cloud: Cloud, bought: Bought) -> None:
+        """What can be had, and what cannot; in this order, or a sale would undo the refusal of more."""
+        for one in bought.instances:
+            sold = Offering(one.region, one.instance_type, one.market, one.zone)
+            cloud.cooling.bought(sold, self._context.now())
+            if one.market is Market.SPOT:
+                self._drought(order.pool).ended()
+        for offering, error in (*bought.refusals, *_sold_otherwise(order, bought)):
+            self._cool(order.pool, cloud, offering, error)
+
+    def _cool(self, pool: str, cloud: Cloud, offering: Offering, error: BrokerError) -> None:
+        now = self._context.now()
+        if isinstance(error, OfferingRefused | PermanentRefusal):
+            cloud.cooling.refused(offering, error, now, pool=pool)
+        else:
+            self._paused[pool] = (now + RESEND_SECONDS, error.message)
 
 
 def _sold_otherwise(order: Order, bought: Bought) -> list[tuple[Offering, BrokerError]]:

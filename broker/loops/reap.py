@@ -13,15 +13,17 @@ from collections.abc import Callable
 
 from broker.clouds import Cloud
 from broker.context import Context
+from broker.core.buying import is_fallback, to_replace
 from broker.core.errors import BrokerError
 from broker.core.model import Worker, WorkerState
-from broker.core.policy import judge
+from broker.core.policy import Reason, judge
 
 PAUSE_SECONDS_MIN = 2.0  # after a failed Terminate, doubling
 PAUSE_SECONDS_MAX = 60.0
 AGAIN_SECONDS = 120.0  # a machine may take so long to shut down before Terminate is sent once more
 LOOK_SECONDS_MIN = 0.5
 UNJUDGED_SECONDS = 60.0  # a worker over which a tick has failed is looked at again
+FALLBACK_LOOK_SECONDS = 30.0  # between looks at whether spot can replace an on-demand worker
 STUCK_SECONDS = 900.0  # after that somebody should look
 
 Report = Callable[[str, dict[str, object]], None]
@@ -48,6 +50,7 @@ class ReapLoop:
             self._registry.look_again(worker.id, now + UNJUDGED_SECONDS)
         for worker in to_judge:
             self._judge(worker, now)
+        fallbacks = self._replace_fallbacks(now)
         by_cloud: dict[int, list[Worker]] = defaultdict(list)
         clouds: dict[int, Cloud] = {}
         for worker in self._to_terminate(now):
@@ -57,7 +60,29 @@ class ReapLoop:
                 by_cloud[id(cloud)].append(worker)
         due = [key for key in by_cloud if self._not_before.get(key, now) <= now]
         await asyncio.gather(*(self._terminate(clouds[key], by_cloud[key]) for key in due))
-        return self._next_at()
+        return self._next_at(now + FALLBACK_LOOK_SECONDS if fallbacks else None)
+
+    def _replace_fallbacks(self, now: float) -> bool:
+        """End on-demand workers that stand in for spot, once spot can be had again. Whether there are any."""
+        found = False
+        for name, pool in self._context.settings.pool.items():
+            cloud = self._context.cloud(name) if len(pool.markets) > 1 else None
+            if cloud is None or not cloud.acts(now):
+                continue
+            workers = self._registry.in_state(WorkerState.READY, pool=name)
+            found |= any(is_fallback(worker.offering, pool) for worker in workers)
+            unused = to_replace(
+                self._registry,
+                name,
+                pool,
+                cloud.provider.offerings(name),
+                cooling=cloud.cooling,
+                spot_prices=cloud.quotes.known(now),
+                now=now,
+            )
+            for worker_id in unused:
+                self._registry.drain(worker_id, Reason.REPLACED, now)
+        return found
 
     def _judge(self, worker: Worker, now: float) -> None:
         self._registry.expire_leases(worker.id, now)
@@ -118,8 +143,8 @@ class ReapLoop:
             minutes = (now - after.since_at) / 60
             self._report("still shutting down", {"instance": after.instance_id, "minutes": round(minutes)})
 
-    def _next_at(self) -> float | None:
-        moments = [at for at in [self._registry.next_look_at()] if at is not None]
+    def _next_at(self, look_at: float | None) -> float | None:
+        moments = [at for at in (self._registry.next_look_at(), look_at) if at is not None]
         # No sooner than that, or a Terminate that fails again keeps this loop spinning through its pause.
         floor = max(self._context.now() + PAUSE_SECONDS_MIN, *self._not_before.values(), 0.0)
         if self._registry.in_state(WorkerState.DRAINING):

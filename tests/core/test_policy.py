@@ -336,5 +336,5 @@ def test_why_a_worker_is_drained_is_a_closed_list_of_short_words() -> None:
     """They are values of a metric's label, which dashboards hold on to."""
     assert {str(reason) for reason in Reason} == {
         "idle", "released", "max-lifetime", "boot-timeout", "boot-failed", "unresponsive", "terminate-all",
-        "reclaimed", "stopped", "surplus", "ended-before", "wrong-market",
+        "reclaimed", "stopped", "surplus", "ended-before", "wrong-market", "replaced",
     }  # fmt: skip

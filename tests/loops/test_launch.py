@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from broker.core.cooling import COOL_DOWN_SECONDS
 from broker.core.errors import NoCapacity, OfferingRefused
 from broker.core.model import Market, Offering, WorkerState
-from broker.loops.launch import COOL_DOWN_SECONDS, QUIET_SECONDS
+from broker.loops.launch import QUIET_SECONDS
 from broker.testing import FakeCloud, LoopClock, RunningBroker, lost_answer, run_virtual, running_broker
 from tests.support.brokers import live, settings
 
@@ -143,6 +145,57 @@ def test_when_nothing_can_be_had_every_client_hears_why(tmp_path: Path) -> None:
         for reply in await ask_all(broker, 3, "wait=60"):
             assert reply == f"ERROR: no big machines today; no other machines today [{NoCapacity.code}]"
         assert len(orders(cloud)) == 1
+
+    live(tmp_path, story, chosen=settings(**MANY))
+
+
+SPOT_FIRST: dict[str, Any] = {**MANY, "market": "spot-then-on-demand", "on_demand_after": "2m"}
+ON_DEMAND = replace(BIG, market=Market.ON_DEMAND)
+
+
+def test_on_demand_is_bought_for_what_spot_has_refused_for_long_enough_and_goes_when_spot_is_back(
+    tmp_path: Path,
+) -> None:
+    async def story(broker: RunningBroker) -> None:
+        cloud = seller(broker, BIG, ON_DEMAND)
+        cloud.dry = {Market.SPOT}
+        asked = asyncio.create_task(broker.ask("GET_WORKER client=a wait=600"))
+        await asyncio.sleep(100)
+        assert cloud.running() == [], "spot is asked for first, and waited for"
+        address = await asked
+        assert [one.offerings[0].market for one in orders(cloud)][-1] is Market.ON_DEMAND
+        cloud.dry = set()
+        await asyncio.sleep(COOL_DOWN_SECONDS)
+        assert await broker.ask(f"PING {address} client=a") == "OK", "nobody takes it from its client"
+        worker = broker.registry.by_address(address)
+        assert worker is not None
+        broker.registry.end_lease(worker.id, "a", "done", broker.clock.monotonic())
+        await asyncio.sleep(150)
+        assert cloud.running() == [], "spot can be had again"
+        await broker.ask("GET_WORKER client=a")
+        (spot,) = cloud.running()
+        assert cloud.machines[spot].instance.market is Market.SPOT
+
+    live(tmp_path, story, chosen=settings(**SPOT_FIRST))
+
+
+def test_on_demand_is_never_bought_beyond_what_the_pool_allows(tmp_path: Path) -> None:
+    async def story(broker: RunningBroker) -> None:
+        cloud = seller(broker, BIG, ON_DEMAND)
+        cloud.dry = {Market.SPOT}
+        replies = await ask_all(broker, 4, "wait=600")
+        assert sum("on_demand_max = 1 is reached [NO_CAPACITY]" in reply for reply in replies) == 3
+        assert len(cloud.running()) == 1
+
+    live(tmp_path, story, chosen=settings(**SPOT_FIRST, on_demand_max=1))
+
+
+def test_a_spot_pool_never_falls_back(tmp_path: Path) -> None:
+    async def story(broker: RunningBroker) -> None:
+        cloud = seller(broker)
+        cloud.dry = {Market.SPOT}
+        assert "[NO_CAPACITY]" in await broker.ask("GET_WORKER client=a wait=600")
+        assert cloud.machines == {}
 
     live(tmp_path, story, chosen=settings(**MANY))
 
