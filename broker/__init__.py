@@ -7,7 +7,7 @@ first used, so that whoever imports a part of this package does not load all of 
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from broker.client import AsyncClient, AsyncHeldWorker, Client, HeldWorker, aworker, worker
+    from broker.client import AsyncClient, Client
     from broker.core.errors import (
         BadRequest,
         BrokerError,
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     )
     from broker.dserv import RemoteError, RemoteTclError, aremote_eval, remote_eval
     from broker.errand import BrokerUnreachable, Retry, Wish
+    from broker.held_worker import AsyncHeldWorker, HeldWorker, aworker, worker
 
 __all__ = [
     "AsyncClient",
@@ -53,7 +54,14 @@ __all__ = [
     "worker",
 ]
 
-_HOMES = ("broker.core.errors", "broker.errand", "broker.dserv", "broker.client")  # the lightest first
+_HOMES = (  # the lightest first
+    "broker.core.errors",
+    "broker.core.lease_lines",
+    "broker.errand",
+    "broker.dserv",
+    "broker.client",
+    "broker.held_worker",
+)
 
 if not TYPE_CHECKING:
 
