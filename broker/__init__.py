@@ -22,12 +22,16 @@ if TYPE_CHECKING:
         WaitTimedOut,
         WorkerNotFound,
     )
+    from broker.core.lease_lines import Granted, Notice, Pending
     from broker.dserv import RemoteError, RemoteTclError, aremote_eval, remote_eval
     from broker.errand import BrokerUnreachable, Retry, Wish
+    from broker.held_lease import aacquire, acquire
     from broker.held_worker import AsyncHeldWorker, HeldWorker, aworker, worker
+    from broker.lease_keeper import AsyncHeldLease, HeldLease
 
 __all__ = [
     "AsyncClient",
+    "AsyncHeldLease",
     "AsyncHeldWorker",
     "BadRequest",
     "BrokerError",
@@ -37,9 +41,13 @@ __all__ = [
     "CloudError",
     "Denied",
     "Draining",
+    "Granted",
+    "HeldLease",
     "HeldWorker",
     "LimitReached",
     "NoCapacity",
+    "Notice",
+    "Pending",
     "Refusal",
     "RemoteError",
     "RemoteTclError",
@@ -48,6 +56,8 @@ __all__ = [
     "WaitTimedOut",
     "Wish",
     "WorkerNotFound",
+    "aacquire",
+    "acquire",
     "aremote_eval",
     "aworker",
     "remote_eval",
@@ -61,6 +71,8 @@ _HOMES = (  # the lightest first
     "broker.dserv",
     "broker.client",
     "broker.held_worker",
+    "broker.lease_keeper",
+    "broker.held_lease",
 )
 
 if not TYPE_CHECKING:

@@ -10,13 +10,16 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any, TypeVar, Unpack
 
 from broker import wire
 from broker.core import protocol
-from broker.core.errors import BadRequest
+from broker.core.errors import BadRequest, BrokerError
+from broker.core.lease_lines import Acquire, Granted, Notice, Version, parse_version
 from broker.core.protocol import GetWorker, ListAll, Ping, Release, Status, TerminateAll
 from broker.errand import (
     Errand,
@@ -30,12 +33,14 @@ from broker.errand import (
     read_terminated,
     read_workers,
 )
+from broker.lease_errands import AcquireErrand, CallerFailed, EachErrand, NoticeReader, Wanted
 
 ANSWER_SECONDS = 10.0  # for an answer, beyond the wait that the command itself asks for
 WAIT_SECONDS = 900.0  # how long the broker lets GET_WORKER wait when nobody says: its setting `wait`
 RETRY = Retry()
 
 T = TypeVar("T")
+R = TypeVar("R")
 
 
 class Asker:
@@ -65,6 +70,10 @@ class Asker:
         """What the broker knows this client as."""
         return self._client or own_name(self._number)
 
+    def watch_line(self) -> bytes:
+        """What makes a connection tell what happens to this client's workers."""
+        return f"WATCH client={self.name}\n".encode("ascii")
+
     def _get_worker(self, wish: Wish) -> Errand[str]:
         command = GetWorker(**wish, client=self.name)
         wait = WAIT_SECONDS if command.wait is None else command.wait
@@ -75,6 +84,23 @@ class Asker:
 
     def _release(self, address: str, force: bool) -> Errand[None]:
         return self._errand(Release(address, force, self.name), read_ok)
+
+    def _acquire(self, count: int | None, wanted: Wanted, hold: str | None = None) -> AcquireErrand:
+        keys = {key: value for key, value in wanted.items() if key != "on_pending"}
+        command = Acquire(**keys, count=count, hold=hold, client=self.name)  # type: ignore[arg-type]
+        wait = WAIT_SECONDS if command.wait is None else command.wait
+        seconds = wait + self.timeout
+        return AcquireErrand(command, wanted.get("on_pending"), self.broker, seconds, self._retry)
+
+    def _each(self, verb: str, lease_ids: Sequence[str]) -> EachErrand:
+        return EachErrand(verb, lease_ids, self.broker, self.timeout, self._retry)
+
+    def _watch(self) -> Errand[None]:
+        line = self.watch_line().decode("ascii").removesuffix("\n")
+        return Errand(line, read_ok, self.broker, self.timeout, self._retry, repeatable=True)
+
+    def _version(self) -> Errand[Version]:
+        return Errand("VERSION", parse_version, self.broker, self.timeout, self._retry, repeatable=True)
 
     def _errand(
         self, command: Sendable | str, read: Callable[[str], T], seconds: float | None = None
@@ -113,20 +139,97 @@ class Client(Asker):
         """End every machine of the broker: their ids. Never sent twice."""
         return self._run(self._errand(TerminateAll(), read_terminated))
 
+    def acquire(
+        self,
+        *,
+        count: int | None = None,
+        **wanted: Unpack[Wanted],
+    ) -> list[Granted]:
+        """`count` new leases (one without it) of ready workers, each kept by `renew` or `ttl` seconds long.
+
+        Every call makes new leases, also of a client that has some. `Wanted` has the
+        keys. An answer that is lost is not asked for again, because that could
+        acquire twice: the leases that nobody knows of end when their ttl is over.
+        """
+        return self._run(self._acquire(count, wanted))
+
+    def acquire_and_stay(
+        self,
+        *,
+        count: int | None = None,
+        **wanted: Unpack[Wanted],
+    ) -> tuple[list[Granted], socket.socket]:
+        """`acquire`, with leases that end with their connection, which is returned for the caller to close.
+
+        An answer that is lost is asked for again: the connection that broke has ended its leases.
+        """
+        return self._stay(self._acquire(count, wanted, "connection"))
+
+    def renew(self, lease_id: str) -> None:
+        """The lease lasts its ttl again, from now. Raises Denied when it has ended."""
+        _raise_first(self.renew_all([lease_id]))
+
+    def renew_all(self, lease_ids: Sequence[str]) -> list[BrokerError | None]:
+        """`renew` for up to 1000 leases on one connection: for each None, or why not."""
+        return self._run(self._each("RENEW", lease_ids)) if lease_ids else []
+
+    def done(self, lease_id: str) -> None:
+        """End the lease; the worker stays warm for whoever comes next. Raises Denied when it has ended."""
+        _raise_first(self.done_all([lease_id]))
+
+    def done_all(self, lease_ids: Sequence[str]) -> list[BrokerError | None]:
+        """`done` for up to 1000 leases on one connection: for each None, or why not."""
+        return self._run(self._each("DONE", lease_ids)) if lease_ids else []
+
+    def watch(self) -> Iterator[Notice]:
+        """What happens to the workers that this client's name holds, as it happens, for ever.
+
+        A broker that restarts is waited for as every command waits; what happens meanwhile is not told.
+        Raises BrokerUnreachable when it does not come back.
+        """
+        while True:  # the caller ends it
+            _, sock = self._stay(errand := self._watch())
+            with sock, suppress(OSError):
+                sock.settimeout(None)
+                reader = NoticeReader()
+                data = errand.surplus()
+                yield from reader.receive(data) if data else ()
+                while True:  # the end of the connection ends it
+                    yield from reader.receive(sock.recv(wire.CHUNK_BYTES_MAX))
+            time.sleep(self._retry.pause_seconds_max)
+
+    def version(self) -> Version:
+        """Which broker this is, and which protocol it speaks."""
+        return self._run(self._version())
+
     def request(self, line: str, *, timeout: float | None = None) -> str:
         """The first line of the reply to any command, which is sent once and as it is."""
         return self._run(self._errand(line, protocol.read_reply, timeout))
 
     def _run(self, errand: Errand[T]) -> T:
+        self._carry(errand, wire.ask)
+        return errand.result()
+
+    def _stay(self, errand: Errand[T]) -> tuple[T, socket.socket]:
+        sock = self._carry(errand, wire.ask_and_stay)
+        try:
+            return errand.result(), sock
+        except BaseException:
+            sock.close()
+            raise
+
+    def _carry(self, errand: Errand[T], ask: Callable[[str, int, wire.Question, float], R]) -> R:
         while True:  # Retry.attempts_max ends it
             seconds = errand.attempt(time.monotonic())
             try:
-                wire.ask(self.broker.host, self.broker.port, errand, seconds)
+                return ask(self.broker.host, self.broker.port, errand, seconds)
             except wire.TROUBLE as trouble:
                 pause = errand.pause_after(trouble, time.monotonic())
-            else:
-                return errand.result()
+            except CallerFailed as failed:
+                error = failed.error
+                break
             time.sleep(pause)
+        raise error
 
 
 class AsyncClient(Asker):
@@ -156,17 +259,102 @@ class AsyncClient(Asker):
         """End every machine of the broker: their ids. Never sent twice."""
         return await self._run(self._errand(TerminateAll(), read_terminated))
 
+    async def acquire(
+        self,
+        *,
+        count: int | None = None,
+        **wanted: Unpack[Wanted],
+    ) -> list[Granted]:
+        """`count` new leases (one without it) of ready workers, each kept by `renew` or `ttl` seconds long.
+
+        Every call makes new leases, also of a client that has some. `Wanted` has the
+        keys. An answer that is lost is not asked for again, because that could
+        acquire twice: the leases that nobody knows of end when their ttl is over.
+        """
+        return await self._run(self._acquire(count, wanted))
+
+    async def acquire_and_stay(
+        self,
+        *,
+        count: int | None = None,
+        **wanted: Unpack[Wanted],
+    ) -> tuple[list[Granted], socket.socket]:
+        """`acquire`, with leases that end with their connection, which is returned for the caller to close.
+
+        An answer that is lost is asked for again: the connection that broke has ended its leases.
+        """
+        return await self._stay(self._acquire(count, wanted, "connection"))
+
+    async def renew(self, lease_id: str) -> None:
+        """The lease lasts its ttl again, from now. Raises Denied when it has ended."""
+        _raise_first(await self.renew_all([lease_id]))
+
+    async def renew_all(self, lease_ids: Sequence[str]) -> list[BrokerError | None]:
+        """`renew` for up to 1000 leases on one connection: for each None, or why not."""
+        return await self._run(self._each("RENEW", lease_ids)) if lease_ids else []
+
+    async def done(self, lease_id: str) -> None:
+        """End the lease; the worker stays warm for whoever comes next. Raises Denied when it has ended."""
+        _raise_first(await self.done_all([lease_id]))
+
+    async def done_all(self, lease_ids: Sequence[str]) -> list[BrokerError | None]:
+        """`done` for up to 1000 leases on one connection: for each None, or why not."""
+        return await self._run(self._each("DONE", lease_ids)) if lease_ids else []
+
+    async def watch(self) -> AsyncIterator[Notice]:
+        """What happens to the workers that this client's name holds, as it happens, for ever.
+
+        A broker that restarts is waited for as every command waits; what happens meanwhile is not told.
+        Raises BrokerUnreachable when it does not come back.
+        """
+        loop = asyncio.get_running_loop()
+        while True:  # the caller ends it
+            _, sock = await self._stay(errand := self._watch())
+            with sock, suppress(OSError):
+                reader = NoticeReader()
+                data = errand.surplus() or await loop.sock_recv(sock, wire.CHUNK_BYTES_MAX)
+                while True:  # the end of the connection ends it
+                    for notice in reader.receive(data):
+                        yield notice
+                    data = await loop.sock_recv(sock, wire.CHUNK_BYTES_MAX)
+            await asyncio.sleep(self._retry.pause_seconds_max)
+
+    async def version(self) -> Version:
+        """Which broker this is, and which protocol it speaks."""
+        return await self._run(self._version())
+
     async def request(self, line: str, *, timeout: float | None = None) -> str:
         """The first line of the reply to any command, which is sent once and as it is."""
         return await self._run(self._errand(line, protocol.read_reply, timeout))
 
     async def _run(self, errand: Errand[T]) -> T:
+        await self._carry(errand, wire.ask_async)
+        return errand.result()
+
+    async def _stay(self, errand: Errand[T]) -> tuple[T, socket.socket]:
+        sock = await self._carry(errand, wire.ask_and_stay_async)
+        try:
+            return errand.result(), sock
+        except BaseException:
+            sock.close()
+            raise
+
+    async def _carry(
+        self, errand: Errand[T], ask: Callable[[str, int, wire.Question, float], Awaitable[R]]
+    ) -> R:
         while True:  # Retry.attempts_max ends it
             seconds = errand.attempt(time.monotonic())
             try:
-                await wire.ask_async(self.broker.host, self.broker.port, errand, seconds)
+                return await ask(self.broker.host, self.broker.port, errand, seconds)
             except wire.TROUBLE as trouble:
                 pause = errand.pause_after(trouble, time.monotonic())
-            else:
-                return errand.result()
+            except CallerFailed as failed:
+                error = failed.error
+                break
             await asyncio.sleep(pause)
+        raise error
+
+
+def _raise_first(outcomes: list[BrokerError | None]) -> None:
+    for error in filter(None, outcomes):
+        raise error

@@ -21,6 +21,7 @@ from broker import dserv, wire
 from broker.client import ANSWER_SECONDS, RETRY, Asker, AsyncClient, Client
 from broker.core.errors import BadRequest, BrokerError, Denied, WorkerNotFound
 from broker.errand import Retry, Wish
+from broker.lost import AsyncLost, Lost
 
 PING_SECONDS = 60.0  # a lease lives for minutes, so that several pings may fail before it ends
 PING_SECONDS_MAX = 86_400.0  # more is no pinging
@@ -90,20 +91,6 @@ async def aworker(
     await held._leave(release, None)
 
 
-class _Lost(threading.Event):
-    """Set when the broker does not know the worker any more; true when it is set."""
-
-    def __bool__(self) -> bool:
-        return self.is_set()
-
-
-class _AsyncLost(asyncio.Event):
-    """`_Lost` for an event loop."""
-
-    def __bool__(self) -> bool:
-        return self.is_set()
-
-
 class _Held:
     """A worker in a block. `client` is the name it is held under, `ping_error` why the last ping failed."""
 
@@ -142,7 +129,7 @@ class HeldWorker(_Held):
         on_lost: Callable[[HeldWorker], object] | None,
     ) -> None:
         super().__init__(asker, address, port, ping_seconds)
-        self.lost = _Lost()
+        self.lost = Lost()
         self._asker = asker
         self._on_lost = on_lost
         self._over = threading.Event()
@@ -194,7 +181,7 @@ class AsyncHeldWorker(_Held):
         on_lost: Callable[[AsyncHeldWorker], object] | None,
     ) -> None:
         super().__init__(asker, address, port, ping_seconds)
-        self.lost = _AsyncLost()
+        self.lost = AsyncLost()
         self._asker = asker
         self._on_lost = on_lost
         self._over = asyncio.Event()
