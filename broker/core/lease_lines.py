@@ -114,9 +114,11 @@ def encode_acquire(wanted: Acquire) -> bytes:
     worker = protocol.GetWorker(
         wanted.pool, wanted.cores, wanted.type, wanted.region, wanted.wait, wanted.exclusive, wanted.client
     )
-    line = protocol.encode(worker).decode("ascii").removesuffix("\n").removeprefix("GET_WORKER")
+    wish, before_client, client = protocol.encode(worker).decode("ascii").partition(" client=")
     more = {"count": wanted.count, "min": wanted.min, "hold": wanted.hold, "ttl": wanted.ttl}
-    return ("ACQUIRE" + line + "".join(f" {k}={v}" for k, v in more.items() if v is not None) + "\n").encode()
+    words = [f"{key}={value}" for key, value in more.items() if value is not None]
+    line = " ".join(["ACQUIRE", *wish.split()[1:], *words]) + before_client + client
+    return line.rstrip().encode("ascii") + b"\n"
 
 
 def encode_about(verb: str, lease_id: str) -> bytes:

@@ -42,9 +42,10 @@ NOTICE = "NOTICE interrupt ip=10.0.0.7 lease=lease-0a in=118 replacement=-"
 def test_an_acquire_says_every_wish_and_nothing_else() -> None:
     everything = Acquire("gpu", 64, "c7i.16xlarge", "us-east-1", 2.5, True, 4, 2, "connection", 60, "anna")
     assert encode_acquire(everything) == (
-        b"ACQUIRE pool=gpu cores=64 type=c7i.16xlarge region=us-east-1 wait=2.5 exclusive=yes client=anna "
-        b"count=4 min=2 hold=connection ttl=60\n"
+        b"ACQUIRE pool=gpu cores=64 type=c7i.16xlarge region=us-east-1 wait=2.5 exclusive=yes count=4 "
+        b"min=2 hold=connection ttl=60 client=anna\n"
     )
+    assert encode_acquire(Acquire()) == b"ACQUIRE\n"
     assert encode_acquire(Acquire(client="anna")) == b"ACQUIRE client=anna\n"
     assert everything.ends_with_connection
     assert not Acquire().ends_with_connection

@@ -1,4 +1,4 @@
-"""A broker that does as each test tells it, a connection at a time; and the async client, called as the other."""
+"""A broker that does as each test tells it, connection by connection; the async client as a blocking one."""
 
 from __future__ import annotations
 
