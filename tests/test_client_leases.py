@@ -374,7 +374,7 @@ def test_with_a_count_the_block_has_a_list_and_gives_all_back(hold: Hold, opened
     ids: list[str] = []
     hold(fake, lambda leases: ids.extend(lease.id for lease in leases), count=2)
     assert ids == ["lease-1", "lease-2"]
-    assert sorted(fake.heard)[-3:] == ["DONE lease-1", "DONE lease-2", "WATCH"]
+    assert [line for line in fake.heard if line.startswith("DONE")] == ["DONE lease-1", "DONE lease-2"]
 
 
 def test_a_block_that_fails_gives_its_lease_back_too(hold: Hold, opened: Open) -> None:
@@ -417,7 +417,7 @@ def test_after_a_restart_of_the_broker_the_lease_is_renewed_without_the_connecti
         assert not lease.lost
 
     hold(fake, use, renew_seconds=0.05)
-    assert fake.heard[-1] == "DONE lease-1"
+    assert "DONE lease-1" in fake.heard
 
 
 def test_a_lease_that_did_not_outlive_its_connection_is_lost(hold: Hold, opened: Open) -> None:
@@ -464,7 +464,7 @@ def test_a_lease_may_be_kept_by_renewals_alone(hold: Hold, opened: Open) -> None
 
     hold(fake, use, hold="renew", ttl=30, renew_seconds=0.02)
     assert fake.heard[0] == "ACQUIRE ttl=30"
-    assert fake.heard[-1] == "DONE lease-1"
+    assert "DONE lease-1" in fake.heard
 
 
 def test_a_callback_that_fails_does_not_end_the_keeping(opened: Open) -> None:
