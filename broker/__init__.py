@@ -7,7 +7,7 @@ first used, so that whoever imports a part of this package does not load all of 
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from broker.client import AsyncClient, AsyncHeldWorker, Client, HeldWorker, aworker, worker
+    from broker.client import AsyncClient, Client
     from broker.core.errors import (
         BadRequest,
         BrokerError,
@@ -22,11 +22,16 @@ if TYPE_CHECKING:
         WaitTimedOut,
         WorkerNotFound,
     )
+    from broker.core.lease_lines import Granted, Notice, Pending
     from broker.dserv import RemoteError, RemoteTclError, aremote_eval, remote_eval
     from broker.errand import BrokerUnreachable, Retry, Wish
+    from broker.held_lease import aacquire, acquire
+    from broker.held_worker import AsyncHeldWorker, HeldWorker, aworker, worker
+    from broker.lease_keeper import AsyncHeldLease, HeldLease
 
 __all__ = [
     "AsyncClient",
+    "AsyncHeldLease",
     "AsyncHeldWorker",
     "BadRequest",
     "BrokerError",
@@ -36,9 +41,13 @@ __all__ = [
     "CloudError",
     "Denied",
     "Draining",
+    "Granted",
+    "HeldLease",
     "HeldWorker",
     "LimitReached",
     "NoCapacity",
+    "Notice",
+    "Pending",
     "Refusal",
     "RemoteError",
     "RemoteTclError",
@@ -47,13 +56,24 @@ __all__ = [
     "WaitTimedOut",
     "Wish",
     "WorkerNotFound",
+    "aacquire",
+    "acquire",
     "aremote_eval",
     "aworker",
     "remote_eval",
     "worker",
 ]
 
-_HOMES = ("broker.core.errors", "broker.errand", "broker.dserv", "broker.client")  # the lightest first
+_HOMES = (  # the lightest first
+    "broker.core.errors",
+    "broker.core.lease_lines",
+    "broker.errand",
+    "broker.dserv",
+    "broker.client",
+    "broker.held_worker",
+    "broker.lease_keeper",
+    "broker.held_lease",
+)
 
 if not TYPE_CHECKING:
 

@@ -25,21 +25,32 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from broker.cli_base import (
+    EPILOG,
+    EXIT_USAGE,
+    BrokerOption,
+    ClientOption,
+    ConfigOption,
+    JsonOption,
+    answers,
+    client_of,
+    errors,
+    fail,
+    fail_settings,
+    load_settings,
+)
+from broker.cli_leases import ACQUIRE_CONTEXT, acquire, done, renew, watch
 from broker.client import Client
-from broker.configuration import Configuration, load, to_toml
-from broker.core.errors import BadRequest, BrokerError, SettingsError
+from broker.configuration import to_toml
+from broker.core.errors import BrokerError, SettingsError
 from broker.core.settings import schema as settings_schema
-from broker.core.settings import split_address
-from broker.errand import BrokerUnreachable, name_ending
+from broker.errand import BrokerUnreachable
 
-EXIT_REFUSED, EXIT_USAGE, EXIT_UNREACHABLE = 1, 2, 3
 WATCH_SECONDS = 2.0
 GC_OBJECTS = (
     20_000  # new ones before a collection looks: a connection is a cycle of a dozen, short-lived by nature
 )
 PATIENCE_SECONDS = 1.0  # what takes longer shows that it is under way
-
-EPILOG = "Exit codes: 0 done, 1 the broker refused, 2 wrong usage or configuration, 3 broker not reachable."
 
 app = typer.Typer(
     help="Ask for a worker, get a machine that is really ready, never pay for an idle one.",
@@ -48,33 +59,11 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.command(epilog=EPILOG, context_settings=ACQUIRE_CONTEXT)(acquire)
+for command in (renew, done, watch):
+    app.command(epilog=EPILOG)(command)
 config_app = typer.Typer(help="Look at the configuration.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
-# markup and emoji: "[::a:b]" is an address, and no letter in a box
-errors = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
-
-ConfigOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--config",
-        metavar="FILE",
-        help="Settings. Without it: $COMPUTE_BROKER_CONFIG, /etc/compute-broker/broker.toml, built-in ones.",
-    ),
-]
-BrokerOption = Annotated[
-    str | None,
-    typer.Option(
-        "--broker", metavar="HOST:PORT", help="Where the broker is; otherwise what the settings say."
-    ),
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-ClientOption = Annotated[
-    str | None,
-    typer.Option(
-        "--client",
-        help="The name to ask under; a lease belongs to a name. Default: you, in all your terminals.",
-    ),
-]
 AddressArgument = Annotated[
     str, typer.Argument(metavar="ADDRESS", help="A worker's address, as `get` printed it.")
 ]
@@ -100,7 +89,7 @@ def serve(config: ConfigOption = None) -> None:
     from broker.daemon import Daemon, state_directory
     from broker.logs import configure, get_logger
 
-    configuration = _load(config)
+    configuration = load_settings(config)
     settings = configuration.settings
     configure(settings.broker.log_level, settings.broker.log_format)
     log = get_logger(broker=settings.broker.id)
@@ -109,12 +98,12 @@ def serve(config: ConfigOption = None) -> None:
         state_dir = state_directory(settings, os.environ)
         _run(lambda: Daemon(settings, state_dir=state_dir, clock=SystemClock(), log=log, environ=os.environ))
     except SettingsError as error:
-        _fail_settings(error)
+        fail_settings(error)
     except BrokerError as error:
-        _fail(error.message)
+        fail(error.message)
     except OSError as error:
         listen, http = settings.broker.listen, settings.broker.http
-        _fail(f"cannot listen on {listen} (clients) and {http} (http): {error.strerror or error}")
+        fail(f"cannot listen on {listen} (clients) and {http} (http): {error.strerror or error}")
 
 
 def _run(make: Callable[[], Any]) -> None:
@@ -162,8 +151,8 @@ def get(
     as_json: JsonOption = False,
 ) -> None:
     """Print the address of a ready worker; one is launched when none is there."""
-    asker = _client(config, broker, client)
-    with _answers(), _progress("waiting for a worker", asker):
+    asker = client_of(config, broker, client)
+    with answers(), _progress("waiting for a worker", asker):
         address = asker.get_worker(
             pool=pool, cores=cores, type=type_, region=region, wait=wait, exclusive=exclusive
         )
@@ -178,8 +167,8 @@ def ping(
     client: ClientOption = None,
 ) -> None:
     """Keep a worker: its idle timer starts again."""
-    with _answers():
-        _client(config, broker, client).ping(address)
+    with answers():
+        client_of(config, broker, client).ping(address)
     print("OK")
 
 
@@ -192,8 +181,8 @@ def release(
     force: Annotated[bool, typer.Option("--force", help="Terminate it even when others use it.")] = False,
 ) -> None:
     """Give a worker back; it is terminated unless somebody else uses it."""
-    with _answers():
-        _client(config, broker, client).release(address, force=force)
+    with answers():
+        client_of(config, broker, client).release(address, force=force)
     print("OK")
 
 
@@ -205,9 +194,9 @@ def workers(
     as_json: JsonOption = False,
 ) -> None:
     """Show the workers in the broker's books."""
-    asker = _client(config, broker, None)
+    asker = client_of(config, broker, None)
     console = Console(width=None if sys.stdout.isatty() else 160, markup=False, emoji=False)
-    with _answers():
+    with answers():
         if as_json and watch:
             raise typer.BadParameter("--json prints once; leave out --watch")
         if as_json:
@@ -226,8 +215,8 @@ def terminate_all(
     as_json: JsonOption = False,
 ) -> None:
     """End every machine of this broker, busy or not."""
-    asker = _client(config, broker, None)
-    with _answers():
+    asker = client_of(config, broker, None)
+    with answers():
         if not yes:
             running = len(asker.status())
             typer.confirm(
@@ -269,15 +258,15 @@ def simulate(
     from broker.simulation.command import Wanted  # the daemon's libraries take half a second
     from broker.simulation.command import simulate as run
 
-    chosen = None if settings is None else _load(settings).settings
+    chosen = None if settings is None else load_settings(settings).settings
     kept = None if only is None else tuple(int(number) for number in only.split(",") if number)
     wanted = Wanted(seeds, hours, seed, chosen, str(settings or ""), pool, plant, report, cores, kept)
     try:
         broken = run(wanted, errors)
     except SettingsError as error:
-        _fail_settings(error)
+        fail_settings(error)
     except OSError as error:
-        _fail(f"cannot write the report: {error}", EXIT_USAGE)
+        fail(f"cannot write the report: {error}", EXIT_USAGE)
     raise typer.Exit(1 if broken else 0)
 
 
@@ -287,7 +276,7 @@ def simulate(
 @config_app.command(epilog=EPILOG)
 def check(config: ConfigOption = None) -> None:
     """Say whether the settings are sound; every problem at once."""
-    configuration = _load(config)
+    configuration = load_settings(config)
     pools = (
         f"{name} -> {' '.join(filter(None, (p.provider, p.region)))}"
         for name, p in configuration.settings.pool.items()
@@ -298,7 +287,7 @@ def check(config: ConfigOption = None) -> None:
 @config_app.command(epilog=EPILOG)
 def show(config: ConfigOption = None, as_json: JsonOption = False) -> None:
     """Print the settings in effect: file, environment and defaults together. Durations are in seconds."""
-    configuration = _load(config)
+    configuration = load_settings(config)
     if as_json:
         print(configuration.settings.model_dump_json(indent=2))
     else:
@@ -323,40 +312,6 @@ def _root(
 
 
 # --- inside ------------------------------------------------------------------------------------------------
-
-
-def _load(config: Path | None) -> Configuration:
-    try:
-        return load(config, os.environ)
-    except SettingsError as error:
-        _fail_settings(error)
-
-
-def _client(config: Path | None, broker: str | None, client: str | None) -> Client:
-    """A client under one stable name for all of a person's commands: `release` must find what `get` took."""
-    if broker is None and (config is not None or "COMPUTE_BROKER_HOST" not in os.environ):
-        host, port = split_address(_load(config).settings.broker.listen)
-        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 (where it listens, seen from here)
-        broker = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-    name = client or name_ending("/cli")
-    try:
-        return Client(broker, client=name)
-    except BadRequest as error:
-        _fail(error.message, EXIT_USAGE)
-
-
-@contextmanager
-def _answers() -> Iterator[None]:
-    """Turn what the broker says into an exit code and a sentence."""
-    try:
-        yield
-    except BrokerUnreachable as error:
-        _fail(
-            error.message.replace("host= or COMPUTE_BROKER_HOST", "--broker or COMPUTE_BROKER_HOST"),
-            EXIT_UNREACHABLE,
-        )
-    except BrokerError as error:
-        _fail(error.wire().removeprefix("ERROR: "))
 
 
 @contextmanager
@@ -436,14 +391,3 @@ def _duration(seconds: int | None) -> str:
     minutes, rest = divmod(seconds, 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{rest:02}s" if minutes else f"{rest}s"
-
-
-def _fail_settings(error: SettingsError) -> NoReturn:
-    for problem in error.problems:
-        errors.print(f"compute-broker: {problem}")
-    raise typer.Exit(EXIT_USAGE)
-
-
-def _fail(message: str, code: int = EXIT_REFUSED) -> NoReturn:
-    errors.print(f"compute-broker: {message}")
-    raise typer.Exit(code)

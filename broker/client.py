@@ -1,32 +1,27 @@
-"""The Python client, blocking and async: a worker for the time of a `with` block.
-
-    with broker.worker("host", cores=64) as w:
-        print(w.remote_eval("expr 1+1"))
+"""The Python client, blocking and async: the single commands of the protocol.
 
 The two clients only carry errands, a connection for each: one waits in its thread, one in an event loop. An
 `ERROR` reply is raised as the broker's own typed error, and nothing but an address is ever returned as one.
-
-A block pings in the background while it runs and releases at its end, whatever ends it. A ping that is still
-under way is waited for before the release: one that arrived later would take the worker again. Every `Client`
-and every block has a name of its own, so that two blocks which share a worker do not release each other's.
+Every `Client` has a name of its own, because a hold belongs to a name. Blocks that hold a worker are in
+held_worker.py and held_lease.py.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
-import threading
+import socket
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any, TypeVar, Unpack
 
-from broker import dserv, wire
+from broker import wire
 from broker.core import protocol
-from broker.core.errors import BadRequest, BrokerError, Denied, WorkerNotFound
+from broker.core.errors import BadRequest, BrokerError
+from broker.core.lease_lines import Acquire, Granted, Notice, Version, parse_version
 from broker.core.protocol import GetWorker, ListAll, Ping, Release, Status, TerminateAll
 from broker.errand import (
-    BrokerUnreachable,
     Errand,
     Retry,
     Sendable,
@@ -38,30 +33,17 @@ from broker.errand import (
     read_terminated,
     read_workers,
 )
-
-__all__ = [
-    "AsyncClient",
-    "AsyncHeldWorker",
-    "BrokerUnreachable",
-    "Client",
-    "HeldWorker",
-    "Retry",
-    "Wish",
-    "aworker",
-    "worker",
-]
+from broker.lease_errands import AcquireErrand, CallerFailed, EachErrand, NoticeReader, Wanted
 
 ANSWER_SECONDS = 10.0  # for an answer, beyond the wait that the command itself asks for
 WAIT_SECONDS = 900.0  # how long the broker lets GET_WORKER wait when nobody says: its setting `wait`
-PING_SECONDS = 60.0  # a lease lives for minutes, so that several pings may fail before it ends
-PING_SECONDS_MAX = 86_400.0  # more is no pinging
-PING_AGAIN_SECONDS = 10.0  # after a ping that failed
 RETRY = Retry()
 
 T = TypeVar("T")
+R = TypeVar("R")
 
 
-class _Asker:
+class Asker:
     """What both clients know: where the broker is, who asks, and how the answer to each command reads."""
 
     def __init__(
@@ -88,6 +70,10 @@ class _Asker:
         """What the broker knows this client as."""
         return self._client or own_name(self._number)
 
+    def watch_line(self) -> bytes:
+        """What makes a connection tell what happens to this client's workers."""
+        return f"WATCH client={self.name}\n".encode("ascii")
+
     def _get_worker(self, wish: Wish) -> Errand[str]:
         command = GetWorker(**wish, client=self.name)
         wait = WAIT_SECONDS if command.wait is None else command.wait
@@ -99,13 +85,30 @@ class _Asker:
     def _release(self, address: str, force: bool) -> Errand[None]:
         return self._errand(Release(address, force, self.name), read_ok)
 
+    def _acquire(self, count: int | None, wanted: Wanted, hold: str | None = None) -> AcquireErrand:
+        keys = {key: value for key, value in wanted.items() if key != "on_pending"}
+        command = Acquire(**keys, count=count, hold=hold, client=self.name)  # type: ignore[arg-type]
+        wait = WAIT_SECONDS if command.wait is None else command.wait
+        seconds = wait + self.timeout
+        return AcquireErrand(command, wanted.get("on_pending"), self.broker, seconds, self._retry)
+
+    def _each(self, verb: str, lease_ids: Sequence[str]) -> EachErrand:
+        return EachErrand(verb, lease_ids, self.broker, self.timeout, self._retry)
+
+    def _watch(self) -> Errand[None]:
+        line = self.watch_line().decode("ascii").removesuffix("\n")
+        return Errand(line, read_ok, self.broker, self.timeout, self._retry, repeatable=True)
+
+    def _version(self) -> Errand[Version]:
+        return Errand("VERSION", parse_version, self.broker, self.timeout, self._retry, repeatable=True)
+
     def _errand(
         self, command: Sendable | str, read: Callable[[str], T], seconds: float | None = None
     ) -> Errand[T]:
         return Errand(command, read, self.broker, self.timeout if seconds is None else seconds, self._retry)
 
 
-class Client(_Asker):
+class Client(Asker):
     """Asks a broker and waits for the answers. Threads may share one.
 
     Every method raises the broker's own error for an `ERROR` reply, BrokerUnreachable when there is no
@@ -136,23 +139,100 @@ class Client(_Asker):
         """End every machine of the broker: their ids. Never sent twice."""
         return self._run(self._errand(TerminateAll(), read_terminated))
 
+    def acquire(
+        self,
+        *,
+        count: int | None = None,
+        **wanted: Unpack[Wanted],
+    ) -> list[Granted]:
+        """`count` new leases (one without it) of ready workers, each kept by `renew` or `ttl` seconds long.
+
+        Every call makes new leases, also of a client that has some. `Wanted` has the
+        keys. An answer that is lost is not asked for again, because that could
+        acquire twice: the leases that nobody knows of end when their ttl is over.
+        """
+        return self._run(self._acquire(count, wanted))
+
+    def acquire_and_stay(
+        self,
+        *,
+        count: int | None = None,
+        **wanted: Unpack[Wanted],
+    ) -> tuple[list[Granted], socket.socket]:
+        """`acquire`, with leases that end with their connection, which is returned for the caller to close.
+
+        An answer that is lost is asked for again: the connection that broke has ended its leases.
+        """
+        return self._stay(self._acquire(count, wanted, "connection"))
+
+    def renew(self, lease_id: str) -> None:
+        """The lease lasts its ttl again, from now. Raises Denied when it has ended."""
+        _raise_first(self.renew_all([lease_id]))
+
+    def renew_all(self, lease_ids: Sequence[str]) -> list[BrokerError | None]:
+        """`renew` for up to 1000 leases on one connection: for each None, or why not."""
+        return self._run(self._each("RENEW", lease_ids)) if lease_ids else []
+
+    def done(self, lease_id: str) -> None:
+        """End the lease; the worker stays warm for whoever comes next. Raises Denied when it has ended."""
+        _raise_first(self.done_all([lease_id]))
+
+    def done_all(self, lease_ids: Sequence[str]) -> list[BrokerError | None]:
+        """`done` for up to 1000 leases on one connection: for each None, or why not."""
+        return self._run(self._each("DONE", lease_ids)) if lease_ids else []
+
+    def watch(self) -> Iterator[Notice]:
+        """What happens to the workers that this client's name holds, as it happens, for ever.
+
+        A broker that restarts is waited for as every command waits; what happens meanwhile is not told.
+        Raises BrokerUnreachable when it does not come back.
+        """
+        while True:  # the caller ends it
+            _, sock = self._stay(errand := self._watch())
+            with sock, suppress(OSError):
+                sock.settimeout(None)
+                reader = NoticeReader()
+                data = errand.surplus()
+                yield from reader.receive(data) if data else ()
+                while True:  # the end of the connection ends it
+                    yield from reader.receive(sock.recv(wire.CHUNK_BYTES_MAX))
+            time.sleep(self._retry.pause_seconds_max)
+
+    def version(self) -> Version:
+        """Which broker this is, and which protocol it speaks."""
+        return self._run(self._version())
+
     def request(self, line: str, *, timeout: float | None = None) -> str:
         """The first line of the reply to any command, which is sent once and as it is."""
         return self._run(self._errand(line, protocol.read_reply, timeout))
 
     def _run(self, errand: Errand[T]) -> T:
+        self._carry(errand, wire.ask)
+        return errand.result()
+
+    def _stay(self, errand: Errand[T]) -> tuple[T, socket.socket]:
+        sock = self._carry(errand, wire.ask_and_stay)
+        try:
+            return errand.result(), sock
+        except BaseException:
+            sock.close()
+            raise
+
+    def _carry(self, errand: Errand[T], ask: Callable[[str, int, wire.Question, float], R]) -> R:
         while True:  # Retry.attempts_max ends it
             seconds = errand.attempt(time.monotonic())
             try:
-                wire.ask(self.broker.host, self.broker.port, errand, seconds)
+                return ask(self.broker.host, self.broker.port, errand, seconds)
             except wire.TROUBLE as trouble:
                 pause = errand.pause_after(trouble, time.monotonic())
-            else:
-                return errand.result()
+            except CallerFailed as failed:
+                error = failed.error
+                break
             time.sleep(pause)
+        raise error
 
 
-class AsyncClient(_Asker):
+class AsyncClient(Asker):
     """`Client` for an event loop: the same methods, awaitable. A cancelled call closes its connection."""
 
     async def get_worker(self, **wish: Unpack[Wish]) -> str:
@@ -179,247 +259,102 @@ class AsyncClient(_Asker):
         """End every machine of the broker: their ids. Never sent twice."""
         return await self._run(self._errand(TerminateAll(), read_terminated))
 
+    async def acquire(
+        self,
+        *,
+        count: int | None = None,
+        **wanted: Unpack[Wanted],
+    ) -> list[Granted]:
+        """`count` new leases (one without it) of ready workers, each kept by `renew` or `ttl` seconds long.
+
+        Every call makes new leases, also of a client that has some. `Wanted` has the
+        keys. An answer that is lost is not asked for again, because that could
+        acquire twice: the leases that nobody knows of end when their ttl is over.
+        """
+        return await self._run(self._acquire(count, wanted))
+
+    async def acquire_and_stay(
+        self,
+        *,
+        count: int | None = None,
+        **wanted: Unpack[Wanted],
+    ) -> tuple[list[Granted], socket.socket]:
+        """`acquire`, with leases that end with their connection, which is returned for the caller to close.
+
+        An answer that is lost is asked for again: the connection that broke has ended its leases.
+        """
+        return await self._stay(self._acquire(count, wanted, "connection"))
+
+    async def renew(self, lease_id: str) -> None:
+        """The lease lasts its ttl again, from now. Raises Denied when it has ended."""
+        _raise_first(await self.renew_all([lease_id]))
+
+    async def renew_all(self, lease_ids: Sequence[str]) -> list[BrokerError | None]:
+        """`renew` for up to 1000 leases on one connection: for each None, or why not."""
+        return await self._run(self._each("RENEW", lease_ids)) if lease_ids else []
+
+    async def done(self, lease_id: str) -> None:
+        """End the lease; the worker stays warm for whoever comes next. Raises Denied when it has ended."""
+        _raise_first(await self.done_all([lease_id]))
+
+    async def done_all(self, lease_ids: Sequence[str]) -> list[BrokerError | None]:
+        """`done` for up to 1000 leases on one connection: for each None, or why not."""
+        return await self._run(self._each("DONE", lease_ids)) if lease_ids else []
+
+    async def watch(self) -> AsyncIterator[Notice]:
+        """What happens to the workers that this client's name holds, as it happens, for ever.
+
+        A broker that restarts is waited for as every command waits; what happens meanwhile is not told.
+        Raises BrokerUnreachable when it does not come back.
+        """
+        loop = asyncio.get_running_loop()
+        while True:  # the caller ends it
+            _, sock = await self._stay(errand := self._watch())
+            with sock, suppress(OSError):
+                reader = NoticeReader()
+                data = errand.surplus() or await loop.sock_recv(sock, wire.CHUNK_BYTES_MAX)
+                while True:  # the end of the connection ends it
+                    for notice in reader.receive(data):
+                        yield notice
+                    data = await loop.sock_recv(sock, wire.CHUNK_BYTES_MAX)
+            await asyncio.sleep(self._retry.pause_seconds_max)
+
+    async def version(self) -> Version:
+        """Which broker this is, and which protocol it speaks."""
+        return await self._run(self._version())
+
     async def request(self, line: str, *, timeout: float | None = None) -> str:
         """The first line of the reply to any command, which is sent once and as it is."""
         return await self._run(self._errand(line, protocol.read_reply, timeout))
 
     async def _run(self, errand: Errand[T]) -> T:
+        await self._carry(errand, wire.ask_async)
+        return errand.result()
+
+    async def _stay(self, errand: Errand[T]) -> tuple[T, socket.socket]:
+        sock = await self._carry(errand, wire.ask_and_stay_async)
+        try:
+            return errand.result(), sock
+        except BaseException:
+            sock.close()
+            raise
+
+    async def _carry(
+        self, errand: Errand[T], ask: Callable[[str, int, wire.Question, float], Awaitable[R]]
+    ) -> R:
         while True:  # Retry.attempts_max ends it
             seconds = errand.attempt(time.monotonic())
             try:
-                await wire.ask_async(self.broker.host, self.broker.port, errand, seconds)
+                return await ask(self.broker.host, self.broker.port, errand, seconds)
             except wire.TROUBLE as trouble:
                 pause = errand.pause_after(trouble, time.monotonic())
-            else:
-                return errand.result()
+            except CallerFailed as failed:
+                error = failed.error
+                break
             await asyncio.sleep(pause)
-
-
-# --- a worker for the time of a block ----------------------------------------------------------------------
-
-
-@contextmanager
-def worker(
-    host: str | None = None,
-    port: int | None = None,
-    *,
-    client: str | None = None,
-    timeout: float = ANSWER_SECONDS,
-    retry: Retry = RETRY,
-    worker_port: int = dserv.WORKER_PORT,
-    ping_seconds: float = PING_SECONDS,
-    release: bool = True,
-    on_lost: Callable[[HeldWorker], object] | None = None,
-    **wish: Unpack[Wish],
-) -> Iterator[HeldWorker]:
-    """A worker, held while the block runs: pinged every `ping_seconds` by a thread, released at the end.
-
-    `host`, which may be `host:port`, is the broker's; without it COMPUTE_BROKER_HOST and COMPUTE_BROKER_PORT
-    say where, else it is this machine. `wish` is what `Client.get_worker` takes: cores, type, pool, region,
-    wait, exclusive. `release=False` leaves the worker warm for whoever comes next. `client` replaces the
-    block's own name; blocks that share a name share their hold on a worker. When the broker does not know the
-    worker any more, its `lost` is set and `on_lost` is called with it, in the thread that pings.
-
-    Raises what `Client.get_worker` raises, and at the end what `release` raises, unless the block failed.
-    """
-    _require_interval(ping_seconds)
-    asker = Client(host, port, client=client, timeout=timeout, retry=retry)
-    held = HeldWorker(asker, asker.get_worker(**wish), worker_port, ping_seconds, on_lost)
-    try:
-        held._enter()
-        yield held
-    except BaseException as failure:
-        held._leave(release, failure)
-        raise
-    held._leave(release, None)
-
-
-@asynccontextmanager
-async def aworker(
-    host: str | None = None,
-    port: int | None = None,
-    *,
-    client: str | None = None,
-    timeout: float = ANSWER_SECONDS,
-    retry: Retry = RETRY,
-    worker_port: int = dserv.WORKER_PORT,
-    ping_seconds: float = PING_SECONDS,
-    release: bool = True,
-    on_lost: Callable[[AsyncHeldWorker], object] | None = None,
-    **wish: Unpack[Wish],
-) -> AsyncIterator[AsyncHeldWorker]:
-    """`worker` for an event loop: a task pings, and a block that is cancelled releases too."""
-    _require_interval(ping_seconds)
-    asker = AsyncClient(host, port, client=client, timeout=timeout, retry=retry)
-    held = AsyncHeldWorker(asker, await asker.get_worker(**wish), worker_port, ping_seconds, on_lost)
-    try:
-        held._enter()
-        yield held
-    except BaseException as failure:
-        await held._leave(release, failure)
-        raise
-    await held._leave(release, None)
-
-
-class _Lost(threading.Event):
-    """Set when the broker does not know the worker any more; true when it is set."""
-
-    def __bool__(self) -> bool:
-        return self.is_set()
-
-
-class _AsyncLost(asyncio.Event):
-    """`_Lost` for an event loop."""
-
-    def __bool__(self) -> bool:
-        return self.is_set()
-
-
-class _Held:
-    """A worker in a block. `client` is the name it is held under, `ping_error` why the last ping failed."""
-
-    def __init__(self, asker: _Asker, address: str, port: int, ping_seconds: float) -> None:
-        self.address = address
-        self.port = port
-        self.client = asker.name
-        self.ping_error: BrokerError | None = None
-        self._ping_seconds = ping_seconds
-        self._pid = os.getpid()
-
-    def __repr__(self) -> str:
-        return f"<worker {wire.place(self.address, self.port)} held by {self.client}>"
-
-    def _inherited(self) -> bool:
-        """Whether this is a forked child, which leaves the block as well: the worker is its parent's."""
-        return os.getpid() != self._pid
-
-    def _heard(self, error: BrokerError | None) -> float | None:
-        """Take in how a ping went. Returns the seconds until the next one, None when the worker is lost."""
-        self.ping_error = error
-        if isinstance(error, WorkerNotFound | Denied):  # Denied: somebody else has it, and alone
-            return None
-        return self._ping_seconds if error is None else min(self._ping_seconds, PING_AGAIN_SECONDS)
-
-
-class HeldWorker(_Held):
-    """A worker in a `with` block. `lost` is a threading.Event that is true when it is set."""
-
-    def __init__(
-        self,
-        asker: Client,
-        address: str,
-        port: int,
-        ping_seconds: float,
-        on_lost: Callable[[HeldWorker], object] | None,
-    ) -> None:
-        super().__init__(asker, address, port, ping_seconds)
-        self.lost = _Lost()
-        self._asker = asker
-        self._on_lost = on_lost
-        self._over = threading.Event()
-        self._pulse = threading.Thread(target=self._beat, name=f"ping {address}", daemon=True)
-
-    def remote_eval(self, script: str, timeout: float = dserv.EVAL_SECONDS) -> str:
-        """The result of a Tcl script on the worker: see `dserv.remote_eval`."""
-        return dserv.remote_eval(self.address, script, self.port, timeout)
-
-    def _enter(self) -> None:
-        self._pulse.start()
-
-    def _beat(self) -> None:
-        seconds: float | None = self._ping_seconds
-        while seconds is not None and not self._over.wait(seconds):
-            try:
-                self._asker.ping(self.address)
-            except BrokerError as error:
-                seconds = self._heard(error)
-            else:
-                seconds = self._heard(None)
-        if seconds is None:
-            self.lost.set()
-            if self._on_lost:
-                self._on_lost(self)
-
-    def _leave(self, release: bool, failure: BaseException | None) -> None:
-        if self._inherited():
-            return
-        self._over.set()
-        if self._pulse.is_alive():
-            self._pulse.join(self._asker.timeout)  # a ping takes no longer
-        if release and not self.lost:
-            try:
-                self._asker.release(self.address)
-            except BrokerError as error:
-                _tell(error, failure)
-
-
-class AsyncHeldWorker(_Held):
-    """A worker in an `async with` block. `lost` is an asyncio.Event that is true when it is set."""
-
-    def __init__(
-        self,
-        asker: AsyncClient,
-        address: str,
-        port: int,
-        ping_seconds: float,
-        on_lost: Callable[[AsyncHeldWorker], object] | None,
-    ) -> None:
-        super().__init__(asker, address, port, ping_seconds)
-        self.lost = _AsyncLost()
-        self._asker = asker
-        self._on_lost = on_lost
-        self._over = asyncio.Event()
-        self._pulse: asyncio.Task[None]
-
-    async def remote_eval(self, script: str, timeout: float = dserv.EVAL_SECONDS) -> str:
-        """The result of a Tcl script on the worker: see `dserv.remote_eval`."""
-        return await dserv.aremote_eval(self.address, script, self.port, timeout)
-
-    def _enter(self) -> None:
-        self._pulse = asyncio.create_task(self._beat(), name=f"ping {self.address}")
-
-    async def _beat(self) -> None:
-        seconds: float | None = self._ping_seconds
-        while seconds is not None and not await self._is_over_within(seconds):
-            try:
-                await self._asker.ping(self.address)
-            except BrokerError as error:
-                seconds = self._heard(error)
-            else:
-                seconds = self._heard(None)
-        if seconds is None:
-            self.lost.set()
-            if self._on_lost:  # an error in it goes to the loop's exception handler
-                asyncio.get_running_loop().call_soon(self._on_lost, self)
-
-    async def _is_over_within(self, seconds: float) -> bool:
-        with suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                await self._over.wait()
-        return self._over.is_set()
-
-    async def _leave(self, release: bool, failure: BaseException | None) -> None:
-        if self._inherited():
-            return
-        try:  # a second cancellation ends the waiting, not the release
-            await asyncio.shield(asyncio.create_task(self._close(release)))
-        except BrokerError as error:
-            _tell(error, failure)
-
-    async def _close(self, release: bool) -> None:
-        self._over.set()
-        await asyncio.wait({self._pulse}, timeout=self._asker.timeout)  # a ping takes no longer
-        if release and not self.lost:
-            await self._asker.release(self.address)
-
-
-def _tell(error: BrokerError, failure: BaseException | None) -> None:
-    """Raise the error of a release; if the block itself failed, note it there instead."""
-    if failure is None:
         raise error
-    failure.add_note(f"Nor could the worker be released: {error}")
 
 
-def _require_interval(ping_seconds: float) -> None:
-    if not 0 < ping_seconds <= PING_SECONDS_MAX:
-        raise BadRequest(f"ping_seconds is a number of seconds above 0, up to {PING_SECONDS_MAX:.0f}")
+def _raise_first(outcomes: list[BrokerError | None]) -> None:
+    for error in filter(None, outcomes):
+        raise error

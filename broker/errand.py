@@ -20,6 +20,7 @@ from typing import Any, Generic, TypedDict, TypeVar
 from broker import wire
 from broker.core import protocol
 from broker.core.errors import BadRequest, BrokerError
+from broker.core.lease_lines import Acquire, encode_acquire
 from broker.core.protocol import GetWorker, ListAll, Ping, Release, Status, TerminateAll
 
 HOST = "127.0.0.1"
@@ -31,7 +32,7 @@ NAME_CHARS_MAX = 64  # of client=
 REMEDY = "Is the broker running? `compute-broker serve` starts one; host= or COMPUTE_BROKER_HOST says where"
 
 T = TypeVar("T")
-Sendable = GetWorker | Ping | Release | Status | ListAll | TerminateAll
+Sendable = GetWorker | Ping | Release | Status | ListAll | TerminateAll | Acquire
 REPEATABLE = (GetWorker, Ping, Release, Status, ListAll)  # for a client with a name, twice is as good as once
 
 
@@ -40,7 +41,7 @@ class BrokerUnreachable(BrokerError):
 
 
 class Wish(TypedDict, total=False):
-    """What a worker should be like: the keys of GET_WORKER. `wait` is in seconds."""
+    """What a worker should be like: the keys of GET_WORKER and ACQUIRE. `wait` is in seconds."""
 
     pool: str | None
     cores: int | None
@@ -156,14 +157,17 @@ class Errand(Generic[T]):
         broker: Endpoint,
         seconds: float,
         retry: Retry,
+        repeatable: bool | None = None,
     ) -> None:
+        """`repeatable`: whether twice is as good as once; without it, what the command's kind says."""
         self._command = command
         self._read = read
         self._broker = broker
         self._seconds = seconds
         self._retry = retry
         self._outgoing = _encode(command)
-        self._wait = command.wait if isinstance(command, GetWorker) else None
+        self._repeatable = isinstance(command, REPEATABLE) if repeatable is None else repeatable
+        self._wait = command.wait if isinstance(command, GetWorker | Acquire) else None
         self._started_at: float | None = None
         self._attempts = 0
         self._begun = False
@@ -173,7 +177,7 @@ class Errand(Generic[T]):
         """Start a try. Returns the seconds it may take; all tries share what the first one had."""
         if self._started_at is None:
             self._started_at = now
-        elif isinstance(self._command, GetWorker) and self._wait is not None:
+        elif isinstance(self._command, GetWorker | Acquire) and self._wait is not None:
             left = max(0.0, self._started_at + self._wait - now)
             self._outgoing = _encode(replace(self._command, wait=round(left, 3)))
         self._attempts += 1
@@ -192,7 +196,7 @@ class Errand(Generic[T]):
         self._reply += data
         if len(self._reply) > REPLY_BYTES_MAX:
             raise BrokerError(f"{self._answered()} with more than {REPLY_BYTES_MAX} bytes")
-        return b"\n" in data
+        return self._is_complete(data)
 
     def result(self) -> T:
         """The answer. Raises the error that an `ERROR` reply stands for, BrokerError for nonsense."""
@@ -203,13 +207,24 @@ class Errand(Generic[T]):
             told = line[:80].decode("ascii", "replace")
             raise BrokerError(f"{self._answered()} with {told!r}: {nonsense}") from None
 
+    def surplus(self) -> bytes:
+        """What came behind the first line of the answer."""
+        return bytes(self._reply).partition(b"\n")[2]
+
     def pause_after(self, trouble: Exception, now: float) -> float:
         """Seconds until the next try. Raises BrokerUnreachable when there is none."""
         pause = self._retry.pause_after(self._attempts)
-        repeatable = isinstance(self._command, REPEATABLE) and isinstance(trouble, ConnectionError)
+        repeatable = self._may_repeat() and isinstance(trouble, ConnectionError)
         if pause is None or not repeatable or now + pause >= self._patience_ends_at():
             raise BrokerUnreachable(self._sentence(trouble)) from trouble
         return pause
+
+    def _is_complete(self, data: bytes) -> bool:
+        """Whether the answer is complete, now that `data` has been added to it."""
+        return b"\n" in data
+
+    def _may_repeat(self) -> bool:
+        return self._repeatable
 
     def _patience_ends_at(self) -> float:
         """When no new try may begin: the caller's own wait counts, without the margin for the answer."""
@@ -218,6 +233,8 @@ class Errand(Generic[T]):
     def _verb(self) -> str:
         if isinstance(self._command, str):
             return self._command.partition(" ")[0][:40]
+        if isinstance(self._command, Acquire):
+            return "ACQUIRE"
         return protocol.name_of(self._command)
 
     def _answered(self) -> str:
@@ -226,11 +243,8 @@ class Errand(Generic[T]):
     def _sentence(self, trouble: Exception) -> str:
         if not self._begun:
             return f"no broker can be reached at {self._broker}: {wire.reason(trouble)}. {REMEDY}"
-        if isinstance(trouble, TimeoutError) and not trouble.errno:
-            why = f"within {self._seconds:g} s"
-        else:
-            why = f"({wire.reason(trouble)})"
-        doubt = "" if isinstance(self._command, REPEATABLE) else "; it may have been carried out all the same"
+        why = f"within {self._seconds:g} s" if wire.is_over(trouble) else f"({wire.reason(trouble)})"
+        doubt = "" if self._may_repeat() else "; it may have been carried out all the same"
         what = f"the broker at {self._broker} did not answer {self._verb()} {why}{doubt}"
         return f"{what}. Is that a compute-broker, and what does its log say?"
 
@@ -240,6 +254,8 @@ class _Nonsense(Exception):
 
 
 def _encode(command: Sendable | str) -> bytes:
+    if isinstance(command, Acquire):
+        return encode_acquire(command)
     if not isinstance(command, str):
         return protocol.encode(command)
     if not command.isascii() or not command.isprintable() or len(command) > protocol.LINE_BYTES_MAX:

@@ -42,8 +42,15 @@ class Question(Protocol):
 
 def ask(host: str, port: int, question: Question, seconds: float) -> None:
     """Carry the question there and its answer back, in so many seconds. Raises TROUBLE."""
+    with ask_and_stay(host, port, question, seconds) as sock:
+        _reset_on_close(sock, False)
+
+
+def ask_and_stay(host: str, port: int, question: Question, seconds: float) -> socket.socket:
+    """`ask`, and the connection on which the answer came: still open, and reset when it is closed."""
     ends_at = time.monotonic() + seconds
-    with socket.create_connection((host, port), min(_left(ends_at), CONNECT_SECONDS_MAX)) as sock:
+    sock = socket.create_connection((host, port), min(_left(ends_at), CONNECT_SECONDS_MAX))
+    try:
         _keep_alive(sock)
         _reset_on_close(sock, True)
         sock.settimeout(_left(ends_at))
@@ -53,14 +60,24 @@ def ask(host: str, port: int, question: Question, seconds: float) -> None:
         while not complete:
             sock.settimeout(_left(ends_at))
             complete = question.receive(sock.recv(CHUNK_BYTES_MAX))
-        _reset_on_close(sock, False)
+    except BaseException:  # the caller's own too: nobody else knows this connection
+        sock.close()
+        raise
+    return sock
 
 
 async def ask_async(host: str, port: int, question: Question, seconds: float) -> None:
     """`ask` for an event loop. The end of the task is the end of the connection."""
+    with await ask_and_stay_async(host, port, question, seconds) as sock:
+        _reset_on_close(sock, False)
+
+
+async def ask_and_stay_async(host: str, port: int, question: Question, seconds: float) -> socket.socket:
+    """`ask_and_stay` for an event loop."""
     loop = asyncio.get_running_loop()
     async with asyncio.timeout(seconds):
-        with await _connected(host, port) as sock:
+        sock = await _connected(host, port)
+        try:
             _keep_alive(sock)
             _reset_on_close(sock, True)
             with suppress(*REFUSED_UNREAD):
@@ -68,12 +85,20 @@ async def ask_async(host: str, port: int, question: Question, seconds: float) ->
             complete = False
             while not complete:
                 complete = question.receive(await loop.sock_recv(sock, CHUNK_BYTES_MAX))
-            _reset_on_close(sock, False)
+        except BaseException:
+            sock.close()
+            raise
+        return sock
 
 
 def place(host: str, port: int) -> str:
     """`host:port` as a person writes it."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def is_over(error: Exception) -> bool:
+    """Whether the time that was given is over: not so when the system has given a silent peer up."""
+    return isinstance(error, TimeoutError) and not error.errno
 
 
 def reason(error: Exception) -> str:

@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from broker import cli
+from broker import cli, cli_base
 from broker.client import Client
 from broker.core.settings import parse
 from broker.errand import Retry
@@ -31,7 +31,10 @@ from tests.transcripts.stage import PEER, Stage, stage
 
 DONE, REFUSED, USAGE, UNREACHABLE = 0, 1, 2, 3
 INTERRUPTED = 130
-COMMANDS = ("serve", "get", "ping", "release", "workers", "config check", "config show", "config schema")
+COMMANDS = (
+    "serve", "get", "ping", "release", "workers", "acquire", "renew", "done", "watch", "config check",
+    "config show", "config schema",
+)  # fmt: skip
 ESCAPE = "\x1b"
 SECONDS_MAX = 20.0
 
@@ -102,7 +105,7 @@ def live(tmp_path: Path) -> Iterator[Lab]:
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """A client that tries once: nobody is there, and nobody comes."""
-    monkeypatch.setattr(cli, "Client", partial(Client, retry=Retry(attempts_max=1)))
+    monkeypatch.setattr(cli_base, "Client", partial(Client, retry=Retry(attempts_max=1)))
 
 
 # --- help -----------------------------------------------------------------------------------------------

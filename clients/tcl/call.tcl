@@ -3,8 +3,9 @@
 # A Call connects, writes its bytes, and gives what it receives to a reader until the reader has a whole answer. One
 # deadline bounds everything, the attempts in between too. An attempt is repeated only when that is safe: the
 # connection was refused before a byte went out, or it was lost before a byte of the answer came in and the request
-# may be sent twice (`resend`). The end is told to a callback, exactly once, as a list: {ok <answer>} or
-# {error <errorcode> <message>}. Destroying a Call gives it up silently.
+# may be sent twice (`resend`; with `always` also when a part of the answer has come). The end is told to a callback,
+# exactly once, as a list: {ok <answer>} or {error <errorcode> <message>}. A call that `stays` leaves its connection
+# open for the callback, which gets {ok <answer> <channel> <all bytes>}. Destroying a Call gives it up silently.
 #
 # A name that is not an address is looked up by the system's resolver, which does block: Tcl has no other.
 
@@ -25,13 +26,17 @@ namespace eval ::compute_broker {
 
 oo::class create ::compute_broker::Call {
     variable host port payload reader resend retries connect_ms done
-    variable chan attempts sent received deadline_timer step_timer
+    variable chan attempts sent received deadline_timer step_timer stays owns
 
     # to: the keys host port payload reader resend retries connect_ms timeout_ms. `reader` is a command prefix that
     # gets all bytes received so far and returns {} for "more is needed" or a list with the answer in it; an error
-    # it raises ends the call.
+    # it raises ends the call. Optional: stays; owns, an object that hears of each attempt by
+    # `fresh` and ends with the call.
     constructor {to callback} {
         foreach key {host port payload reader resend retries connect_ms} {set $key [dict get $to $key]}
+        foreach {key otherwise} {stays 0 owns ""} {
+            set $key [expr {[dict exists $to $key] ? [dict get $to $key] : $otherwise}]
+        }
         set done $callback
         set chan ""
         set attempts 0
@@ -43,6 +48,7 @@ oo::class create ::compute_broker::Call {
     destructor {
         after cancel $deadline_timer
         my Drop
+        if {$owns ne ""} {$owns destroy}
     }
 
     method host {} {return $host}
@@ -54,6 +60,7 @@ oo::class create ::compute_broker::Call {
         incr attempts
         set sent 0
         set received ""
+        if {$owns ne ""} {$owns fresh}
         if {[catch {socket -async $host $port} result options]} {
             # Not a POSIX error when the name could not be looked up.
             set code [dict get $options -errorcode]
@@ -89,10 +96,13 @@ oo::class create ::compute_broker::Call {
             return
         }
         append received $bytes
-        if {[catch {{*}$reader $received} answer options]} {
+        set me [self]
+        set failed [catch {{*}$reader $received} answer options]
+        if {![info object isa object $me]} return  ;# the reader told somebody, who gave this up
+        if {$failed} {
             my fail [dict get $options -errorcode] $answer
         } elseif {[llength $answer]} {
-            my Finish [list ok [lindex $answer 0]]
+            my Finish [my Answered [lindex $answer 0]]
         } elseif {[chan eof $chan]} {
             my AttemptFailed ECONNRESET "the connection was closed before the answer was complete"
         }
@@ -100,12 +110,20 @@ oo::class create ::compute_broker::Call {
 
     method AttemptFailed {posix words} {
         my Drop
-        set is_safe [expr {$received eq "" && ($resend || !$sent)}]
+        set is_safe [expr {$resend eq "always" || $received eq "" && ($resend || !$sent)}]
         if {$is_safe && $posix in $::compute_broker::retried_errors && $attempts <= $retries} {
             set step_timer [after [my RetryPauseMs] [namespace code {my Attempt}]]
             return
         }
         my fail [list COMPUTE_BROKER CONNECTION $posix] "$host:$port: $words"
+    }
+
+    method Answered {answer} {
+        if {!$stays} {return [list ok $answer]}
+        chan event $chan readable {}
+        set left_open $chan
+        set chan ""
+        return [list ok $answer $left_open $received]
     }
 
     method RetryPauseMs {} {

@@ -14,7 +14,7 @@
 # too, for a value that must not be sent. An error reply is never returned as an address.
 
 package require Tcl 8.6-
-foreach part {call.tcl protocol.tcl} {
+foreach part {call.tcl protocol.tcl leases.tcl} {
     source [file join [file dirname [info script]] $part]
 }
 
@@ -263,8 +263,13 @@ proc ::compute_broker::call_start {call_of callback} {
     return [Call new $call_of $callback]
 }
 
-# Runs a call to its end in the event loop: its answer, or its error. A call to a worker says to which.
+# Runs a call to its end in the event loop: its answer, or its error; wait_for: its outcome, as Call tells it. A call to
+# a worker says to which.
 proc ::compute_broker::perform {call_of {evaluation_ip ""}} {
+    return [answer_of [wait_for $call_of $evaluation_ip]]
+}
+
+proc ::compute_broker::wait_for {call_of {evaluation_ip ""}} {
     variable serial
     variable outcome
     variable evaluations
@@ -273,7 +278,7 @@ proc ::compute_broker::perform {call_of {evaluation_ip ""}} {
     if {$evaluation_ip ne ""} {set evaluations($call) $evaluation_ip}
     try {
         vwait ::compute_broker::outcome($id)
-        return [answer_of $outcome($id)]
+        return $outcome($id)
     } finally {
         if {[info object isa object $call]} {$call destroy}  ;# only when vwait itself was broken off
         unset -nocomplain outcome($id) evaluations($call)

@@ -84,6 +84,7 @@ def test_the_examples_of_the_packages_readme_run(tclsh: str, tmp_path: Path, wor
     assert run.returncode == 0, run.stderr
     verbs = [line.split()[0] for line in broker.heard]
     assert verbs.count("GET_WORKER") == verbs.count("RELEASE") > 0
+    assert verbs.count("ACQUIRE") == verbs.count("DONE") > 0
 
 
 def test_the_broker_understands_every_line_the_package_sends(tclsh: str, tmp_path: Path) -> None:
@@ -122,10 +123,14 @@ def run_client(tclsh: str, script: Path, broker: LineBroker) -> subprocess.Compl
 
 
 class LineBroker:
-    """The smallest broker: one address for every GET_WORKER, OK otherwise, one line a connection."""
+    """The smallest broker: one address for whoever asks for a worker, OK otherwise, one line a connection."""
 
     def __init__(self, address: str) -> None:
-        self._address = address
+        lease = (
+            f"LEASE id=lease-1 ip={address} port=2560 pool=default type=big cores=64 market=spot price=- "
+            "expires=2026-01-31T08:00:00Z of=1"
+        )
+        self._replies = {"GET_WORKER": address, "STATUS": "[]", "ACQUIRE": lease}
         self.heard: list[str] = []
 
     def __enter__(self) -> Self:
@@ -149,7 +154,7 @@ class LineBroker:
             with connection, connection.makefile("rw", newline="\n") as stream:
                 line = stream.readline().strip()
                 self.heard.append(line)
-                stream.write({"GET_WORKER": self._address, "STATUS": "[]"}.get(line.split()[0], "OK") + "\n")
+                stream.write(self._replies.get(line.split()[0], "OK") + "\n")
 
 
 # --- the stand-in worker -------------------------------------------------------------------------------
