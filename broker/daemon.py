@@ -156,6 +156,7 @@ class Daemon:
             providers=self._providers,
             applied=self._reloaded,
             refused=self._reload_refused,
+            prove=self.probe.prove,
             idle=self.reconcile.between_scans,
             report=report,
             wake=lambda: self._wake("reload"),

@@ -204,6 +204,7 @@ class FakeCloud:
     Errors put into `fail[api]` are raised by the next calls, one each; `lose` marks that a launch is carried
     out although its answer is an error. `hold[api]` is awaited by every call while it is set. Machine types
     in `refuses` are not to be had; `gives` says how many machines the next orders get, whatever they ask for.
+    The ids and addresses of its machines begin with number `first`: no two clouds have the same machines.
     """
 
     name = "fake"
@@ -212,7 +213,13 @@ class FakeCloud:
     machines_max = 1
 
     def __init__(
-        self, broker_id: str, pools: Sequence[str] = ("default",), *, clock: Clock, boots: bool = True
+        self,
+        broker_id: str,
+        pools: Sequence[str] = ("default",),
+        *,
+        clock: Clock,
+        boots: bool = True,
+        first: int = 1,
     ) -> None:
         self._broker_id = broker_id
         self._clock = clock
@@ -222,10 +229,8 @@ class FakeCloud:
         self.hold: dict[str, asyncio.Event] = {}
         self.calls: list[tuple[str, tuple[Any, ...]]] = []
         self.machines: dict[str, Machine] = {}
-        self.catalogue: dict[str, tuple[Offering, ...]] = {
-            pool: (Offering("moon", "big", Market.SPOT, cores=64, price_usd_micros_per_hour=1_000_000),)
-            for pool in pools
-        }
+        self._usual = (Offering("moon", "big", Market.SPOT, cores=64, price_usd_micros_per_hour=1_000_000),)
+        self.catalogue: dict[str, tuple[Offering, ...]] = dict.fromkeys(pools, self._usual)
         self.prices: dict[tuple[str, str], int] = {}  # (zone, type) → micro-dollars an hour, on spot
         self.study_problems: dict[str, list[str]] = {}  # what `study` answers
         self.study_later: dict[str, CloudError] = {}
@@ -235,7 +240,7 @@ class FakeCloud:
         self.refuses: dict[str, CloudError] = {}
         self.sells_otherwise: set[str] = set()  # machine types that come on demand, whatever was ordered
         self.gives: deque[int] = deque()
-        self._numbers = itertools.count(1)
+        self._numbers = itertools.count(first)
 
     # what tests do to it
 
@@ -262,6 +267,10 @@ class FakeCloud:
     def count(self, api: str) -> int:
         return sum(name == api for name, _ in self.calls)
 
+    def has(self, address: str) -> bool:
+        """Whether a machine here has, or had, that address."""
+        return any(machine.instance.address == address for machine in self.machines.values())
+
     async def connect(self, address: str, port: int) -> bool:
         """The network, for a ProbeLoop."""
         await asyncio.sleep(0.001)
@@ -282,8 +291,7 @@ class FakeCloud:
         return Change(lambda: self._swap(pools), dict(self.study_problems), later)
 
     def _swap(self, pools: Mapping[str, PoolSettings]) -> None:
-        usual = next(iter(self.catalogue.values()))
-        self.catalogue = {name: self.catalogue.get(name, usual) for name in pools}
+        self.catalogue = {name: self.catalogue.get(name, self._usual) for name in pools}
 
     def recall_cores(self, cores: Mapping[str, int]) -> None:
         self.cores = {**cores, **self.cores}
@@ -564,6 +572,11 @@ async def running_broker(
     clock = LoopClock(asyncio.get_running_loop())
     sky = cloud or FakeCloud(settings.broker.id, tuple(settings.pool), clock=cast(Clock, clock), boots=boots)
     numbers, file = itertools.count(1), SettingsFile(settings)
+
+    async def connect(address: str, port: int) -> bool:
+        somewhere = [await one.connect(address, port) for one in (sky, *others.values()) if one.has(address)]
+        return any(somewhere) if somewhere else await sky.connect(address, port)
+
     prefix = f"{owner}-{clock.monotonic():.6f}"
     daemon = Daemon(
         settings,
@@ -574,7 +587,7 @@ async def running_broker(
         providers=lambda wanted, *_: {
             name: others.get(name) or others.get(pool.region or "", sky) for name, pool in wanted.pool.items()
         },
-        connect=sky.connect,
+        connect=connect,
         store_threaded=False,
         ports=False,
         new_id=lambda: f"{prefix}-{next(numbers)}",

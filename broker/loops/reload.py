@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 
 from broker.clouds import Cloud
 from broker.context import Context
-from broker.core.errors import BrokerError, CloudUnreachable, SettingsError
+from broker.core.errors import BrokerError, CloudUnreachable, LimitReached, SettingsError
 from broker.core.model import Event, LeaseEnded, Worker, WorkerChanged, WorkerState
 from broker.core.registry import USABLE
 from broker.core.settings import BrokerSettings, PoolSettings, Settings
@@ -29,6 +30,7 @@ from broker.providers.base import Change, Provider
 LOOK_SECONDS = 10.0  # between looks whether a provider that serves no pool is still needed
 OPEN_SECONDS_MAX = 5.0  # for a provider that is new; one that is silent is opened by the next scan
 NOTICE = "its pool was removed"
+PROVABLE = (WorkerState.READY, WorkerState.SUSPECT)
 # What sockets, files and tags were made with at the start; `connections_max` has set the limit of open files.
 RESTART = ("id", "state_dir", "insecure_listen", "listen", "http", "connections_max", "log_format")
 # Settings whose mending may be what a breaker waits for.
@@ -57,8 +59,8 @@ class Studied:
 class ReloadLoop:
     """See the module. `load` reads and parses the file, `providers` says who serves which pool then.
 
-    `applied` is called in the same step in which new settings come into force, `wake` has this loop tick, and
-    `idle` is awaited before a provider that is not needed any more is closed: nobody uses it afterwards.
+    `applied` is called in the same step in which new settings come into force, `prove` tries a worker's port,
+    `wake` has this loop tick, and `idle` is awaited before a provider that is not needed any more is closed: nobody uses it afterwards.
     """
 
     name = "reload"
@@ -72,6 +74,7 @@ class ReloadLoop:
         providers: Callable[[Settings], Mapping[str, Provider]],
         applied: Callable[[Reloaded], None],
         refused: Callable[[SettingsError], None],
+        prove: Callable[[Worker], Awaitable[bool]],
         idle: Callable[[], Awaitable[None]],
         report: Report,
         wake: Callable[[], None],
@@ -79,9 +82,10 @@ class ReloadLoop:
     ) -> None:
         self._context, self._registry, self._ledger = context, context.registry, ledger
         self._load, self._providers = load, providers
-        self._applied, self._refused, self._idle = applied, refused, idle
+        self._applied, self._refused, self._prove, self._idle = applied, refused, prove, idle
         self._report, self._wake, self._wake_reap = report, wake, wake_reap
         self._asked = self._under_way = False
+        self._returned: list[Worker] = []  # taken back by the reload that is under way
         self._former: dict[tuple[str, int], PoolSettings] = {}  # (pool, cloud that it left) → as it was there
 
     @property
@@ -99,6 +103,9 @@ class ReloadLoop:
             self._asked, self._under_way = False, True
             try:
                 await self._reload()
+            except Exception:
+                self._context.outdated = ("the reload met a fault of the broker's own: see its log",)
+                raise
             finally:
                 self._under_way = False
         await self._let_go()
@@ -138,6 +145,10 @@ class ReloadLoop:
         self._applied(reloaded)
         for one in studied:
             await keep_cores(context, one.cloud)
+        # Whoever asks next shall find the workers that are back, and not buy another.
+        returned, self._returned = self._returned, []
+        with suppress(LimitReached):  # no file descriptors: the probe loop will try them
+            await asyncio.gather(*(self._prove(worker) for worker in returned if worker.state in PROVABLE))
         await asyncio.gather(*(self._open(cloud) for cloud in new))
         self._say_what_is_refused()
 
@@ -165,7 +176,7 @@ class ReloadLoop:
         for launched in context.expected.values():  # its machine is where its pool was
             cloud = context.cloud_of_order(launched.order)
             if cloud is not None:
-                context.home[launched.order.id] = cloud
+                context.home[launched.order.places[0]] = cloud
         for name, pool in before.pool.items():
             cloud = context.cloud(name)
             if cloud is not None and by_pool.get(name) is not cloud.provider:
@@ -231,6 +242,7 @@ class ReloadLoop:
             if worker.pool == name and worker.id in context.leaving and context.cloud_of(worker) is cloud:
                 del context.leaving[worker.id]
                 self._registry.lift_notice(worker.id, NOTICE, context.now())
+                self._returned.append(worker)
 
     # --- providers -----------------------------------------------------------------------------------
 
