@@ -60,7 +60,8 @@ class ReloadLoop:
     """See the module. `load` reads and parses the file, `providers` says who serves which pool then.
 
     `applied` is called in the same step in which new settings come into force, `prove` tries a worker's port,
-    `wake` has this loop tick, and `idle` is awaited before a provider that is not needed any more is closed: nobody uses it afterwards.
+    `wake` has this loop tick, and `idle` is awaited before a provider that is not needed any more is closed:
+    nobody uses it afterwards.
     """
 
     name = "reload"
