@@ -116,6 +116,11 @@ class Clouds:
         self.all = tuple((serving | {id(cloud): cloud for cloud in clouds.values()}).values())
         return list(new.values())
 
+    def join(self, provider: Provider) -> None:
+        """A place that serves no pool any more, where an earlier run may have left machines."""
+        if all(cloud.provider is not provider for cloud in self.all):
+            self.all = (*self.all, Cloud(provider))
+
     def idle(self) -> list[Cloud]:
         """Those that serve no pool any more."""
         serving = {id(cloud) for cloud in self._by_pool.values()}
@@ -131,7 +136,20 @@ class Clouds:
         return self._by_pool.get(pool)
 
     def recovered(self) -> bool:
-        return all(cloud.recovered for cloud in self.all)
+        return all(cloud.recovered for cloud in self.all) or not self.awaited()
+
+    def awaited(self) -> list[Cloud]:
+        """Those that have to be scanned before the broker can be sure of what it says.
+
+        One that serves no pool and cannot be reached (its profile was deleted, say) must not keep the others
+        from serving for ever.
+        """
+        idle = {id(cloud) for cloud in self.idle()}
+        return [
+            cloud
+            for cloud in self.all
+            if not cloud.recovered and not (id(cloud) in idle and cloud.failures >= SCAN_FAILURES_MAX)
+        ]
 
     def read_only(self) -> list[ReadOnly]:
         """One for each cloud of which another broker is in charge."""

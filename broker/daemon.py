@@ -43,7 +43,7 @@ from broker.loops.tagging import TaggingLoop
 from broker.metering import Meter
 from broker.opening import open_provider
 from broker.orders import YIELDED, Orders
-from broker.places import MakeProviders, make_providers
+from broker.places import LEFT, MakeProviders, make_providers, read_left, with_places
 from broker.providers.base import Provider
 from broker.server import Server
 from broker.service import Service
@@ -205,6 +205,7 @@ class Daemon:
         id_lock = self._take_id() if self._ports else None
         try:
             self.context.owner = await self._find_owner()
+            self._look_at_left_places()
             self._remember()
             await self._open_providers()
             self._say_what_is_assumed()
@@ -272,6 +273,14 @@ class Daemon:
             self.context.stored_leases.setdefault(stored.instance_id, []).append(stored)
         self.ledger.recall()
 
+    def _look_at_left_places(self) -> None:
+        """No pool of the file buys there any more, and an earlier run may have left machines."""
+        places = read_left(self.context.store.kept(LEFT))
+        by_pool = self._providers(with_places(self.settings, places)) if places else {}
+        for name, provider in by_pool.items():
+            if name not in self.settings.pool:
+                self.context.clouds.join(provider)
+
     async def _open_providers(self) -> None:
         """Find out now what a person has to mend; what only the cloud can mend is tried again later."""
         for cloud in self.context.clouds.all:
@@ -291,6 +300,10 @@ class Daemon:
         try:
             await open_provider(self.context, cloud)
         except SettingsError as error:
+            if cloud in self.context.clouds.idle():  # nothing is bought there: it must not keep others down
+                cloud.scan_failed(error)
+                self._report("cloud not reached", {"cloud": cloud.provider.name, "error": error.message})
+                return
             await self._accept_mistake(cloud, error)
         else:
             cloud.opened = True

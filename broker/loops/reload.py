@@ -18,13 +18,14 @@ from dataclasses import dataclass
 
 from broker.clouds import Cloud
 from broker.context import Context
-from broker.core.errors import BrokerError, CloudUnreachable, LimitReached, SettingsError
+from broker.core.errors import BrokerError, CloudUnreachable, LimitReached, SettingsError, StoreError
 from broker.core.model import Event, LeaseEnded, Worker, WorkerChanged, WorkerState
 from broker.core.registry import USABLE
 from broker.core.settings import BrokerSettings, PoolSettings, Settings
 from broker.ledger import Ledger
 from broker.loops.reap import Report
 from broker.opening import keep_cores, open_provider
+from broker.places import LEFT, write_left
 from broker.providers.base import Change, Provider
 
 LOOK_SECONDS = 10.0  # between looks whether a provider that serves no pool is still needed
@@ -140,6 +141,12 @@ class ReloadLoop:
         settings = wanted.model_copy(update={"broker": broker})
         by_pool = self._providers(settings)
         studied = await self._study(settings, by_pool)
+        try:
+            await self._remember_left(by_pool)
+        except StoreError as error:  # or a restart would forget where machines may be
+            context.outdated = (f"not reloaded, ask again: {error.message}",)
+            self._refused(SettingsError([error.message]))
+            return
         new, reloaded = self._swap(settings, by_pool, studied, needs_restart)
         context.outdated = tuple(f"broker.{key} needs a restart" for key in needs_restart)
         context.loaded_unix = context.clock.wall()
@@ -152,6 +159,14 @@ class ReloadLoop:
             await asyncio.gather(*(self._prove(worker) for worker in returned if worker.state in PROVABLE))
         await asyncio.gather(*(self._open(cloud) for cloud in new))
         self._say_what_is_refused()
+
+    async def _remember_left(self, by_pool: Mapping[str, Provider]) -> None:
+        """Returns when the places that no pool names any more are on disk. Raises StoreError."""
+        serving = {id(provider) for provider in by_pool.values()}
+        providers = [cloud.provider for cloud in self._context.clouds.all]
+        left = write_left(one.place for one in providers if id(one) not in serving)
+        if left != (self._context.store.kept(LEFT) or write_left([])):
+            await self._context.store.keep(LEFT, left)
 
     async def _study(self, settings: Settings, by_pool: Mapping[str, Provider]) -> list[Studied]:
         """What the providers that are there think of it. Their own limits bound how long they take."""
@@ -276,8 +291,14 @@ class ReloadLoop:
             self._context.clouds.drop(cloud)
             await self._idle()
             await cloud.provider.close()
+            with suppress(StoreError):  # then the next start looks there once more
+                await self._remember_left({name: one.provider for name, one in self._serving().items()})
             self._former = {key: pool for key, pool in self._former.items() if key[1] != id(cloud)}
             self._report("closed: no pool buys there and nothing is left", {"cloud": cloud.provider.name})
+
+    def _serving(self) -> dict[str, Cloud]:
+        clouds = {name: self._context.cloud(name) for name in self._context.settings.pool}
+        return {name: cloud for name, cloud in clouds.items() if cloud is not None}
 
     def _needed(self, cloud: Cloud) -> bool:
         """An earlier run may have left machines where nobody has looked yet."""

@@ -279,6 +279,47 @@ def test_after_a_restart_machines_of_a_removed_pool_are_looked_after_until_they_
     run_virtual(main())
 
 
+def test_after_a_restart_the_place_of_a_removed_pool_is_still_looked_at(tmp_path: Path) -> None:
+    async def main() -> None:
+        mars = elsewhere()
+        mars.place = ("ec2", "mars", None)
+        async with running_broker(file(gpu={"region": "mars"}), tmp_path, others={"mars": mars}) as broker:
+            address = await broker.ask("GET_WORKER pool=gpu client=a")
+            await broker.reload(file())
+        places: dict[str, Any] = {"cloud": broker.cloud, "others": {"mars": mars}}
+        async with running_broker(file(), tmp_path, **places) as again:
+            await asyncio.sleep(60)
+            assert await again.ask(f"PING {address} client=a") == "OK"
+            assert len(mars.running()) == 1
+            await asyncio.sleep(1000)
+            assert mars.running() == []
+            await again.until(lambda: again.daemon.context.clouds.idle() == [], seconds_max=120)
+        looks = mars.count("listing")
+        async with running_broker(file(), tmp_path, **places) as third:
+            await third.ask("GET_WORKER client=a")
+            assert mars.count("listing") == looks
+
+    run_virtual(main())
+
+
+def test_a_left_place_that_cannot_be_reached_does_not_keep_the_broker_from_serving(tmp_path: Path) -> None:
+    async def main() -> None:
+        mars = elsewhere()
+        mars.place = ("ec2", "mars", None)
+        async with running_broker(file(gpu={"region": "mars"}), tmp_path, others={"mars": mars}) as broker:
+            await broker.ask("GET_WORKER pool=gpu client=a")
+            await broker.reload(file())
+        for api in ("open", "listing"):
+            mars.fail[api].extend(SettingsError(["there is no AWS profile"]) for _ in range(1000))
+        async with running_broker(file(), tmp_path, cloud=broker.cloud, others={"mars": mars}) as again:
+            assert "ERROR" not in await again.ask("GET_WORKER client=a")
+            await again.until(again.daemon.context.clouds.recovered, seconds_max=120)
+            await asyncio.sleep(600)
+            assert any("fake was last scanned" in one for one in again.daemon.health.problems())
+
+    run_virtual(main())
+
+
 # --- a pool that moves, and one that is added --------------------------------------------------------------
 
 
