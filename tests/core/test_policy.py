@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -38,6 +41,20 @@ def verdict(registry: Registry, worker: Worker, now: float, settings: PoolSettin
     current = registry.get(worker.id)
     assert current is not None
     return judge(registry, current, settings, now)
+
+
+# --- a pool that was removed -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [booting, ready])
+def test_a_worker_of_a_removed_pool_goes_as_soon_as_nobody_holds_it(make: Callable[..., Worker]) -> None:
+    registry = Registry()
+    worker = make(registry, 100.0)
+    assert judge(registry, worker, POOL, 100.0, leaving=True) == Verdict(drain=Reason.POOL_REMOVED)
+    hold(registry, worker, 100.0)
+    assert judge(registry, worker, POOL, 100.0, leaving=True).drain is None
+    registry.end_lease(worker.id, "ann", "released", 101.0)
+    assert judge(registry, worker, POOL, 101.0, leaving=True) == Verdict(drain=Reason.POOL_REMOVED)
 
 
 # --- who must go ----------------------------------------------------------------------------------------
