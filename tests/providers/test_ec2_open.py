@@ -5,6 +5,7 @@ The environment is scrubbed: no test reads this machine's AWS files or asks its 
 
 from __future__ import annotations
 
+import json
 import socket
 import time
 from pathlib import Path
@@ -290,7 +291,7 @@ async def test_every_type_is_offered_in_every_zone_types_first() -> None:
     here = pool(instance_types=["c7i.large", "c6i.large"], zones=["us-east-1b", "us-east-1a"])
     async with opened(subnets(), {"default": here}) as provider:
         offered = [(one.instance_type, one.zone) for one in provider.offerings("default")]
-        order = provider.prepare("default", "order-1", provider.offerings("default")[1], NOW_UNIX)
+        order = provider.prepare("default", "order-1", provider.offerings("default")[1:2], NOW_UNIX)
     assert offered == [
         ("c7i.large", "us-east-1b"), ("c7i.large", "us-east-1a"),
         ("c6i.large", "us-east-1b"), ("c6i.large", "us-east-1a"),
@@ -303,9 +304,17 @@ async def test_a_launch_uses_the_subnet_of_its_offerings_zone() -> None:
     async with opened(subnets("a", "b"), {"default": here}) as provider:
         first, second = provider.offerings("default")
         assert (first.zone, second.zone) == ("us-east-1b", "us-east-1a")
-        order = provider.prepare("default", "order-1", second, NOW_UNIX)
+        order = provider.prepare("default", "order-1", [second], NOW_UNIX)
     assert '"SubnetId":"subnet-1"' in order.parameters
     assert "Placement" not in order.parameters
+
+
+async def test_a_fleet_names_the_subnet_of_each_offerings_zone() -> None:
+    async with opened(subnets("a", "b"), {"default": pool(subnets=["subnet-2", "subnet-1"])}) as provider:
+        order = provider.prepare("default", "order-1", provider.offerings("default"), NOW_UNIX, count=2)
+    (config,) = json.loads(order.parameters)["fleet"]["LaunchTemplateConfigs"]
+    assert [one["SubnetId"] for one in config["Overrides"]] == ["subnet-2", "subnet-1"]
+    assert all("AvailabilityZone" not in one for one in config["Overrides"])
 
 
 async def test_zones_choose_among_the_subnets_and_their_order() -> None:
@@ -352,12 +361,10 @@ async def test_new_settings_ask_the_cloud_only_about_what_it_has_not_been_asked(
         change = await provider.study({"default": same})
         assert (
             "ami-2"
-            not in provider.prepare(
-                "default", "order-1", provider.offerings("default")[0], NOW_UNIX
-            ).parameters
+            not in provider.prepare("default", "order-1", provider.offerings("default"), NOW_UNIX).parameters
         )
         change.apply()
-        order = provider.prepare("default", "order-2", provider.offerings("default")[0], NOW_UNIX)
+        order = provider.prepare("default", "order-2", provider.offerings("default"), NOW_UNIX)
         assert '"ImageId":"ami-2"' in order.parameters
         assert '"UserData":"#!/bin/sh"' in order.parameters
         assert '"SecurityGroupIds":["sg-1"]' in order.parameters
@@ -373,7 +380,7 @@ async def test_a_new_pool_with_a_mistake_leaves_the_others_as_they_are() -> None
         assert mistake.pools == {"big"}
         assert mistake.problems == ('pool.big.instance_types: us-east-1 has no machine type "c7i.96xlarge"',)
         change.apply()
-        assert provider.prepare("default", "order-1", provider.offerings("default")[0], NOW_UNIX)
+        assert provider.prepare("default", "order-1", provider.offerings("default"), NOW_UNIX)
 
 
 async def test_while_the_cloud_is_away_only_what_it_must_be_asked_about_has_to_wait() -> None:
