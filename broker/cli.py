@@ -87,8 +87,9 @@ def serve(config: ConfigOption = None) -> None:
         SystemClock,
     )  # the daemon's libraries take half a second: only `serve` pays for them
     from broker.daemon import Daemon, state_directory
-    from broker.logs import configure, get_logger
+    from broker.logs import configure, get_logger, set_level
 
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until the loop takes it: a reload must not end a start
     configuration = load_settings(config)
     settings = configuration.settings
     configure(settings.broker.log_level, settings.broker.log_format)
@@ -96,7 +97,17 @@ def serve(config: ConfigOption = None) -> None:
     log.info("starting", version=version("compute-broker"), settings=configuration.source)
     try:
         state_dir = state_directory(settings, os.environ)
-        _run(lambda: Daemon(settings, state_dir=state_dir, clock=SystemClock(), log=log, environ=os.environ))
+        _run(
+            lambda: Daemon(
+                settings,
+                state_dir=state_dir,
+                clock=SystemClock(),
+                log=log,
+                environ=os.environ,
+                load=lambda: load(config, os.environ).settings,
+                log_at=set_level,
+            )
+        )
     except SettingsError as error:
         fail_settings(error)
     except BrokerError as error:
@@ -119,6 +130,7 @@ async def _serve(make: Callable[[], Any]) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     daemon = make()
+    loop.add_signal_handler(signal.SIGHUP, daemon.reload)
     gc.collect()
     gc.freeze()  # what is there now, the SDK's tables above all, stays for good: no collection walks it again
     gc.set_threshold(GC_OBJECTS, 10, 10)

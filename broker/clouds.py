@@ -33,6 +33,11 @@ class Cloud:
     failures: int = 0  # scans failed in a row
     error: BrokerError | None = None
     mistake: SettingsError | None = None  # nothing can be bought here until a person has mended the settings
+    study_again: bool = (
+        False  # new settings could not be checked with the cloud yet: the next scan opens anew
+    )
+    was_there: bool = True  # at the start: an earlier run may have left machines. False: a reload brought it
+    added_at: float = 0.0  # when that reload was, on the monotonic clock
     rival: Claim | None = None  # another broker's claim, by which it is in charge here and we are not
     cooling: Cooling = field(default_factory=Cooling)  # what could not be bought here of late
     quotes: Quotes = field(default_factory=Quotes)  # what spot costs here
@@ -69,9 +74,9 @@ class Cloud:
         self.failures += 1
         self.error = error
 
-    def refusal(self) -> CloudError | None:
-        """Why nothing can be launched there at the moment, or None."""
-        if self.mistake is not None:
+    def refusal(self, pool: str | None = None) -> CloudError | None:
+        """Why nothing can be launched there at the moment (for that pool), or None."""
+        if self.mistake is not None and (not self.mistake.pools or pool in self.mistake.pools):
             return CloudError(f"the broker's settings do not work: {self.mistake.message}")
         if self.error is None:
             return None
@@ -85,19 +90,66 @@ class Cloud:
 
 
 class Clouds:
-    """The providers, by pool and one by one."""
+    """The providers, by pool and one by one: first those that serve pools, then those that did."""
 
     def __init__(self, by_pool: Mapping[str, Provider]) -> None:
-        unique = {id(provider): Cloud(provider) for provider in by_pool.values()}
-        self._by_pool = {pool: unique[id(provider)] for pool, provider in by_pool.items()}
-        self.all = tuple(unique.values())
+        self._by_pool: dict[str, Cloud] = {}
+        self.all: tuple[Cloud, ...] = ()
+        self._dropped: list[Cloud] = []  # kept, because who knew a cloud knows it by its identity
+        for cloud in self.assign(by_pool):
+            cloud.was_there = True
+
+    def assign(self, by_pool: Mapping[str, Provider], now: float = 0.0) -> list[Cloud]:
+        """Which provider serves which pool from now on. Returns the clouds that are new.
+
+        A cloud that serves none any more stays, until `drop`.
+        """
+        known = {id(cloud.provider): cloud for cloud in self.all}
+        new = {
+            id(one): Cloud(one, was_there=False, added_at=now)
+            for one in by_pool.values()
+            if id(one) not in known
+        }
+        clouds = known | new
+        self._by_pool = {pool: clouds[id(provider)] for pool, provider in by_pool.items()}
+        serving = {id(cloud): cloud for cloud in self._by_pool.values()}
+        self.all = tuple((serving | {id(cloud): cloud for cloud in clouds.values()}).values())
+        return list(new.values())
+
+    def join(self, provider: Provider) -> None:
+        """A place that serves no pool any more, where an earlier run may have left machines."""
+        if all(cloud.provider is not provider for cloud in self.all):
+            self.all = (*self.all, Cloud(provider))
+
+    def idle(self) -> list[Cloud]:
+        """Those that serve no pool any more."""
+        serving = {id(cloud) for cloud in self._by_pool.values()}
+        return [cloud for cloud in self.all if id(cloud) not in serving]
+
+    def drop(self, cloud: Cloud) -> None:
+        """Nothing of ours is there any more."""
+        self.all = tuple(one for one in self.all if one is not cloud)
+        self._dropped.append(cloud)
 
     def of(self, pool: str) -> Cloud | None:
         """The cloud of a configured pool; None for a pool that only tags remember."""
         return self._by_pool.get(pool)
 
     def recovered(self) -> bool:
-        return all(cloud.recovered for cloud in self.all)
+        return all(cloud.recovered for cloud in self.all) or not self.awaited()
+
+    def awaited(self) -> list[Cloud]:
+        """Those that have to be scanned before the broker can be sure of what it says.
+
+        One that serves no pool and cannot be reached (its profile was deleted, say) must not keep the others
+        from serving for ever.
+        """
+        idle = {id(cloud) for cloud in self.idle()}
+        return [
+            cloud
+            for cloud in self.all
+            if not cloud.recovered and not (id(cloud) in idle and cloud.failures >= SCAN_FAILURES_MAX)
+        ]
 
     def read_only(self) -> list[ReadOnly]:
         """One for each cloud of which another broker is in charge."""

@@ -12,7 +12,8 @@ from broker.clock import Clock
 from broker.clouds import Cloud, Clouds
 from broker.core import prices
 from broker.core.claim import Claim
-from broker.core.model import Instance, Worker
+from broker.core.errors import BadRequest
+from broker.core.model import Instance, Order, Worker
 from broker.core.money import Price
 from broker.core.policy import LaunchGuard
 from broker.core.registry import Registry
@@ -62,7 +63,7 @@ class Context:
     )  # by instance, until found again
     restored: set[str] = field(default_factory=set)  # leases that are on disk already, from before the start
     expected: dict[str, LaunchedOrder] = field(default_factory=dict)  # by instance: launched before the start
-    home: dict[str, Cloud] = field(default_factory=dict)  # adopted worker → the cloud whose listing showed it
+    home: dict[str, Cloud] = field(default_factory=dict)  # worker → where it was ordered or found
     ended: set[str] = field(
         default_factory=set
     )  # instances whose end has been decided, also before the start
@@ -73,9 +74,26 @@ class Context:
     owner: str = ""  # which installation this is; known once the store is open
     epoch: int = 0  # the number of our claim, the same on disk; 0 before we were ever in charge
     unwanted: set[str] = field(default_factory=set)  # places that TERMINATE_ALL met before they had a machine
+    leaving: dict[str, PoolSettings] = field(
+        default_factory=dict
+    )  # workers whose pool a reload has removed → the settings that it had
+    removed: set[str] = field(default_factory=set)  # names of pools that a reload has removed
+    outdated: tuple[str, ...] = ()  # why the settings in force are not those of the file
+    loaded_unix: float = 0.0  # when the settings in force were read
 
     def pool(self, name: str) -> PoolSettings:
         return self.settings.pool.get(name, FORGOTTEN_POOL)
+
+    def pool_of(self, worker: Worker) -> PoolSettings:
+        """The rules for this worker: also those of a pool that there is no more."""
+        return self.leaving.get(worker.id) or self.pool(worker.pool)
+
+    def no_such_pool(self, name: str) -> BadRequest:
+        """What a client hears that names a pool that there is not."""
+        more = " any more" if name in self.removed else ""
+        return BadRequest(
+            f"there is no pool '{name}'{more}; there is {', '.join(sorted(self.settings.pool))}"
+        )
 
     def price(self, pool: str, machine: Instance) -> Price:
         """What the machine costs. Where EC2 is used, one whose pool is not configured any more is EC2's."""
@@ -88,8 +106,13 @@ class Context:
         return self.clouds.of(pool)
 
     def cloud_of(self, worker: Worker) -> Cloud | None:
-        """The cloud that has this worker, also when its pool is not configured any more."""
-        return self.clouds.of(worker.pool) or self.home.get(worker.id)
+        """The cloud that has this worker, also when its pool is not configured any more, or elsewhere."""
+        return self.home.get(worker.id) or self.clouds.of(worker.pool)
+
+    def cloud_of_order(self, order: Order) -> Cloud | None:
+        """Where the order was placed, wherever its pool buys by now."""
+        homes = [home for place in order.places if (home := self.home.get(place)) is not None]
+        return homes[0] if homes else self.clouds.of(order.pool)
 
     def guard(self, pool: str) -> LaunchGuard:
         return self.guards.setdefault(pool, LaunchGuard())

@@ -13,7 +13,7 @@ import resource
 import secrets
 import socket
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from hashlib import sha256
 from pathlib import Path
 
@@ -37,13 +37,14 @@ from broker.loops.prices import PricesLoop
 from broker.loops.probe import Connect, ProbeLoop, connects
 from broker.loops.reap import ReapLoop
 from broker.loops.reconcile import ReconcileLoop
+from broker.loops.reload import Reloaded, ReloadLoop
 from broker.loops.runner import LoopRunner
 from broker.loops.tagging import TaggingLoop
 from broker.metering import Meter
+from broker.opening import open_provider
 from broker.orders import YIELDED, Orders
+from broker.places import LEFT, MakeProviders, make_providers, read_left, with_places
 from broker.providers.base import Provider
-from broker.providers.ec2 import Ec2Provider
-from broker.providers.local import LocalProvider
 from broker.server import Server
 from broker.service import Service
 from broker.store import Store
@@ -56,37 +57,6 @@ SETTLE_SECONDS_MAX = (
     20.0  # at shutdown, for launch calls under way: an answer that is read is an order resolved
 )
 FILES_SPARE = 256  # file descriptors that are not client connections: the store, the cloud, probes, logs
-
-MakeProviders = Callable[[Settings, Path, Clock, Callable[[str, str], None]], Mapping[str, Provider]]
-
-
-def make_providers(
-    settings: Settings, state_dir: Path, clock: Clock, on_call: Callable[[str, str], None]
-) -> Mapping[str, Provider]:
-    """Pool name → provider; pools that buy at one place share one."""
-    places: dict[tuple[str, str | None, str | None], dict[str, object]] = {}
-    for name, pool in settings.pool.items():
-        local = pool.provider == "local"  # there is only one place called here
-        place = (pool.provider, None, None) if local else (pool.provider, pool.region, pool.profile)
-        places.setdefault(place, {})[name] = pool
-    providers: dict[str, Provider] = {}
-    for (kind, region, profile), names in places.items():
-        pools = {name: settings.pool[name] for name in names}
-        provider: Provider
-        if kind == "ec2":
-            provider = Ec2Provider(
-                settings.broker.id,
-                pools,
-                region=region,
-                profile=profile,
-                clock_wall=clock.wall,
-                clock_monotonic=clock.monotonic,
-                on_call=on_call,
-            )
-        else:
-            provider = LocalProvider(settings.broker.id, pools, state_dir, clock.wall, on_call)
-        providers.update(dict.fromkeys(pools, provider))
-    return providers
 
 
 class Daemon:
@@ -106,9 +76,12 @@ class Daemon:
         ports: bool = True,
         new_id: Callable[[], str] = lambda: secrets.token_hex(12),
         owner_of: Callable[[Path], str | None] = installation.owner_of,
+        load: Callable[[], Settings] | None = None,
+        log_at: Callable[[str], None] = lambda level: None,
     ) -> None:
-        self.settings = settings
+        """`load` reads the settings again; without it a reload finds the same. `log_at` changes the level."""
         self.clock = clock
+        self._load, self._log_at, self._make_providers = load or (lambda: settings), log_at, providers
         self._log = log
         self._notifier = systemd.Notifier(environ, lambda problem: log.warning(problem))
         self._environ = environ
@@ -119,11 +92,26 @@ class Daemon:
         self._observers: list[Callable[[Event], None]] = []
         registry = Registry(self._publish)
         store = Store(state_dir, threaded=store_threaded, report=lambda text: log.error("store", error=text))
-        clouds = Clouds(providers(settings, state_dir, clock, self._cloud_called))
+        clouds = Clouds(providers(settings, state_dir, clock, self._cloud_called, ()))
         self.context = Context(settings, registry, clouds, store, clock)
         self.orders = Orders(self.context)
         self.ledger = Ledger(self.context, settings.broker.id)
+        self.context.loaded_unix = clock.wall()
         self._wire(connect, new_id)
+
+    @property
+    def settings(self) -> Settings:
+        """Those in force."""
+        return self.context.settings
+
+    def reload(self) -> None:
+        """Read the settings again, soon: what SIGHUP asks for."""
+        self._reloading.ask()
+
+    @property
+    def reloading(self) -> bool:
+        """Whether a reload is asked for or under way."""
+        return self._reloading.busy
 
     def _wire(self, connect: Connect, new_id: Callable[[], str]) -> None:
         context, report = self.context, self._report
@@ -161,7 +149,21 @@ class Daemon:
             wake=lambda: self._wake("sweep"),
         )
         self._claims = BeatLoop(context, report)
+        self._reloading = ReloadLoop(
+            context,
+            self.ledger,
+            load=self._load,
+            providers=self._providers,
+            applied=self._reloaded,
+            refused=self._reload_refused,
+            prove=self.probe.prove,
+            idle=self.reconcile.between_scans,
+            report=report,
+            wake=lambda: self._wake("reload"),
+            wake_reap=wake_reap,
+        )
         loops = (
+            self._reloading,
             self.reconcile,
             self.probe,
             self.reap,
@@ -183,6 +185,7 @@ class Daemon:
             self.metrics.heard,
             self._guard_heard,
             self.orders.heard,
+            self._reloading.heard,
             self._wake_heard,
             self.service.heard,  # last: it may change the books, and the others shall hear that afterwards
         ]
@@ -202,6 +205,7 @@ class Daemon:
         id_lock = self._take_id() if self._ports else None
         try:
             self.context.owner = await self._find_owner()
+            self._look_at_left_places()
             self._remember()
             await self._open_providers()
             self._say_what_is_assumed()
@@ -269,6 +273,14 @@ class Daemon:
             self.context.stored_leases.setdefault(stored.instance_id, []).append(stored)
         self.ledger.recall()
 
+    def _look_at_left_places(self) -> None:
+        """No pool of the file buys there any more, and an earlier run may have left machines."""
+        places = read_left(self.context.store.kept(LEFT))
+        by_pool = self._providers(with_places(self.settings, places)) if places else {}
+        for name, provider in by_pool.items():
+            if name not in self.settings.pool:
+                self.context.clouds.join(provider)
+
     async def _open_providers(self) -> None:
         """Find out now what a person has to mend; what only the cloud can mend is tried again later."""
         for cloud in self.context.clouds.all:
@@ -286,8 +298,12 @@ class Daemon:
 
     async def _open(self, cloud: Cloud) -> None:
         try:
-            await cloud.provider.open()
+            await open_provider(self.context, cloud)
         except SettingsError as error:
+            if cloud in self.context.clouds.idle():  # nothing is bought there: it must not keep others down
+                cloud.scan_failed(error)
+                self._report("cloud not reached", {"cloud": cloud.provider.name, "error": error.message})
+                return
             await self._accept_mistake(cloud, error)
         else:
             cloud.opened = True
@@ -310,9 +326,11 @@ class Daemon:
             machines=len(listing),
         )
 
-    def _say_what_is_assumed(self) -> None:
-        """Once a pool: costs and budgets go by prices that nobody has set."""
-        for name, cloud in ((name, self.context.cloud(name)) for name in self.settings.pool):
+    def _say_what_is_assumed(self, pools: Collection[str] | None = None) -> None:
+        """Once a pool, and when it has changed: costs and budgets go by prices that nobody has set."""
+        for name, cloud in (
+            (name, self.context.cloud(name)) for name in (self.settings.pool if pools is None else pools)
+        ):
             offerings = cloud.provider.offerings(name) if cloud else ()
             prices = {
                 o.instance_type: o.price_usd_micros_per_hour / USD_MICROS
@@ -351,8 +369,8 @@ class Daemon:
         """READY=1, once workers can be handed out."""
         while not self.context.clouds.recovered():
             await self.context.scanned.wait()
-        read_only = [error.message for error in self.context.clouds.read_only()]
-        self._notifier.ready("; ".join(read_only) or f"serving clients on {', '.join(self.server.addresses)}")
+        standing = self._standing()
+        self._notifier.ready("; ".join(standing) or f"serving clients on {', '.join(self.server.addresses)}")
         workers = len(self.context.registry)
         self._log.info("ready", workers=workers, open_orders=len(self.orders.unresolved()))
 
@@ -451,8 +469,42 @@ class Daemon:
         else:
             self._log.warning(event, **details)
         if "cloud" in details:  # what an operator wants to see in `systemctl status`
-            read_only = [refusal.message for refusal in self.context.clouds.read_only()]
-            self._notifier.status("; ".join([f"{event}: {error}" if error else event, *read_only]))
+            self._notifier.status("; ".join([f"{event}: {error}" if error else event, *self._standing()]))
+
+    def _standing(self) -> list[str]:
+        """What an operator shall see whatever else there is to say."""
+        return [*(refusal.message for refusal in self.context.clouds.read_only()), *self.context.outdated]
+
+    # --- new settings ----------------------------------------------------------------------------------
+
+    def _providers(self, settings: Settings) -> Mapping[str, Provider]:
+        current = [cloud.provider for cloud in self.context.clouds.all]
+        return self._make_providers(settings, self._state_dir, self.clock, self._cloud_called, current)
+
+    def _reloaded(self, reloaded: Reloaded) -> None:
+        """In the same step in which the settings have changed: whoever goes by them hears of it."""
+        broker = self.settings.broker
+        self.server.settings = broker
+        self._log_at(broker.log_level)
+        self.service.reloaded()
+        self.launch.reloaded(reloaded.changed)
+        self.ledger.reloaded()
+        self.reconcile.scan_soon()
+        for name in ("reap", "launch", "probe", "reconcile", "sweep"):
+            self._wake(name)
+        self._log.info(
+            "settings reloaded",
+            added=reloaded.added,
+            changed=reloaded.changed,
+            removed=reloaded.removed,
+            needs_restart=reloaded.needs_restart,
+        )
+        self._say_what_is_assumed([*reloaded.added, *reloaded.changed])
+        self._notifier.status("; ".join(["settings reloaded", *self._standing()]))
+
+    def _reload_refused(self, error: SettingsError) -> None:
+        self._log.error("settings not reloaded: the old ones stay in force", problems=error.problems)
+        self._notifier.status("; ".join(self._standing()))
 
     def _loop_failed(self, name: str, error: Exception, pause_seconds: float) -> None:
         self.metrics.loop_failed(name)

@@ -91,6 +91,18 @@ class Ledger:
         if not cloud.recovered:
             self._note_what_was_before(cloud)
 
+    def follows(self, cloud: Cloud) -> bool:
+        """Whether a machine there is not known to have ended."""
+        return any(
+            run.ended_by_unix is None and self._clouds.get(id_) is cloud for id_, run in self._runs.items()
+        )
+
+    def reloaded(self) -> None:
+        """There may be new pools at clouds that were scanned long ago: what they cost is counted from now."""
+        for cloud in self._context.clouds.all:
+            if cloud.recovered:
+                self._note_what_was_before(cloud)
+
     def save(self) -> None:
         """Have written how far the runs were followed, and what could not be written before."""
         self._saved_at = self._context.now()

@@ -19,6 +19,21 @@ LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNI
 Log = structlog.typing.FilteringBoundLogger
 
 
+class Threshold:
+    """The first processor: what is below the level ends here. The level can change while loggers are in use,
+    which keep for good what structlog makes of the level that it is configured with."""
+
+    level = logging.INFO
+
+    def __call__(self, logger: Any, method: str, event: Any) -> Any:
+        if LEVELS.get(method, logging.ERROR) < self.level:
+            raise structlog.DropEvent
+        return event
+
+
+THRESHOLD = Threshold()
+
+
 class LenientStderr:
     """Where lines go. What cannot be written (a full disk, a closed pipe) is lost, and the broker goes on."""
 
@@ -48,8 +63,8 @@ def configure(level: str, log_format: str) -> None:
         else [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
     )
     structlog.configure(  # ours go straight to stderr: through `logging` a line costs three times as much
-        processors=[*shared, *last],
-        wrapper_class=structlog.make_filtering_bound_logger(LEVELS[level]),
+        processors=[THRESHOLD, *shared, *last],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.DEBUG),
         logger_factory=structlog.WriteLoggerFactory(file=cast(TextIO, LenientStderr())),
         cache_logger_on_first_use=True,
     )
@@ -62,7 +77,13 @@ def configure(level: str, log_format: str) -> None:
     )
     root = logging.getLogger()
     root.handlers[:] = [handler]
-    root.setLevel(LEVELS[level])
+    set_level(level)
+
+
+def set_level(level: str) -> None:
+    """From now on: debug, info, warning or error."""
+    THRESHOLD.level = LEVELS[level]
+    logging.getLogger().setLevel(LEVELS[level])
     for chatty in ("aiohttp.access", "botocore", "aiobotocore", "urllib3", "asyncio"):
         logging.getLogger(chatty).setLevel(max(LEVELS[level], logging.WARNING))
 

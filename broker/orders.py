@@ -32,6 +32,7 @@ from broker.core.registry import USABLE
 LAUNCHED = "launched"
 NEVER_LAUNCHED = "never-launched"
 VANISHED = "vanished"  # forgotten because nothing was heard of it: it may come back
+WITHDRAWN = "withdrawn"  # its pool was removed before the launch call was made
 YIELDED = "yielded"  # another broker is in charge of it now: here it is forgotten, there it lives on
 FORGOTTEN = (VANISHED, YIELDED)  # reasons that say nothing of the machine's end
 ENDING = (WorkerState.DRAINING, WorkerState.GONE)
@@ -83,14 +84,18 @@ class Orders:
 
     def doubtful(self, pool: str) -> int:
         """Machines that probably never come: no supply, yet they count against the caps meanwhile."""
-        entries = (entry for entry in self._open.values() if entry.doubtful and entry.order.pool == pool)
-        return sum(len(entry.vacant) for entry in entries)
+        entries = (entry for entry in self._open.values() if entry.order.pool == pool)
+        return sum(len(entry.vacant) for entry in entries if entry.doubtful or self.withdrawn(entry))
+
+    def withdrawn(self, entry: OpenOrder) -> bool:
+        """Whether its pool was removed meanwhile: what comes of it ends at once."""
+        return any(place in self._context.leaving for place in entry.vacant)
 
     def coming(self, pool: str) -> dict[tuple[Offering, ...], int]:
         """The pool's machines on order, by what each may turn out to be; without the doubtful ones."""
         found: dict[tuple[Offering, ...], int] = {}
         for entry in self._open.values():
-            if entry.order.pool == pool and not entry.doubtful:
+            if entry.order.pool == pool and not entry.doubtful and not self.withdrawn(entry):
                 found[entry.order.offerings] = found.get(entry.order.offerings, 0) + len(entry.vacant)
         return found
 
@@ -110,6 +115,7 @@ class Orders:
         now, port = self._context.now(), self._context.pool(order.pool).worker_port
         entry = self._open[order.id] = OpenOrder(order, now, perhaps_launched)
         for place in order.places:
+            self._settle_home(order, place)
             self._context.registry.order(order, port, now, place=place)
         return entry
 
@@ -193,6 +199,7 @@ class Orders:
             context.store.soon(context.store.end_decided(instance_id, context.clock.wall()))
         if worker.state is WorkerState.GONE:
             context.home.pop(worker.id, None)
+            context.leaving.pop(worker.id, None)
             if worker.instance_id is not None and worker.order_id is not None:
                 context.store.soon(context.store.machine_gone(worker.instance_id))
 
@@ -206,6 +213,7 @@ class Orders:
 
     def _adopt(self, order: Order, instance: Instance) -> Worker:
         context = self._context
+        self._settle_home(order, instance.id)
         price, port = context.price(order.pool, instance), context.pool(order.pool).worker_port
         return context.registry.adopt(
             instance, order.pool, port, context.now(), order_id=order.id, price=price
@@ -221,6 +229,12 @@ class Orders:
     def _resolve(self, entry: OpenOrder, outcome: str) -> None:
         self._open.pop(entry.order.id, None)
         self._context.store.soon(self._context.store.order_closed(entry.order.id, outcome))
+
+    def _settle_home(self, order: Order, worker_id: str) -> None:
+        """Its machine is where it was ordered, although the pool may buy elsewhere before it is there."""
+        cloud = self._context.cloud_of_order(order)
+        if cloud is not None:
+            self._context.home[worker_id] = cloud
 
     def _forget(self, order_id: str, outcome: str) -> None:
         entry = self._open.pop(order_id, None)

@@ -149,6 +149,10 @@ class Service:
             self._context.waiting.fail(name, Draining("the broker is restarting; ask again in a moment"))
         self._context.scanned.notify()  # whoever waits for the first scan hears it too
 
+    def reloaded(self) -> None:
+        """The settings have changed: no reply is given by the old ones."""
+        self._warm.clear()
+
     def heard(self, event: Event) -> None:
         """Keep the store and the queue up with the books."""
         match event:
@@ -175,6 +179,7 @@ class Service:
         await self._recovered(name, deadline_at)
         self._require_possible(name, wish)
         for _ in range(HAND_OUT_ATTEMPTS_MAX):
+            _, pool = self._pool(command.pool)  # a reload may have removed it meanwhile
             self._require_charge(self._context.cloud(name))
             held_before = self._held(name, client)
             lease = self._take(name, client, exclusive, wish)
@@ -298,7 +303,7 @@ class Service:
         worker = self._held_worker(command.address)
         if worker is None:
             raise WorkerNotFound
-        pool = self._context.pool(worker.pool)
+        pool = self._context.pool_of(worker)
         lease = Lease(self._new_id(), worker.id, client, pool.idle_timeout, pool.exclusive)
         await self._written(self._registry.grant(lease, self._now()))
         self._require_charge(self._context.cloud_of(worker))
@@ -330,7 +335,7 @@ class Service:
         return sorted(self._registry.in_state(*BOOKED), key=lambda worker: worker.born_at)
 
     def _status(self, worker: Worker) -> dict[str, object]:
-        now, pool = self._now(), self._context.pool(worker.pool)
+        now, pool = self._now(), self._context.pool_of(worker)
         idle_seconds = max(0.0, now - self._registry.used_at(worker.id))
         usable = worker.state in (WorkerState.READY, WorkerState.SUSPECT)
         ends_in = pool.idle_timeout - idle_seconds
@@ -396,10 +401,9 @@ class Service:
     # --- inside ------------------------------------------------------------------------------------
 
     def _pool(self, name: str | None) -> tuple[str, PoolSettings]:
-        pools = self._context.settings.pool
-        pool = pools.get(name or "default")
+        pool = self._context.settings.pool.get(name or "default")
         if pool is None:
-            raise BadRequest(f"there is no pool '{name}'; there is {', '.join(sorted(pools))}")
+            raise self._context.no_such_pool(name or "default")
         return name or "default", pool
 
     def _require_charge(self, cloud: Cloud | None) -> None:
@@ -418,19 +422,25 @@ class Service:
 
     async def _recovered(self, pool: str | None = None, deadline_at: float | None = None) -> None:
         """Wait for the first complete scan, of one cloud or of all. Raises CloudError, WaitTimedOut."""
-        cloud = self._context.cloud(pool) if pool else None
-        clouds = (cloud,) if cloud else self._context.clouds.all
         try:
             async with asyncio.timeout(None if deadline_at is None else max(0.0, deadline_at - self._now())):
-                while not all(cloud.recovered for cloud in clouds):
+                while not all(cloud.recovered for cloud in self._clouds_of(pool)):
                     if self._closing:
                         raise Draining("the broker is restarting; ask again in a moment")
-                    refusals = [refusal for cloud in clouds if (refusal := cloud.refusal()) is not None]
+                    clouds = self._clouds_of(pool)
+                    refusals = [refusal for cloud in clouds if (refusal := cloud.refusal(pool)) is not None]
                     if refusals:
                         raise refusals[0]
                     await self._context.scanned.wait()
         except TimeoutError:
             raise WaitTimedOut("the broker has just started and is still looking for its workers") from None
+
+    def _clouds_of(self, pool: str | None) -> Sequence[Cloud]:
+        """Those that have to be known: a reload may change them. None for a pool that there is no more."""
+        if pool is None:
+            return self._context.clouds.all
+        cloud = self._context.cloud(pool)
+        return () if cloud is None else (cloud,)
 
     def _write_lease(self, lease: Lease, worker: Worker) -> None:
         task = asyncio.ensure_future(self._context.store.lease_granted(lease, worker))
@@ -487,6 +497,8 @@ def _listed(instance: Instance) -> dict[str, object]:
 
 def _catalogue(offerings: Sequence[Offering]) -> str:
     return ", ".join(
-        f"{o.instance_type} in {o.region} ({o.cores if o.cores else 'an unknown number of'} cores)"
-        for o in offerings
+        dict.fromkeys(  # the same in each zone
+            f"{o.instance_type} in {o.region} ({o.cores if o.cores else 'an unknown number of'} cores)"
+            for o in offerings
+        )
     )

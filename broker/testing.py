@@ -25,10 +25,11 @@ import structlog
 from broker.clock import Clock
 from broker.core import tags
 from broker.core.cloudtime import Span
-from broker.core.errors import CloudError, CloudUnreachable, OfferingRefused, OrderSpent
+from broker.core.errors import CloudError, CloudUnreachable, OfferingRefused, OrderSpent, SettingsError
 from broker.core.model import Bought, Instance, InstanceState, Market, Offering, Order
-from broker.core.settings import Settings
+from broker.core.settings import PoolSettings, Settings
 from broker.daemon import Daemon
+from broker.providers.base import Change, Place
 from broker.server import Connection, Server
 
 T = TypeVar("T")
@@ -203,6 +204,7 @@ class FakeCloud:
     Errors put into `fail[api]` are raised by the next calls, one each; `lose` marks that a launch is carried
     out although its answer is an error. `hold[api]` is awaited by every call while it is set. Machine types
     in `refuses` are not to be had; `gives` says how many machines the next orders get, whatever they ask for.
+    The ids and addresses of its machines begin with number `first`: no two clouds have the same machines.
     """
 
     name = "fake"
@@ -211,7 +213,13 @@ class FakeCloud:
     machines_max = 1
 
     def __init__(
-        self, broker_id: str, pools: Sequence[str] = ("default",), *, clock: Clock, boots: bool = True
+        self,
+        broker_id: str,
+        pools: Sequence[str] = ("default",),
+        *,
+        clock: Clock,
+        boots: bool = True,
+        first: int = 1,
     ) -> None:
         self._broker_id = broker_id
         self._clock = clock
@@ -221,17 +229,19 @@ class FakeCloud:
         self.hold: dict[str, asyncio.Event] = {}
         self.calls: list[tuple[str, tuple[Any, ...]]] = []
         self.machines: dict[str, Machine] = {}
-        self.catalogue: dict[str, tuple[Offering, ...]] = {
-            pool: (Offering("moon", "big", Market.SPOT, cores=64, price_usd_micros_per_hour=1_000_000),)
-            for pool in pools
-        }
+        self._usual = (Offering("moon", "big", Market.SPOT, cores=64, price_usd_micros_per_hour=1_000_000),)
+        self.catalogue: dict[str, tuple[Offering, ...]] = dict.fromkeys(pools, self._usual)
         self.prices: dict[tuple[str, str], int] = {}  # (zone, type) → micro-dollars an hour, on spot
+        self.study_problems: dict[str, list[str]] = {}  # what `study` answers
+        self.study_later: dict[str, CloudError] = {}
+        self.cores: dict[str, int] = {}
+        self.place: Place = ("fake", None, None)
         self.ends_at_once = True
         self.refuses: dict[str, CloudError] = {}
         self.sells_otherwise: set[str] = set()  # machine types that come on demand, whatever was ordered
         self.dry: set[Market] = set()  # markets on which nothing is to be had
         self.gives: deque[int] = deque()
-        self._numbers = itertools.count(1)
+        self._numbers = itertools.count(first)
 
     # what tests do to it
 
@@ -258,6 +268,10 @@ class FakeCloud:
     def count(self, api: str) -> int:
         return sum(name == api for name, _ in self.calls)
 
+    def has(self, address: str) -> bool:
+        """Whether a machine here has, or had, that address."""
+        return any(machine.instance.address == address for machine in self.machines.values())
+
     async def connect(self, address: str, port: int) -> bool:
         """The network, for a ProbeLoop."""
         await asyncio.sleep(0.001)
@@ -268,6 +282,20 @@ class FakeCloud:
 
     async def open(self) -> None:
         await self._call("open")
+
+    async def study(self, pools: Mapping[str, PoolSettings]) -> Change:
+        self.calls.append(("study", (dict(pools),)))
+        await asyncio.sleep(0.001)
+        if "study" in self.hold:
+            await self.hold["study"].wait()
+        later = {name: error for name, error in self.study_later.items() if name in pools}
+        return Change(lambda: self._swap(pools), dict(self.study_problems), later)
+
+    def _swap(self, pools: Mapping[str, PoolSettings]) -> None:
+        self.catalogue = {name: self.catalogue.get(name, self._usual) for name in pools}
+
+    def recall_cores(self, cores: Mapping[str, int]) -> None:
+        self.cores = {**cores, **self.cores}
 
     async def close(self) -> None:
         self.calls.append(("close", ()))
@@ -469,11 +497,26 @@ class Client:
             self.connection.connection_lost(None)
 
 
+class SettingsFile:
+    """What stands in a broker's file: settings, or a mistake."""
+
+    def __init__(self, content: Settings | SettingsError) -> None:
+        self.content = content
+        self.read = 0  # so many times
+
+    def load(self) -> Settings:
+        self.read += 1
+        if isinstance(self.content, SettingsError):
+            raise self.content
+        return self.content
+
+
 class RunningBroker:
     """A real Daemon on the running loop, a FakeCloud behind it, clients in memory before it."""
 
-    def __init__(self, daemon: Daemon, cloud: FakeCloud, clock: LoopClock) -> None:
+    def __init__(self, daemon: Daemon, cloud: FakeCloud, clock: LoopClock, file: SettingsFile) -> None:
         self.daemon = daemon
+        self.file = file
         self.cloud = cloud
         self.clock = clock
         self.registry = daemon.context.registry
@@ -488,6 +531,12 @@ class RunningBroker:
             return await client.ask(line)
         finally:
             client.vanish()
+
+    async def reload(self, content: Settings | SettingsError) -> None:
+        """Change the file, send SIGHUP, and return when it has been read and is in force, or refused."""
+        self.file.content, read = content, self.file.read
+        self.daemon.reload()
+        await self.until(lambda: self.file.read > read and not self.daemon.reloading)
 
     async def until(self, condition: Callable[[], object], seconds_max: float = 3600.0) -> None:
         """Let virtual time pass until something holds. Raises TimeoutError."""
@@ -519,12 +568,18 @@ async def running_broker(
 ) -> AsyncIterator[RunningBroker]:
     """Start a broker, stop it in order at the end. With the `cloud` of an earlier one it plays a restart.
 
-    `others` are clouds of their own for some of the pools. A broker of another `owner` on the same cloud is
-    one on another host; with a clock of its own, whose wall somebody may set wrong.
+    `others` are clouds of their own: for pools of that name, or those whose `region` names one. A broker of
+    another `owner` on the same cloud is one on another host; with a clock of its own, whose wall somebody
+    may set wrong.
     """
     clock = LoopClock(asyncio.get_running_loop())
     sky = cloud or FakeCloud(settings.broker.id, tuple(settings.pool), clock=cast(Clock, clock), boots=boots)
-    numbers = itertools.count(1)
+    numbers, file = itertools.count(1), SettingsFile(settings)
+
+    async def connect(address: str, port: int) -> bool:
+        somewhere = [await one.connect(address, port) for one in (sky, *others.values()) if one.has(address)]
+        return any(somewhere) if somewhere else await sky.connect(address, port)
+
     prefix = f"{owner}-{clock.monotonic():.6f}"
     daemon = Daemon(
         settings,
@@ -532,17 +587,20 @@ async def running_broker(
         clock=clock,
         log=silent_log(),
         environ={},
-        providers=lambda *_: {**dict.fromkeys(settings.pool, sky), **others},
-        connect=sky.connect,
+        providers=lambda wanted, *_: {
+            name: others.get(name) or others.get(pool.region or "", sky) for name, pool in wanted.pool.items()
+        },
+        connect=connect,
         store_threaded=False,
         ports=False,
         new_id=lambda: f"{prefix}-{next(numbers)}",
         owner_of=lambda directory: owner,
+        load=file.load,
     )
     stop = asyncio.Event()
     running = asyncio.create_task(daemon.run(stop))
     try:
-        yield RunningBroker(daemon, sky, clock)
+        yield RunningBroker(daemon, sky, clock, file)
     finally:
         stop.set()
         await running

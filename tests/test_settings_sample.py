@@ -16,7 +16,7 @@ SAMPLE = Path(__file__).resolve().parents[1] / "deploy" / "broker.toml"
 SETTING = re.compile(r"#(?P<key>[a-z_]+) = (?P<value>.*)")
 SECTIONS: dict[str, type[Section]] = {"broker": BrokerSettings, "pool.default": PoolSettings}
 EC2_BEGINS, POOLS_BEGIN = "# --- EC2 only: what a launch needs", "# --- More pools"
-EXCLUDES = {"user_data": "user_data_file"}  # one of the two
+EXCLUDES = {"user_data": "user_data_file", "subnet": "subnets"}  # one of the two
 
 
 def text() -> str:
@@ -87,7 +87,7 @@ def test_with_the_part_about_ec2_in_effect_it_is_an_ec2_pool(left_out: str) -> N
     begin, end = whole.index(EC2_BEGINS), whole.index(POOLS_BEGIN)
     document = tomllib.loads(whole[:begin] + uncommented(whole[begin:end]) + whole[end:])
     pool = document["pool"]["default"]
-    del pool[left_out]
+    del pool[left_out], pool["subnet"]
     pool["provider"] = "ec2"
     settings = parse(document, {}).pool["default"]
     assert settings.provider == "ec2"

@@ -208,8 +208,9 @@ class SettingsError(BrokerError):
 
     code = Code.BAD_REQUEST
 
-    def __init__(self, problems: Iterable[str]) -> None:
+    def __init__(self, problems: Iterable[str], pools: Iterable[str] = ()) -> None:
         self.problems = tuple(problems)
+        self.pools = frozenset(pools)  # those that cannot work; empty: everything that was asked for
         super().__init__("; ".join(self.problems))
 
 

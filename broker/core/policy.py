@@ -15,7 +15,7 @@ from enum import StrEnum
 from broker.core.errors import BrokerError, LimitReached
 from broker.core.ledger import Budget
 from broker.core.model import Worker, WorkerState
-from broker.core.registry import BOOKED, Registry
+from broker.core.registry import BOOKED, USABLE, Registry
 from broker.core.settings import PoolSettings
 
 HOUR_SECONDS = 3600.0
@@ -43,6 +43,7 @@ class Reason(StrEnum):
     SURPLUS = "surplus"
     WRONG_MARKET = "wrong-market"
     REPLACED = "replaced"
+    POOL_REMOVED = "pool-removed"
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +55,15 @@ class Verdict:
     next_look_at: float | None = None
 
 
-def judge(registry: Registry, worker: Worker, pool: PoolSettings, now: float) -> Verdict:
-    """One worker, after `registry.expire_leases`: must it go? Times are monotonic seconds."""
+def judge(
+    registry: Registry, worker: Worker, pool: PoolSettings, now: float, *, leaving: bool = False
+) -> Verdict:
+    """One worker, after `registry.expire_leases`: must it go? Times are monotonic seconds.
+
+    One that is `leaving`, because its pool was removed, goes as soon as nobody holds it.
+    """
+    if leaving and worker.state in USABLE and not registry.busy(worker.id):
+        return Verdict(drain=Reason.POOL_REMOVED)
     match worker.state:
         case WorkerState.BOOTING:
             deadline_at = worker.since_at + pool.boot_deadline

@@ -254,6 +254,14 @@ class Registry:
             worker = self._workers[worker_id] = replace(worker, standing_notice=reason)
         return self._step(worker_id, Step.DOUBT, now, reason) if worker.state is S.READY else worker
 
+    def lift_notice(self, worker_id: str, notice: str, now: float) -> None:
+        """That standing notice does not hold any more; a probe shows whether the worker is ready."""
+        worker = self._workers[worker_id]
+        if worker.standing_notice == notice:
+            worker = self._workers[worker_id] = replace(worker, standing_notice="")
+            self.look_again(worker_id, now)
+            self._tell(WorkerSeen(worker, now))
+
     def drain(self, worker_id: str, reason: str, now: float) -> Worker:
         """DRAINING: never handed out again. Ends every lease on it, after the fence is up."""
         worker = self._step(worker_id, Step.DRAIN, now, reason)

@@ -220,6 +220,14 @@ class PoolSettings(Section):
     security_groups: Names = Field((), description="ec2: security groups by name, within the subnet's VPC.")
     key_name: str | None = Field(None, description="ec2: the SSH key pair.")
     subnet: str | None = Field(None, description="ec2: the subnet; without it the default VPC is used.")
+    subnets: Names = Field(
+        (), description="ec2: several subnets of one VPC, one a zone, in order of preference."
+    )
+    zones: Names = Field(
+        (),
+        description="ec2: availability zones in order of preference; without them EC2 chooses, or the "
+        "subnets decide. Every machine type is asked for in each zone.",
+    )
     instance_profile: str | None = Field(None, description="ec2: name or ARN of the instance profile.")
     user_data: str | None = Field(
         None, description="ec2: the script a machine runs at boot. No secrets in it."
@@ -239,6 +247,13 @@ class PoolSettings(Section):
         if info.data.get("provider") == "ec2" and not value:
             raise ValueError('provider = "ec2" needs it')
         return value
+
+    @field_validator("subnets", "zones")
+    @classmethod
+    def _one_way_to_say_where(cls, names: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        if names and info.data.get("subnet") is not None:
+            raise ValueError("subnet lies in one zone and excludes it; name subnets = [...] instead")
+        return tuple(dict.fromkeys(names))
 
     @field_validator("user_data_file")
     @classmethod

@@ -9,7 +9,7 @@ waits for it, reconcile watches for it instead.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Collection, Coroutine
 from typing import Any
 
 from broker.clouds import Cloud
@@ -32,7 +32,7 @@ from broker.core.policy import Room, launch_room
 from broker.core.registry import BOOKED
 from broker.core.wish import Wish
 from broker.ledger import Ledger
-from broker.orders import OUTCOMES, YIELDED, OpenOrder, Orders, sold_as_ordered
+from broker.orders import OUTCOMES, WITHDRAWN, YIELDED, OpenOrder, Orders, sold_as_ordered
 
 CALLS_MAX = 5  # for one order in a row; then the waiting clients hear why
 PAUSE_SECONDS_MIN = 1.0  # between them, doubling: 1 + 2 + 4 + 8 s
@@ -73,6 +73,10 @@ class LaunchLoop:
         self._batch_ends_at: float | None = None
         self._droughts: dict[str, SpotDrought] = {}
         self._paused: dict[str, tuple[float, str]] = {}  # pool → until when, and why
+
+    def reloaded(self, pools: Collection[str]) -> None:
+        """These pools have new settings: what was refused with the old ones is asked for again."""
+        self._cooling = {key: entry for key, entry in self._cooling.items() if key[0] not in pools}
 
     @property
     def in_flight(self) -> int:
@@ -115,7 +119,7 @@ class LaunchLoop:
             self._drought(name).ended()
         if cloud is None or not cloud.recovered or not needs:
             return
-        refusal = cloud.read_only() or cloud.refusal()
+        refusal = cloud.read_only() or cloud.refusal(name)
         if refusal is not None:
             self._tell(name, refusal)
             return
@@ -168,7 +172,8 @@ class LaunchLoop:
     def _coming(self, name: str) -> dict[tuple[Offering, ...], int]:
         """The pool's machines on order and booting, by what each may turn out to be."""
         coming = self._orders.coming(name)
-        for worker in self._context.registry.in_state(WorkerState.BOOTING, pool=name):
+        booting = self._context.registry.in_state(WorkerState.BOOTING, pool=name)
+        for worker in (one for one in booting if one.id not in self._context.leaving):
             coming[(worker.offering,)] = coming.get((worker.offering,), 0) + 1
         return coming
 
@@ -231,6 +236,7 @@ class LaunchLoop:
         """Somebody waits, and an order has lost its answer: ask with the same order, not with a new one."""
         for entry in self._orders.unresolved():
             due = entry.resend_at <= self._context.now() and entry.order.id not in self._in_flight
+            due = due and not self._orders.withdrawn(entry)
             if due and entry.order.pool == name:
                 self._start(entry.order, self._call(entry))
 
@@ -277,16 +283,17 @@ class LaunchLoop:
                 return
 
     def _yielded(self, entry: OpenOrder) -> bool:
-        """Whether another broker came into charge meanwhile: its clients decide what is launched."""
-        cloud = self._context.cloud(entry.order.pool)
-        if cloud is None or cloud.rival is None:
+        """Whether another broker came into charge meanwhile, whose clients decide what is launched, or the
+        pool was removed."""
+        cloud, withdrawn = self._context.cloud_of_order(entry.order), self._orders.withdrawn(entry)
+        if not withdrawn and (cloud is None or cloud.rival is None):
             return False
         if not entry.perhaps_launched:  # otherwise reconcile watches for its machine
-            self._orders.close(entry.order, YIELDED)
+            self._orders.close(entry.order, WITHDRAWN if withdrawn else YIELDED)
         return True
 
     async def _launch(self, order: Order) -> None:
-        cloud = self._context.cloud(order.pool)
+        cloud = self._context.cloud_of_order(order)
         if cloud is None:
             raise PermanentRefusal(f"pool '{order.pool}' is not configured any more")
         asked_at = self._context.now()

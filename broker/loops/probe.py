@@ -123,7 +123,7 @@ class ProbeLoop:
         return answers and after.state is not WorkerState.DRAINING
 
     async def _answers(self, worker: Worker, tries: int) -> bool:
-        if self._context.pool(worker.pool).readiness == "running":
+        if self._context.pool_of(worker).readiness == "running":
             return True  # `_can_be_ready` has looked: the cloud says that it runs, and where
         for _ in range(tries):
             if worker.address is not None and await self._connect(worker.address, worker.port):

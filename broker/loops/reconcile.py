@@ -26,6 +26,7 @@ from broker.core.policy import Reason, born_at
 from broker.core.registry import BOOKED, USABLE
 from broker.ledger import Ledger
 from broker.loops.charge import DEAD, Charge
+from broker.opening import open_provider
 from broker.orders import NEVER_LAUNCHED, VANISHED, Orders
 from broker.store import LaunchedOrder
 
@@ -116,6 +117,15 @@ class ReconcileLoop:
         if errors:
             raise errors[0]
 
+    async def between_scans(self) -> None:
+        """Returns when no scan is under way that began before this call."""
+        async with self._scanning:
+            pass
+
+    def scan_soon(self) -> None:
+        """The next tick scans, however short a time ago the last scan was."""
+        self._scan_at = self._context.now()
+
     # --- one scan ----------------------------------------------------------------------------------
 
     async def _scan_quietly(self) -> None:
@@ -136,7 +146,7 @@ class ReconcileLoop:
         started_at = self._context.now()
         try:
             async with asyncio.timeout(SCAN_SECONDS_MAX):
-                if not cloud.opened:
+                if not cloud.opened or cloud.study_again:
                     await self._open(cloud)
                 listing = await cloud.provider.listing()
                 cloud.opened = True
@@ -167,14 +177,19 @@ class ReconcileLoop:
         return None
 
     async def _open(self, cloud: Cloud) -> None:
-        """The provider could not be opened at the start. What the settings got wrong only stops launches."""
+        """The provider could not be opened at the start, or not be asked about new settings. What the
+        settings got wrong only stops launches."""
         try:
-            await cloud.provider.open()
+            await open_provider(self._context, cloud)
         except SettingsError as mistake:
-            cloud.mistake = mistake
+            cloud.mistake, cloud.study_again = mistake, False
             self._report("the settings do not work", {"cloud": cloud.provider.name, "error": mistake.message})
+        except BrokerError as error:
+            if not cloud.opened:
+                raise
+            self._report("settings not checked", {"cloud": cloud.provider.name, "error": error.message})
         else:
-            cloud.mistake = None
+            cloud.mistake, cloud.study_again = None, False
 
     def _scan_failed(self, cloud: Cloud, error: BrokerError) -> BrokerError:
         cloud.scan_failed(error)
@@ -242,6 +257,7 @@ class ReconcileLoop:
                     self._count_forgotten_clients(worker, known=True)
             return worker
         now, name = self._context.now(), identity.pool or "default"
+        self._context.home[instance.id] = cloud
         pool = self._context.pool(name)
         age_seconds = _age_seconds(cloud, instance, now)
         idle = self._known_to_be_idle(instance)
@@ -254,7 +270,6 @@ class ReconcileLoop:
             born_at=now - age_seconds if idle else born_at(pool, age_seconds, now),
             price=self._context.price(name, instance),
         )
-        self._context.home[worker.id] = cloud
         if instance.id in self._context.ended:  # this listing is stale, or Terminate was lost
             return self._end_again(worker)
         self._restore_leases(worker)
@@ -291,7 +306,7 @@ class ReconcileLoop:
         given it alone, and no RELEASE ends it, until its clients have had time to PING."""
         if known and not self._context.store.leases_missing:
             return
-        pool = self._context.pool(worker.pool)
+        pool = self._context.pool_of(worker)
         if not (pool.exclusive and self._registry.busy(worker.id)):
             lease_id = f"unknown-{worker.id}"
             lease = Lease(lease_id, worker.id, UNKNOWN_CLIENT, pool.idle_timeout, pool.exclusive)
@@ -334,12 +349,12 @@ class ReconcileLoop:
 
     def _answers(self, worker: Worker) -> bool:
         """Whether its port has answered of late: then it lives, whatever the listing says."""
-        by_port = self._context.pool(worker.pool).readiness == "tcp"
+        by_port = self._context.pool_of(worker).readiness == "tcp"
         return by_port and worker.state is WorkerState.READY
 
     def _give_up_orders(self, cloud: Cloud, started_at: float) -> None:
         for entry in self._orders.unresolved():
-            known = self._context.cloud(entry.order.pool)
+            known = self._context.cloud_of_order(entry.order)
             here = known is cloud or known is None
             if here and entry.perhaps_launched and entry.sent_at + ORDER_GRACE_SECONDS <= started_at:
                 self._orders.close(entry.order, NEVER_LAUNCHED)
@@ -352,7 +367,7 @@ class ReconcileLoop:
         """
         for launched in list(self._context.expected.values()):
             order = launched.order
-            if self._context.cloud(order.pool) is cloud:
+            if self._context.cloud_of_order(order) is cloud:
                 del self._context.expected[launched.instance_id]
                 self._expect_launched(cloud, launched)
         for leases in list(self._context.stored_leases.values()):
@@ -360,7 +375,7 @@ class ReconcileLoop:
             unseen = held.instance_id not in cloud.instance_ids
             if self._context.cloud(held.pool) is cloud and unseen and held.address:
                 pending = Instance(held.instance_id, InstanceState.PENDING, held.address)
-                self._enter_unseen(pending, held.pool, None)
+                self._enter_unseen(cloud, pending, held.pool, None)
 
     def _expect_launched(self, cloud: Cloud, launched: LaunchedOrder) -> None:
         if self._registry.by_instance(launched.instance_id) is not None:
@@ -381,9 +396,10 @@ class ReconcileLoop:
             market=offering.market,
             cores=offering.cores,
         )
-        self._enter_unseen(unseen, order.pool, order)
+        self._enter_unseen(cloud, unseen, order.pool, order)
 
-    def _enter_unseen(self, unseen: Instance, pool: str, order: Order | None) -> None:
+    def _enter_unseen(self, cloud: Cloud, unseen: Instance, pool: str, order: Order | None) -> None:
+        self._context.home[unseen.id] = cloud
         if order is not None and self._orders.get(order.id) is not None:  # others of its machines are awaited
             worker = self._orders.launched(order, unseen)
         else:

@@ -8,6 +8,7 @@ not retry launches: whether a failed launch may have happened is the caller's mo
 | call        | idempotent                      | raises beyond Unreachable, Throttled, CredentialsRefused  |
 | ----------- | ------------------------------- | --------------------------------------------------------- |
 | open        | yes                             | SettingsError                                             |
+| study       | yes, changes nothing            | nothing: what could not be found out is in its answer     |
 | offerings   | yes, no cloud involved          | nothing                                                   |
 | prepare     | yes, no cloud involved          | nothing                                                   |
 | launch      | yes, by `order.id`, when resent | OfferingRefused, QuotaReached, PermanentRefusal,          |
@@ -23,7 +24,8 @@ not retry launches: whether a failed launch may have happened is the caller's mo
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from broker.core.cloudtime import Span
@@ -37,9 +39,11 @@ from broker.core.errors import (
     OrderSpent,
     PermanentRefusal,
     QuotaReached,
+    SettingsError,
     Throttled,
 )
 from broker.core.model import Bought, Instance, Offering, Order
+from broker.core.settings import PoolSettings
 
 # What `on_call` hears of a failed call; with "ok" and "cancelled" the closed list, safe as a metric label.
 OUTCOMES: Mapping[type[CloudError], str] = {
@@ -55,6 +59,27 @@ OUTCOMES: Mapping[type[CloudError], str] = {
 }
 
 
+Place = tuple[str, str | None, str | None]  # provider, region, profile, as the settings say them
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What a provider has found out about new settings of its pools. Nothing has changed until `apply`.
+
+    `problems` are the settings that a person has to mend, by pool; `later` has the pools about which the
+    cloud could not be asked, and why. From neither can anything be bought until an `open` has succeeded.
+    """
+
+    apply: Callable[[], None]
+    problems: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    later: Mapping[str, CloudError] = field(default_factory=dict)
+
+    def mistake(self) -> SettingsError | None:
+        """The problems as one error that knows its pools, or None."""
+        found = [problem for some in self.problems.values() for problem in some]
+        return SettingsError(found, [name for name, some in self.problems.items() if some]) if found else None
+
+
 class Provider(Protocol):
     """The way to one place in a cloud (a region under one account), for every pool that buys there.
 
@@ -65,7 +90,9 @@ class Provider(Protocol):
     name: str  # where, for logs: "ec2 us-east-1"
     offerings_max: int  # in one order
     machines_max: int  # in one order
+    place: Place  # what tells it from the others: pools that say the same share one provider
     contested: bool  # brokers on several hosts can reach the same machines: each machine carries a claim
+    cores: dict[str, int]  # of machine types, as far as known: worth keeping over a restart
 
     async def open(self) -> None:
         """Check what can be checked without spending anything; before every other call, until it succeeds.
@@ -73,6 +100,13 @@ class Provider(Protocol):
         After a SettingsError about what is to be *bought*, machines can still be listed and terminated: a
         mistake in the settings must not keep a restarted broker from ending what it has running.
         """
+
+    async def study(self, pools: Mapping[str, PoolSettings]) -> Change:
+        """Find out what `open` would find out if these were its pools. What is on order or runs keeps what it
+        was launched with."""
+
+    def recall_cores(self, cores: Mapping[str, int]) -> None:
+        """Cores of machine types that an earlier run has learnt, until the cloud tells them again."""
 
     async def close(self) -> None:
         """Let go of connections. Machines live on."""

@@ -11,6 +11,7 @@ import asyncio
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from broker.core import prices, tags
@@ -27,6 +28,7 @@ from broker.core.errors import (
 from broker.core.model import Bought, Instance, InstanceState, Market, Offering, Order
 from broker.core.settings import PoolSettings
 from broker.providers import ec2_check, ec2_prices
+from broker.providers.base import Change
 from broker.providers.ec2_api import Account, ClientFactory, Ec2Api, OnCall
 from broker.providers.ec2_fleet import MACHINES_MAX, OVERRIDES_MAX, Fleets, fleet_parameters
 from broker.providers.ec2_wire import (
@@ -85,46 +87,89 @@ class Ec2Provider:
         self._fleets = Fleets(self._api)
         self._region = region or ""
         self._recipes: dict[str, Recipe] = {}
-        self._cores: dict[str, int] = {}
+        self._former: dict[str, PoolSettings] = {}  # pools of before, whose machines may still run
+        self.cores: dict[str, int] = {}
+        self.place = ("ec2", region, profile)
         self.name = " ".join(filter(None, ("ec2", region or UNKNOWN_REGION, profile and f"({profile})")))
 
     async def open(self) -> None:
-        problems: list[str] = []
-        scripts = await ec2_check.user_data(self._pools, problems)
-        await self._reach_account(problems)
+        await self._reach_account()
         await self._api.connect(self._client_factory)
-        groups = await ec2_check.group_ids(self._api, self._region, self._pools, problems)
-        self._cores = await ec2_check.cores_of_types(self._api, self._region, self._pools, problems)
-        _raise_any(problems)
-        self._recipes = {name: Recipe(groups[name], scripts[name]) for name in self._pools}
+        change = await self.study(self._pools)
+        for error in change.later.values():
+            raise error
+        change.apply()
+        mistake = change.mistake()
+        if mistake is not None:
+            raise mistake
 
-    async def _reach_account(self, problems: list[str]) -> None:
+    async def study(self, pools: Mapping[str, PoolSettings]) -> Change:
+        """A script is read again each time; the cloud is only asked about what it has not been asked yet."""
+        problems, later = ec2_check.Problems(list), dict[str, CloudError]()
+        scripts = await ec2_check.user_data(pools, problems)
+        known = {n for n, pool in pools.items() if n in self._recipes and self._recipes[n].suits(pool)}
+        recipes = {name: replace(self._recipes[name], user_data=scripts[name]) for name in known}
+        asked = {name: pool for name, pool in pools.items() if name not in known}
+        try:
+            recipes |= await self._ask(asked, scripts, problems) if asked else {}
+        except CloudError as error:
+            later = dict.fromkeys(asked, error)
+        recipes = {name: recipe for name, recipe in recipes.items() if not problems[name]}
+        return Change(lambda: self._swap(pools, recipes), problems, later)
+
+    async def _ask(
+        self, pools: Mapping[str, PoolSettings], scripts: Mapping[str, str], problems: ec2_check.Problems
+    ) -> dict[str, Recipe]:
+        groups = await ec2_check.group_ids(self._api, self._region, pools, problems)
+        places = await ec2_check.places(self._api, self._region, pools, problems)
+        self.cores |= await ec2_check.cores_of_types(self._api, self._region, pools, problems)
+        return {
+            name: Recipe(groups[name], scripts[name], places.get(name, ()), asked=pool)
+            for name, pool in pools.items()
+        }
+
+    def _swap(self, pools: Mapping[str, PoolSettings], recipes: Mapping[str, Recipe]) -> None:
+        gone = {name: pool for name, pool in self._pools.items() if name not in pools}
+        self._former = {n: pool for n, pool in (self._former | gone).items() if n not in pools}
+        self._pools, self._recipes = dict(pools), dict(recipes)
+
+    def recall_cores(self, cores: Mapping[str, int]) -> None:
+        self.cores = {**cores, **self.cores}
+
+    async def _reach_account(self) -> None:
         """Without a region and credentials nothing can be asked, not even what is running."""
         if self._check_account:
-            key = f"pool.{next(iter(self._pools))}"  # the pools share the place: one of them stands for all
+            key = f"pool.{next(iter(self._pools | self._former))}"  # one stands for all that share the place
             found: list[str] = []
             self._region = await self._check_account(key, self._clock_wall(), found)
             if found:
-                raise SettingsError([*problems, *found])
+                problems = ec2_check.Problems(list)
+                await ec2_check.user_data(self._pools, problems)
+                raise SettingsError([*(one for some in problems.values() for one in some), *found])
         self.name = self.name.replace(UNKNOWN_REGION, self._region)
 
     async def close(self) -> None:
         await self._api.close()
 
     def offerings(self, pool: str) -> Sequence[Offering]:
-        settings = self._pools[pool]
+        settings, recipe = self._pools[pool], self._recipes.get(pool, Recipe())
+        zones = [zone for zone, _ in recipe.places] or settings.zones or [""]
         kinds = dict.fromkeys(settings.instance_types)
         return tuple(
-            self._offering(settings, kind, Market(one)) for one in settings.markets for kind in kinds
+            self._offering(settings, kind, Market(market), zone)
+            for market in settings.markets
+            for kind in kinds
+            for zone in zones
         )
 
-    def _offering(self, settings: PoolSettings, kind: str, market: Market) -> Offering:
-        cores = self._cores.get(kind)
+    def _offering(self, settings: PoolSettings, kind: str, market: Market, zone: str) -> Offering:
+        cores = self.cores.get(kind)
         cost = prices.price(settings, kind, cores, market)
         return Offering(
             self._region,
             kind,
             market,
+            zone,
             cores=cores,
             price_usd_micros_per_hour=cost.usd_micros_per_hour,
             price_assumed=cost.assumed,
@@ -242,7 +287,8 @@ class Ec2Provider:
 
     def _address_setting(self, its_tags: Mapping[str, str]) -> str:
         """Which address the machine's pool hands out; an adopted one's pool is known by its name tag."""
-        pool = self._pools.get(its_tags.get(tags.POOL, ""))
+        name = its_tags.get(tags.POOL, "")
+        pool = self._pools.get(name) or self._former.get(name)
         if pool is None:
             adopters = (one for one in self._pools.values() if one.adopt_name_tag)
             pool = next((one for one in adopters if one.name_tag == its_tags.get(tags.NAME)), None)
@@ -283,11 +329,6 @@ class Ec2Provider:
             except PermanentRefusal as error:
                 refusals.append(error)
         return refusals
-
-
-def _raise_any(problems: list[str]) -> None:
-    if problems:
-        raise SettingsError(problems)
 
 
 @contextmanager

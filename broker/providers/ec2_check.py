@@ -1,12 +1,14 @@
-"""What `open` finds out before anything is spent: user data, security groups, machine types.
+"""What `open` finds out before anything is spent: user data, subnets, security groups, machine types.
 
-Everything that a person must mend comes back as problems, all of them at once and each naming its setting;
-what passes by itself (no answer, throttling, expired credentials) is raised, and whoever opens tries again.
+Everything that a person must mend comes back as problems, all of them at once, by pool, each naming its
+setting; what passes by itself (no answer, throttling, expired credentials) is raised, and whoever opens tries
+again.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -19,11 +21,13 @@ TYPES_ASKED_MAX = 100  # in one filter; 200 are allowed (AWS: EC2 user guide, "F
 TYPES_PAGE_SIZE = 100  # the largest that DescribeInstanceTypes allows
 
 Pools = Mapping[str, PoolSettings]
+Problems = defaultdict[str, list[str]]  # by pool
+Places = tuple[tuple[str, str], ...]  # (zone, the subnet in it), as preferred
 
 
-async def user_data(pools: Pools, problems: list[str]) -> dict[str, str]:
+async def user_data(pools: Pools, problems: Problems) -> dict[str, str]:
     """Each pool's user data, from its setting or its file."""
-    return {name: await _user_data(f"pool.{name}", pool, problems) for name, pool in pools.items()}
+    return {name: await _user_data(f"pool.{name}", pool, problems[name]) for name, pool in pools.items()}
 
 
 async def _user_data(key: str, pool: PoolSettings, problems: list[str]) -> str:
@@ -52,9 +56,45 @@ def _head(path: str) -> bytes:
         return file.read(USER_DATA_BYTES_MAX + 1)
 
 
-async def group_ids(
-    api: Ec2Api, region: str, pools: Pools, problems: list[str]
-) -> dict[str, tuple[str, ...]]:
+async def places(api: Ec2Api, region: str, pools: Pools, problems: Problems) -> dict[str, Places]:
+    """Where each pool with `subnets` can buy; nothing for the others, which need not ask."""
+    found: dict[str, Places] = {}
+    for name, pool in pools.items():
+        strange = [zone for zone in pool.zones if not zone.startswith(region)]
+        problems[name] += [f'pool.{name}.zones: "{zone}" is no zone of {region}' for zone in strange]
+        if not pool.subnets:
+            continue
+        try:
+            shapes = await api.every("DescribeSubnets", "Subnets", Filters=filters(subnet_id=pool.subnets))
+        except PermanentRefusal as error:
+            problems[name].append(f"pool.{name}.subnets: cannot be looked up: {error.message}")
+        else:
+            found[name] = _places(f"pool.{name}", region, pool, shapes, problems[name])
+    return found
+
+
+def _places(
+    key: str, region: str, pool: PoolSettings, shapes: Iterable[Mapping[str, str]], problems: list[str]
+) -> Places:
+    by_id = {shape["SubnetId"]: shape for shape in shapes}
+    problems += [f'{key}.subnets: {region} has no subnet "{one}"' for one in pool.subnets if one not in by_id]
+    known = [one for one in pool.subnets if one in by_id]
+    vpcs = sorted({by_id[one]["VpcId"] for one in known})
+    if len(vpcs) > 1:
+        problems.append(f"{key}.subnets: lie in several VPCs ({', '.join(vpcs)}); a pool has one")
+    by_zone: dict[str, str] = {}
+    for one in known:
+        zone = by_id[one]["AvailabilityZone"]
+        if zone in by_zone:
+            problems.append(f"{key}.subnets: {by_zone[zone]} and {one} lie in {zone} both; name one a zone")
+        by_zone.setdefault(zone, one)
+    problems += [
+        f'{key}.zones: none of the subnets lies in "{zone}"' for zone in pool.zones if zone not in by_zone
+    ]
+    return tuple((zone, by_zone[zone]) for zone in pool.zones or by_zone if zone in by_zone)
+
+
+async def group_ids(api: Ec2Api, region: str, pools: Pools, problems: Problems) -> dict[str, tuple[str, ...]]:
     """Each pool's security groups by id, those given by name looked up in its VPC."""
     found: dict[str, tuple[str, ...]] = {}
     for name, pool in pools.items():
@@ -62,9 +102,9 @@ async def group_ids(
         if not pool.security_groups:
             continue
         try:
-            named = await _groups_by_name(api, region, f"pool.{name}", pool, problems)
+            named = await _groups_by_name(api, region, f"pool.{name}", pool, problems[name])
         except PermanentRefusal as error:
-            problems.append(f"pool.{name}.security_groups: cannot be looked up: {error.message}")
+            problems[name].append(f"pool.{name}.security_groups: cannot be looked up: {error.message}")
         else:
             found[name] = tuple(dict.fromkeys((*pool.security_group_ids, *named)))
     return found
@@ -73,10 +113,11 @@ async def group_ids(
 async def _groups_by_name(
     api: Ec2Api, region: str, key: str, pool: PoolSettings, problems: list[str]
 ) -> tuple[str, ...]:
-    if pool.subnet:
-        subnets = await api.every("DescribeSubnets", "Subnets", Filters=filters(subnet_id=[pool.subnet]))
-        vpcs = [subnet["VpcId"] for subnet in subnets]
-        missing = f'{key}.subnet: {region} has no subnet "{pool.subnet}"'
+    subnet = pool.subnet or next(iter(pool.subnets), None)  # all of `subnets` lie in one VPC
+    if subnet:
+        subnets = await api.every("DescribeSubnets", "Subnets", Filters=filters(subnet_id=[subnet]))
+        vpcs = [shape["VpcId"] for shape in subnets]
+        missing = f'{key}.{"subnet" if pool.subnet else "subnets"}: {region} has no subnet "{subnet}"'
     else:
         defaults = await api.every("DescribeVpcs", "Vpcs", Filters=filters(is_default=["true"]))
         vpcs = [vpc["VpcId"] for vpc in defaults]
@@ -106,7 +147,7 @@ async def _groups_by_name(
     return tuple(ids)
 
 
-async def cores_of_types(api: Ec2Api, region: str, pools: Pools, problems: list[str]) -> dict[str, int]:
+async def cores_of_types(api: Ec2Api, region: str, pools: Pools, problems: Problems) -> dict[str, int]:
     """How many cores each machine type has; empty when the credentials may not ask, which is no problem."""
     wanted = {kind for pool in pools.values() for kind in pool.instance_types}
     try:
@@ -114,7 +155,7 @@ async def cores_of_types(api: Ec2Api, region: str, pools: Pools, problems: list[
     except PermanentRefusal:
         return {}
     for name, pool in pools.items():
-        problems += [
+        problems[name] += [
             f'pool.{name}.instance_types: {region} has no machine type "{kind}"'
             for kind in dict.fromkeys(pool.instance_types)
             if kind not in cores

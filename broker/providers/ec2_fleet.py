@@ -60,7 +60,9 @@ def fleet_parameters(
         "LaunchTemplateConfigs": [
             {
                 "LaunchTemplateSpecification": {"LaunchTemplateName": name, "Version": TEMPLATE_VERSION},
-                "Overrides": [_override(pool, one, number) for number, one in enumerate(offerings)],
+                "Overrides": [
+                    _override(recipe.subnet(pool, one), one, number) for number, one in enumerate(offerings)
+                ],
             }
         ],
         "TargetCapacitySpecification": {
@@ -93,11 +95,11 @@ def _template_name(broker_id: str, data: Mapping[str, Any]) -> str:
     return f"compute-broker-{broker_id}-{sha256(exact.encode()).hexdigest()[:16]}"
 
 
-def _override(pool: PoolSettings, offering: Offering, number: int) -> dict[str, Any]:
-    """The zone is named where it is known, so that an error says where it belongs."""
+def _override(subnet: str | None, offering: Offering, number: int) -> dict[str, Any]:
+    """The zone is named where it is known, so that an error says where it belongs; a subnet names its own."""
     override: dict[str, Any] = {"InstanceType": offering.instance_type, "Priority": float(number)}
-    if pool.subnet:
-        override["SubnetId"] = pool.subnet
+    if subnet:
+        override["SubnetId"] = subnet
     elif offering.zone:
         override["AvailabilityZone"] = offering.zone
     return override

@@ -31,12 +31,27 @@ FILTER_SPECIAL = re.compile(
 TRANSITION = re.compile(r"\((?P<moment>\d{4}-\d\d-\d\d \d\d:\d\d:\d\d) (?:GMT|UTC)\)")
 
 
+# The settings about which the cloud is asked before anything is bought with them.
+ASKED = ("security_group_ids", "security_groups", "subnet", "subnets", "zones", "instance_types")
+
+
 @dataclass(frozen=True, slots=True)
 class Recipe:
     """What a pool's launch needs beside its settings, as `open` found it."""
 
     security_group_ids: tuple[str, ...] = ()
     user_data: str = ""
+    places: tuple[tuple[str, str], ...] = ()  # (zone, its subnet), as preferred, of a pool with `subnets`
+    asked: PoolSettings | None = None  # the settings about which the cloud was asked
+
+    def subnet(self, pool: PoolSettings, offering: Offering) -> str | None:
+        """Where a machine of that offering is plugged in; None: in the default VPC."""
+        return dict(self.places).get(offering.zone) or pool.subnet
+
+    def suits(self, pool: PoolSettings) -> bool:
+        """Whether the cloud has nothing to add for these settings."""
+        asked = self.asked
+        return asked is not None and all(getattr(pool, key) == getattr(asked, key) for key in ASKED)
 
 
 def launch_parameters(
@@ -56,9 +71,10 @@ def launch_parameters(
         parameters["InstanceMarketOptions"] = ONE_TIME_SPOT
     if recipe.user_data:
         parameters["UserData"] = recipe.user_data
-    if not pool.subnet and offering.zone:
+    subnet = recipe.subnet(pool, offering)
+    if not subnet and offering.zone:
         parameters["Placement"] = {"AvailabilityZone": offering.zone}
-    return parameters | network(pool, recipe.security_group_ids, subnet=pool.subnet)
+    return parameters | network(pool, recipe.security_group_ids, subnet=subnet)
 
 
 def shared_parameters(pool: PoolSettings) -> dict[str, Any]:
@@ -87,7 +103,7 @@ def network(pool: PoolSettings, group_ids: Sequence[str], *, subnet: str | None)
     """
     groups: dict[str, Any] = {"SecurityGroupIds": list(group_ids)} if group_ids else {}
     where: dict[str, Any] = {"SubnetId": subnet} if subnet else {}
-    if not pool.subnet or pool.address == "private":
+    if not (pool.subnet or pool.subnets) or pool.address == "private":
         return groups | where
     interface: dict[str, Any] = {
         "DeviceIndex": 0,

@@ -29,7 +29,7 @@ from broker.core.errors import (
 from broker.core.model import Bought, Instance, InstanceState, Market, Offering, Order
 from broker.core.settings import PoolSettings
 from broker.core.tags import Identity, launch_tags
-from broker.providers.base import OUTCOMES
+from broker.providers.base import OUTCOMES, Change, Place
 from broker.providers.local_machines import INSTANCE_TYPE, REGION, LocalMachines
 from broker.providers.local_records import RECIPE, Recipe
 
@@ -53,6 +53,7 @@ class LocalProvider:
     name = "local"
     offerings_max = 1
     machines_max = 1  # each is a process of its own
+    place: Place = ("local", None, None)  # there is only one place called here
     contested = False  # one host: the locks see to it, and no machine of another state directory is listed
 
     def __init__(
@@ -66,7 +67,8 @@ class LocalProvider:
         terminate_grace_seconds: float = TERMINATE_GRACE_SECONDS,
     ) -> None:
         self._broker_id = broker_id
-        self._pools = pools
+        self._pools = dict(pools)
+        self.cores: dict[str, int] = {}  # this host's, which anybody can count
         self._clock_wall = clock_wall
         self._machines = LocalMachines(broker_id, state_dir / "local", clock_wall, environ)
         self._on_call = on_call
@@ -78,6 +80,15 @@ class LocalProvider:
             await asyncio.to_thread(self._machines.open)
         except OSError as error:
             raise SettingsError([f"broker.state_dir: {error}"]) from error
+
+    async def study(self, pools: Mapping[str, PoolSettings]) -> Change:
+        return Change(lambda: self._swap(pools))
+
+    def _swap(self, pools: Mapping[str, PoolSettings]) -> None:
+        self._pools = dict(pools)
+
+    def recall_cores(self, cores: Mapping[str, int]) -> None:
+        """Nothing that this host could not say itself."""
 
     async def close(self) -> None:
         """Sees those that were told to end to their end, for a few seconds at most; the others live on."""

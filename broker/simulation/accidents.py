@@ -8,7 +8,8 @@ from dataclasses import replace
 from typing import Any
 
 from broker.core import tags
-from broker.core.errors import StoreError
+from broker.core.errors import SettingsError, StoreError
+from broker.core.model import WorkerState
 from broker.providers.ec2_api import LAUNCHING
 from broker.providers.ec2_wire import tag_list
 from broker.providers.sim_weather import Fault
@@ -22,6 +23,7 @@ from broker.simulation.history import (
     Noise,
     Operator,
     Outage,
+    Reload,
     SecondHost,
     SilentPort,
     Stop,
@@ -194,6 +196,22 @@ class Accidents:
                 await self._launch_unclassified("machine by hand", {tags.NAME: world.pool.name_tag})
             case command:
                 await self._clients.ask("operator", command, COMMAND_SECONDS)
+
+    def reload(self, entry: Reload) -> None:
+        """A new file, and SIGHUP for the broker that runs; one that starts later reads it too."""
+        world, daemon = self._world, self._world.daemon()
+        if entry.changes is None:
+            world.say("SIGHUP: the file has a mistake")
+            world.witness.saw("settings refused")
+            world.host.reload(SettingsError(["pool.default.wait: is no duration"]))
+            return
+        if daemon is not None and daemon.context.registry.in_state(WorkerState.ORDERED):
+            world.witness.saw("reloaded in mid-launch")
+        world.say(f"SIGHUP: {', '.join(f'{key} = {value}' for key, value in entry.changes)}")
+        world.witness.saw("settings reloaded")
+        settings = world.host.settings
+        pool = settings.pool["default"].model_copy(update=dict(entry.changes))
+        world.host.reload(settings.model_copy(update={"pool": {"default": pool}}))
 
     async def _terminate_all(self) -> None:
         world = self._world

@@ -29,6 +29,7 @@ from broker.simulation.history import (
     Noise,
     Operator,
     Outage,
+    Reload,
     SecondHost,
     SilentPort,
     Stop,
@@ -46,6 +47,7 @@ BURST_CLIENTS = (3, 30)
 CROWD_CLIENTS = 1000  # scenario 7
 IDLE_CONNECTIONS = 10_000  # scenario 34
 SECOND_HOST_PROBABILITY = 0.05
+RELOAD_PROBABILITY = 0.2
 RARE = 0.01  # of the histories: what costs as much as a hundred others
 OUTAGE_SECONDS = 8 * HOUR_SECONDS  # scenario 27
 
@@ -65,6 +67,7 @@ def draw(seed: int, hours: float) -> History:
     entries += _crashes(rng, hours, entries)
     entries += silences
     entries += _accidents(rng, hours, sessions)
+    entries += _reloads(seed, entries)
     return _in_order(seed, hours, settings, weather, entries)
 
 
@@ -250,6 +253,30 @@ def _accidents(rng: random.Random, hours: float, sessions: list[Session]) -> lis
     if rng.random() < SECOND_HOST_PROBABILITY:
         found += _second_host(rng, moment())
     return found
+
+
+def _reloads(seed: int, entries: list[Entry]) -> list[Entry]:
+    """In a fifth of the histories, shortly after somebody came. From dice of its own: the rest of a history
+    is the same with and without. Not beside a second host, whose file nobody changes."""
+    rng = random.Random(f"reload {seed}")  # noqa: S311
+    visits = [entry for entry in entries if isinstance(entry, Visit)]
+    second_host = any(isinstance(entry, SecondHost) for entry in entries)
+    if rng.random() >= RELOAD_PROBABILITY or not visits or second_host:
+        return []
+    moments = [rng.choice(visits).at + rng.uniform(0.0, 90.0) for _ in range(rng.choice([1, 2, 4]))]
+    return [Reload(at, _changes(rng)) for at in sorted(moments)]
+
+
+def _changes(rng: random.Random) -> tuple[tuple[str, object], ...] | None:
+    """One setting; now and then a mistake."""
+    return rng.choice(
+        [
+            (("idle_timeout", float(rng.choice([300, 900, 1800]))),),
+            (("max_workers", rng.randint(1, 6)),),
+            (("instance_types", tuple(rng.sample(TYPES, rng.randint(1, 3)))),),
+            None,
+        ]
+    )
 
 
 def _second_host(rng: random.Random, at: float) -> list[Entry]:

@@ -79,6 +79,14 @@ class DiskFull:
 
 
 @dataclass(frozen=True, slots=True)
+class Reload:
+    """Somebody changes settings of the pool and sends SIGHUP. None: the file has a mistake, mended later."""
+
+    at: float
+    changes: tuple[tuple[str, object], ...] | None
+
+
+@dataclass(frozen=True, slots=True)
 class Operator:
     """Somebody types a command, or does something behind the broker's back."""
 
@@ -155,6 +163,7 @@ Entry = (
     | Stop
     | WallJump
     | DiskFull
+    | Reload
     | Operator
     | Outage
     | BrokenImage

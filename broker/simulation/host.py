@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from broker.clock import Clock
-from broker.core.errors import BrokerError
+from broker.core.errors import BrokerError, SettingsError
 from broker.core.model import Event
 from broker.core.settings import Settings
 from broker.daemon import Daemon
@@ -48,6 +48,8 @@ class Incarnation:
         self.daemon: Daemon | None = None
         self.main: asyncio.Task[None] | None = None
         self.stop = asyncio.Event()
+        self.provider: Provider | None = None
+        self.mistake: SettingsError | None = None  # in the file, when it is read next
 
     def ended(self, task: asyncio.Task[Any]) -> None:
         self.tasks.pop(task, None)
@@ -99,11 +101,12 @@ class Host:
         asked: Callable[[str, Any], None],
         owner: str = OWNER_ID,
     ) -> None:
-        self._settings, self._state_dir, self._clock = settings, state_dir, clock
+        self.settings, self._state_dir, self._clock = settings, state_dir, clock
         self._factory, self._connect = factory, connect
         self._heard, self._asked, self._owner = heard, asked, owner
         self.born: Callable[[Incarnation], None] = lambda incarnation: None
         self.ended: Callable[[Incarnation, BaseException | None], None] = lambda incarnation, error: None
+        self.in_force: Callable[[Settings], None] = lambda settings: None  # hears what a broker has read
         self._numbers = 0
         self._ids = itertools.count(1)
         self._reader: sqlite3.Connection | None = None
@@ -126,17 +129,19 @@ class Host:
 
     def make(self, incarnation: Incarnation) -> Daemon:
         """A broker, wired and not started."""
+        self.in_force(self.settings)
         daemon = Daemon(
-            self._settings,
+            self.settings,
             state_dir=self._state_dir,
             clock=self._clock,
             log=silent_log(),
             environ={},
-            providers=lambda *_: self._providers(incarnation),
+            providers=lambda wanted, *_: self._providers(incarnation, wanted),
             connect=self._connect,
             store_threaded=False,
             ports=False,
             owner_of=lambda directory: self._owner,
+            load=lambda: self._load(incarnation),
             new_id=lambda: f"{'' if self._owner == OWNER_ID else 'other-'}{next(self._ids):06d}",
         )
         daemon.observe(lambda event: self._heard(event) if incarnation.alive else None)
@@ -219,19 +224,40 @@ class Host:
                     client.vanish()
                 self.ended(incarnation, error)
 
-    def _providers(self, incarnation: Incarnation) -> Mapping[str, Provider]:
+    def reload(self, content: Settings | SettingsError) -> None:
+        """The file is changed, and the broker that runs gets SIGHUP. A mistake is gone by the next start."""
+        if isinstance(content, Settings):
+            self.settings = content
+        if self.now is None or not self.now.alive or self.now.daemon is None:
+            return
+        self.now.mistake = content if isinstance(content, SettingsError) else None
+        with self.now.at_work():
+            self.now.daemon.reload()
+
+    def _load(self, incarnation: Incarnation) -> Settings:
+        if incarnation.mistake is not None:
+            raise incarnation.mistake
+        if incarnation.alive:
+            self.in_force(self.settings)
+        return self.settings
+
+    def _providers(self, incarnation: Incarnation, wanted: Settings) -> Mapping[str, Provider]:
+        if incarnation.provider is None:
+            incarnation.provider = self._provider(incarnation)
+        return dict.fromkeys(wanted.pool, incarnation.provider)
+
+    def _provider(self, incarnation: Incarnation) -> Provider:
         def factory(manners: Manners) -> Any:
             return _Gated(self._factory(manners), incarnation, self._asked)
 
-        provider = Ec2Provider(
-            self._settings.broker.id,
-            self._settings.pool,
+        return Ec2Provider(
+            self.settings.broker.id,
+            self.settings.pool,
             region="us-east-1",
             profile=None,
             clock_wall=self._clock.wall,
             client_factory=factory,
         )
-        return dict.fromkeys(self._settings.pool, provider)
 
 
 class _Gated:

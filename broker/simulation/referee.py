@@ -14,9 +14,11 @@ from dataclasses import dataclass, field
 from broker.core.ledger import Run
 from broker.core.settings import PoolSettings
 from broker.providers.sim_machine import Machine
+from broker.simulation.rules import Rules
 
 CLOCK_SLACK_SECONDS = 1.0  # between the broker's decision and the client's reading of it
 PROOF_SLACK_SECONDS = 0.5
+GRANT_SECONDS = 60.0  # from a lease's grant to the client's reading of it: a silent port, a slow disk
 USES_KEPT = 16  # of a hold: the cloud tells what it did a moment later, and was it in use *then*?
 STRAY = "stray-"  # how the tokens of machines begin that no order of the broker's explains
 
@@ -42,15 +44,16 @@ class Hold:
     address: str
     since_at: float
     exclusive: bool
+    ttl_seconds: float  # the least that its lease may have been granted for
     used_at: deque[float] = field(default_factory=lambda: deque(maxlen=USES_KEPT))
     ended_at: float | None = None  # it released, or was told that the broker does not know the worker
 
-    def live_at(self, at: float, ttl_seconds: float) -> bool:
+    def live_at(self, at: float) -> bool:
         """Whether the client may still count on it at that moment, by the clock of whoever is slower."""
         if at < self.since_at or (self.ended_at is not None and at >= self.ended_at):
             return False
         last_at = max((used for used in self.used_at if used <= at), default=self.since_at)
-        return at < last_at + ttl_seconds - CLOCK_SLACK_SECONDS
+        return at < last_at + self.ttl_seconds - CLOCK_SLACK_SECONDS
 
     @property
     def last_used_at(self) -> float:
@@ -63,7 +66,7 @@ class Referee:
     def __init__(
         self, pool: PoolSettings, told: Callable[[Violation], None] = lambda violation: None
     ) -> None:
-        self._pool = pool
+        self.rules = Rules(pool)
         self._told = told
         self.violations: list[Violation] = []
         self._current: dict[tuple[str, str], Hold] = {}  # (client, address)
@@ -75,6 +78,14 @@ class Referee:
         self._placed_at: dict[str, float] = {}
         self._forgiven: frozenset[str] = frozenset()  # tokens that a damaged store has made the broker forget
         self._accused: set[tuple[str, str]] = set()
+
+    @property
+    def _pool(self) -> PoolSettings:
+        return self.rules.pool
+
+    def _ttl_seconds(self, at: float) -> float:
+        """The least that a lease may have been granted for of which a client hears now."""
+        return min(pool.idle_timeout for pool in self.rules.since(at - GRANT_SECONDS))
 
     def broken(self, at: float, promise: str, facts: str) -> None:
         violation = Violation(at, promise, facts)
@@ -128,6 +139,7 @@ class Referee:
         hold = self._current.get((client, address))
         if hold is not None:
             hold.used_at.append(at)
+            hold.ttl_seconds = min(hold.ttl_seconds, self._ttl_seconds(at))
 
     def released(self, at: float, client: str, address: str) -> None:
         hold = self._current.pop((client, address), None)
@@ -139,7 +151,7 @@ class Referee:
         hold = self._current.pop((client, address), None)
         if hold is None:
             return
-        live = hold.live_at(at, self._pool.idle_timeout)
+        live = hold.live_at(at)
         hold.ended_at = at
         if live and hold.machine.runs and not self.excused(hold.machine, at):
             facts = f"{client} was told '{why}' of {hold.machine.id}, which it holds"
@@ -147,7 +159,7 @@ class Referee:
 
     def held(self, machine: Machine, at: float) -> bool:
         """Whether some client may count on the machine."""
-        return any(hold.live_at(at, self._pool.idle_timeout) for hold in self._by_machine[machine.id])
+        return any(hold.live_at(at) for hold in self._by_machine[machine.id])
 
     def in_use(self, machine: Machine) -> Iterable[tuple[float, float]]:
         """From when to when each client used it: the truth about its idleness."""
@@ -158,14 +170,15 @@ class Referee:
         if hold is not None and hold.machine is machine:
             hold.used_at.append(at)
             hold.exclusive |= exclusive
+            hold.ttl_seconds = min(hold.ttl_seconds, self._ttl_seconds(at))
         else:
-            hold = Hold(client, machine, address, at, exclusive)
+            hold = Hold(client, machine, address, at, exclusive, self._ttl_seconds(at))
             hold.used_at.append(at)
             self._current[client, address] = hold
             self._by_machine[machine.id].append(hold)
         for other in self._by_machine[machine.id]:
             both = other is not hold and (other.exclusive or hold.exclusive)
-            if both and other.client != client and other.live_at(at, self._pool.idle_timeout):
+            if both and other.client != client and other.live_at(at):
                 facts = f"{machine.id} is held by {other.client} and was given to {client}"
                 self.broken(at, "never two leases on an exclusive worker", facts)
 
@@ -205,7 +218,7 @@ class Referee:
         if machine.running_at is None or stopped_before or self.excused(machine, at):
             return  # one that had stopped by itself served nobody any more
         for hold in self._by_machine[machine.id]:
-            if hold.live_at(at, self._pool.idle_timeout):
+            if hold.live_at(at):
                 ago_seconds = at - hold.last_used_at
                 facts = f"{machine.id} was terminated; {hold.client} used it {ago_seconds:.1f} s before"
                 self.broken(at, "no busy worker is killed", facts)
@@ -258,9 +271,19 @@ class Referee:
         answer for, as long as it ends."""
         ordered = [machine for machine in machines if not machine.token.startswith(STRAY)]
         surplus = len({one.token for one in ordered} & self._given_more)
-        if len(ordered) - surplus > self._pool.max_workers:
+        placed_at = max((self._placed_at.get(machine.token, at) for machine in ordered), default=at)
+        if len(ordered) - surplus > max(pool.max_workers for pool in self.rules.since(placed_at)):
             ids = ", ".join(machine.id for machine in ordered)
             self.broken(at, "launches never exceed the caps", f"{len(ordered)} machines: {ids}")
+
+    def bought(self, at: float, token: str, kind: str) -> None:
+        """A launch call asks for this type: one that was allowed when its order was placed, or is now."""
+        allowed = {
+            one for pool in self.rules.since(self._placed_at.get(token, at)) for one in pool.instance_types
+        }
+        if kind not in allowed:
+            facts = f"{kind} for {token}; allowed: {', '.join(sorted(allowed))}"
+            self.broken(at, "only what the settings in force allow is bought", facts)
 
     def tokens(self, at: float, machines: list[Machine]) -> None:
         """No more instances than the order was for, over the whole history."""

@@ -32,6 +32,7 @@ from broker.simulation.history import (
     Noise,
     Operator,
     Outage,
+    Reload,
     SecondHost,
     SilentPort,
     Stop,
@@ -160,6 +161,8 @@ class Stage:
                 self.accidents.silent_port(entry)
             case BrokenImage():
                 await self.accidents.broken_image(entry)
+            case Reload():
+                self.accidents.reload(entry)
             case Operator():
                 await self.accidents.operate(entry)
             case Noise():
@@ -179,7 +182,10 @@ class Stage:
         """Within the stated time nothing runs, and nothing is left in the books and on disk."""
         world = self._world
         began_at = world.now
-        limit = world.pool.idle_timeout + world.pool.boot_deadline + REST_SLACK_SECONDS
+        idle_timeout = max(
+            pool.idle_timeout for pool in world.referee.rules.since(0.0)
+        )  # of the oldest lease
+        limit = idle_timeout + world.pool.boot_deadline + REST_SLACK_SECONDS
         if world.witness.seen["second host took over"]:
             limit += STALE_SECONDS  # a broker that was in charge may have ended a moment ago
         while (unrest := self._unrest()) and world.now < began_at + limit:  # noqa: ASYNC110 (no event tells)

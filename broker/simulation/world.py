@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from broker.core.model import Event, WorkerChanged, WorkerState
+from broker.core.settings import PoolSettings
 from broker.daemon import Daemon
 from broker.providers.sim_machine import Machine
 from broker.providers.sim_weather import Fault
@@ -25,13 +26,12 @@ class World:
     def __init__(self, history: History, directory: Path, tracing: bool) -> None:
         self.history = history
         self.directory = directory
-        self.pool = history.settings.pool["default"]
         self.loop = asyncio.get_running_loop()
         self.clock = LoopClock(self.loop)
         self.closing_at = history.hours * HOUR_SECONDS  # then all is healed, and everybody goes home
         self.trace: list[str] = []
         self.tracing = tracing
-        self.referee = Referee(self.pool, self._accused)
+        self.referee = Referee(history.settings.pool["default"], self._accused)
         self.sky = SimEC2(
             random.Random(history.seed),  # noqa: S311
             self.loop.time,
@@ -48,9 +48,15 @@ class World:
             heard=self._heard,
             asked=self._asked,
         )
+        self.host.in_force = lambda read: self.referee.rules.begin(self.now, read.pool["default"])
         self.other: Host | None = None  # with a broker of the same id on it, for a while
         self._took_over: Host | None = None
         self.sky.listen(self._cloud_reports)
+
+    @property
+    def pool(self) -> PoolSettings:
+        """The settings in force, or about to be."""
+        return self.referee.rules.pool
 
     @property
     def now(self) -> float:
@@ -152,6 +158,8 @@ class World:
             target = parameters.get("TargetCapacitySpecification", {}).get("TotalTargetCapacity")
             count = int(target or parameters["MaxCount"])
             self.referee.launched(self.now, token, self.host.on_disk(token), count)
+            for kind in _kinds(parameters):
+                self.referee.bought(self.now, token, kind)
 
     def _heard(self, event: Event) -> None:
         """The broker's books have changed."""
@@ -191,6 +199,14 @@ class World:
 
     def _accused(self, violation: Violation) -> None:
         self.say(f"VIOLATION: {violation}", violation.at)
+
+
+def _kinds(parameters: Any) -> list[str]:
+    """The machine types that a launch call asks for."""
+    if "InstanceType" in parameters:
+        return [parameters["InstanceType"]]
+    configs = parameters["LaunchTemplateConfigs"]
+    return [override["InstanceType"] for config in configs for override in config["Overrides"]]
 
 
 def _is_in_charge(daemon: Daemon) -> bool:

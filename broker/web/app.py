@@ -17,7 +17,8 @@ SCAN_AGE_SECONDS_MIN = 120.0
 INDEX = """compute-broker
 
 /metrics   for Prometheus
-/healthz   200 while every loop is alive and the cloud was scanned of late, else 503 with the reasons
+/healthz   200 while every loop is alive and the cloud was scanned of late, else 503 with the reasons; it also
+           says which settings of the file are not in force
 /readyz    200 once workers can be handed out, else 503 with the reason, such as: another broker is in charge
 """
 
@@ -39,19 +40,23 @@ class Health:
         interval = self._context.settings.broker.reconcile_interval
         age_max = max(SCAN_AGE_SECONDS_MIN, SCAN_AGE_FACTOR_MAX * interval)
         for cloud in self._context.clouds.all:
-            age_seconds = self._context.now() - (cloud.scanned_at or self._started_at)
+            age_seconds = self._context.now() - (cloud.scanned_at or max(self._started_at, cloud.added_at))
             if age_seconds > age_max:
                 reason = f": {cloud.error.message}" if cloud.error else ""
                 found.append(f"{cloud.provider.name} was last scanned {age_seconds:.0f} s ago{reason}")
         return found
+
+    def notes(self) -> list[str]:
+        """What an operator should know although the broker is well: settings that are not in force. It is no
+        reason for /healthz to be red: a restart with a broken file would only make it worse."""
+        return list(self._context.outdated)
 
     def not_ready(self) -> list[str]:
         """Why /readyz is red. Not /healthz: a broker that stands by is well, and nobody shall restart it."""
         unscanned = [
             f"{cloud.provider.name} has not been scanned yet"
             + (f": {cloud.error.message}" if cloud.error else "")
-            for cloud in self._context.clouds.all
-            if not cloud.recovered
+            for cloud in self._context.clouds.awaited()
         ]
         return unscanned + [error.message for error in self._context.clouds.read_only()]
 
@@ -67,7 +72,7 @@ def make_app(metrics: Metrics, health: Health) -> web.Application:
         return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     async def healthz(request: web.Request) -> web.Response:
-        return _verdict(health.problems())
+        return _verdict(health.problems(), health.notes())
 
     async def readyz(request: web.Request) -> web.Response:
         return _verdict(health.not_ready())
@@ -84,7 +89,7 @@ def make_app(metrics: Metrics, health: Health) -> web.Application:
     return app
 
 
-def _verdict(problems: list[str]) -> web.Response:
+def _verdict(problems: list[str], notes: Sequence[str] = ()) -> web.Response:
     if problems:
-        return web.Response(status=503, text="\n".join(problems) + "\n")
-    return web.Response(text="ok\n")
+        return web.Response(status=503, text="\n".join([*problems, *notes]) + "\n")
+    return web.Response(text="\n".join(["ok", *notes]) + "\n")

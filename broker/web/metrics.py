@@ -156,6 +156,7 @@ class Metrics(Collector):
         yield from self._money()
         yield from buying_gauges(self._context)
         yield from self._command_metrics()
+        yield from self._settings_gauges()
         yield _gauge("compute_broker_connections", "Client connections.", self._connections())
         read_only = GaugeMetricFamily(
             "compute_broker_read_only",
@@ -170,6 +171,18 @@ class Metrics(Collector):
             "compute_broker_last_scan_timestamp_seconds",
             "When the cloud whose last complete scan is oldest was scanned; 0 before the first scan.",
             min(scans, default=0.0),
+        )
+
+    def _settings_gauges(self) -> Iterator[Metric]:
+        yield _gauge(
+            "compute_broker_settings_outdated",
+            "1 while the settings in force are not those of the file as it was read last: see /healthz.",
+            float(bool(self._context.outdated)),
+        )
+        yield _gauge(
+            "compute_broker_settings_loaded_timestamp_seconds",
+            "When the settings in force were read.",
+            self._context.loaded_unix,
         )
 
     def _pool_gauges(self) -> Iterator[Metric]:

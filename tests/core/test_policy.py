@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -38,6 +41,20 @@ def verdict(registry: Registry, worker: Worker, now: float, settings: PoolSettin
     current = registry.get(worker.id)
     assert current is not None
     return judge(registry, current, settings, now)
+
+
+# --- a pool that was removed -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [booting, ready])
+def test_a_worker_of_a_removed_pool_goes_as_soon_as_nobody_holds_it(make: Callable[..., Worker]) -> None:
+    registry = Registry()
+    worker = make(registry, 100.0)
+    assert judge(registry, worker, POOL, 100.0, leaving=True) == Verdict(drain=Reason.POOL_REMOVED)
+    hold(registry, worker, 100.0)
+    assert judge(registry, worker, POOL, 100.0, leaving=True).drain is None
+    registry.end_lease(worker.id, "ann", "released", 101.0)
+    assert judge(registry, worker, POOL, 101.0, leaving=True) == Verdict(drain=Reason.POOL_REMOVED)
 
 
 # --- who must go ----------------------------------------------------------------------------------------
@@ -336,5 +353,5 @@ def test_why_a_worker_is_drained_is_a_closed_list_of_short_words() -> None:
     """They are values of a metric's label, which dashboards hold on to."""
     assert {str(reason) for reason in Reason} == {
         "idle", "released", "max-lifetime", "boot-timeout", "boot-failed", "unresponsive", "terminate-all",
-        "reclaimed", "stopped", "surplus", "ended-before", "wrong-market", "replaced",
+        "reclaimed", "stopped", "surplus", "ended-before", "wrong-market", "replaced", "pool-removed",
     }  # fmt: skip

@@ -623,6 +623,17 @@ def test_a_machine_that_is_taken_in_can_be_found_by_whoever_hears_of_it() -> Non
     assert found == [adopted, adopted]
 
 
+def test_a_notice_that_is_lifted_lets_a_probe_show_readiness_again() -> None:
+    books = books_with(S.READY)
+    books.suspect(WORKER, "its pool was removed", NOW, standing=True)
+    books.lift_notice(WORKER, "another notice", NOW)
+    assert books.in_state(S.SUSPECT)[0].standing_notice == "its pool was removed"
+    books.lift_notice(WORKER, "its pool was removed", NOW)
+    assert isinstance(books.events[-1], WorkerSeen)
+    assert books.ready(WORKER, NOW + 1).state is S.READY
+    assert books.leases(WORKER)
+
+
 def test_a_notice_is_heard_as_standing_and_a_worker_drained_for_it_stays_drained() -> None:
     heard = []
 

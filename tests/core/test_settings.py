@@ -516,3 +516,17 @@ def test_whatever_is_written_there_are_settings_or_problems_with_their_keys(
     for it in settings.pool.values():
         assert it.price_usd_micros_per_hour >= 0
         assert 0 < it.idle_timeout <= DURATION_SECONDS_MAX
+
+
+@pytest.mark.parametrize("key", ["subnets", "zones"])
+def test_one_subnet_and_several_places_exclude_each_other(key: str) -> None:
+    with pytest.raises(SettingsError) as raised:
+        parse({"pool": {"default": {"subnet": "subnet-1", key: ["a"]}}}, {})
+    assert raised.value.problems == (
+        f"pool.default.{key}: subnet lies in one zone and excludes it; name subnets = [...] instead",
+    )
+
+
+def test_a_zone_that_is_named_twice_is_one() -> None:
+    settings = parse({"pool": {"default": {"zones": "us-east-1a, us-east-1b, us-east-1a"}}}, {})
+    assert settings.pool["default"].zones == ("us-east-1a", "us-east-1b")

@@ -101,6 +101,11 @@ def test_readiness_and_liveness_come_from_the_main_process() -> None:
     assert one(SERVICE, "Service.NotifyAccess") == "main"
 
 
+def test_a_reload_is_the_signal_that_the_broker_takes_for_one() -> None:
+    # What the signal does is shown by tests/acceptance/test_reload.py, on a real process.
+    assert one(SERVICE, "Service.ExecReload").split() == ["/bin/kill", "-HUP", "$MAINPID"]
+
+
 def test_a_slow_cloud_is_not_taken_for_a_hang() -> None:
     slowest = reconcile.SCAN_SECONDS_MAX + reconcile.BEAT_SECONDS_MAX
     assert slowest < seconds(one(SERVICE, "Service.WatchdogSec"))

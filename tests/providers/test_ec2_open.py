@@ -5,6 +5,7 @@ The environment is scrubbed: no test reads this machine's AWS files or asks its 
 
 from __future__ import annotations
 
+import json
 import socket
 import time
 from pathlib import Path
@@ -271,6 +272,139 @@ async def test_a_region_without_a_default_vpc_needs_a_subnet() -> None:
     assert await problems_of(client, default=pool(security_groups=["workers"])) == [
         "pool.default.subnet: us-east-1 has no default VPC; name a subnet"
     ]
+
+
+# --- zones and subnets -----------------------------------------------------------------------------
+
+
+def subnets(*zones: str, vpc: str = "vpc-1") -> ScriptedClient:
+    """Subnets subnet-1, subnet-2, … in these zones."""
+    shapes = [
+        {"SubnetId": f"subnet-{number}", "AvailabilityZone": f"us-east-1{zone}", "VpcId": vpc}
+        for number, zone in enumerate(zones, 1)
+    ]
+    types = [{"InstanceType": kind, "VCpuInfo": {"DefaultVCpus": 2}} for kind in ("c7i.large", "c6i.large")]
+    return ScriptedClient(DescribeSubnets={"Subnets": shapes}, DescribeInstanceTypes={"InstanceTypes": types})
+
+
+async def test_every_type_is_offered_in_every_zone_types_first() -> None:
+    here = pool(instance_types=["c7i.large", "c6i.large"], zones=["us-east-1b", "us-east-1a"])
+    async with opened(subnets(), {"default": here}) as provider:
+        offered = [(one.instance_type, one.zone) for one in provider.offerings("default")]
+        order = provider.prepare("default", "order-1", provider.offerings("default")[1:2], NOW_UNIX)
+    assert offered == [
+        ("c7i.large", "us-east-1b"), ("c7i.large", "us-east-1a"),
+        ("c6i.large", "us-east-1b"), ("c6i.large", "us-east-1a"),
+    ]  # fmt: skip
+    assert '"Placement":{"AvailabilityZone":"us-east-1a"}' in order.parameters
+
+
+async def test_a_launch_uses_the_subnet_of_its_offerings_zone() -> None:
+    here = pool(subnets=["subnet-2", "subnet-1"], address="private")
+    async with opened(subnets("a", "b"), {"default": here}) as provider:
+        first, second = provider.offerings("default")
+        assert (first.zone, second.zone) == ("us-east-1b", "us-east-1a")
+        order = provider.prepare("default", "order-1", [second], NOW_UNIX)
+    assert '"SubnetId":"subnet-1"' in order.parameters
+    assert "Placement" not in order.parameters
+
+
+async def test_a_fleet_names_the_subnet_of_each_offerings_zone() -> None:
+    async with opened(subnets("a", "b"), {"default": pool(subnets=["subnet-2", "subnet-1"])}) as provider:
+        order = provider.prepare("default", "order-1", provider.offerings("default"), NOW_UNIX, count=2)
+    (config,) = json.loads(order.parameters)["fleet"]["LaunchTemplateConfigs"]
+    assert [one["SubnetId"] for one in config["Overrides"]] == ["subnet-2", "subnet-1"]
+    assert all("AvailabilityZone" not in one for one in config["Overrides"])
+
+
+async def test_zones_choose_among_the_subnets_and_their_order() -> None:
+    here = pool(subnets=["subnet-1", "subnet-2", "subnet-3"], zones=["us-east-1c", "us-east-1a"])
+    async with opened(subnets("a", "b", "c"), {"default": here}) as provider:
+        assert [one.zone for one in provider.offerings("default")] == ["us-east-1c", "us-east-1a"]
+
+
+async def test_subnets_and_zones_that_cannot_work_are_named() -> None:
+    wrong = pool(subnets=["subnet-1", "subnet-2", "subnet-9"], zones=["us-east-1c", "eu-west-1a"])
+    assert await problems_of(subnets("a", "a"), default=wrong) == [
+        'pool.default.zones: "eu-west-1a" is no zone of us-east-1',
+        'pool.default.subnets: us-east-1 has no subnet "subnet-9"',
+        "pool.default.subnets: subnet-1 and subnet-2 lie in us-east-1a both; name one a zone",
+        'pool.default.zones: none of the subnets lies in "us-east-1c"',
+        'pool.default.zones: none of the subnets lies in "eu-west-1a"',
+    ]
+
+
+async def test_subnets_of_two_vpcs_are_no_pool() -> None:
+    client = subnets("a", "b")
+    client.scripts["DescribeSubnets"]["Subnets"][1]["VpcId"] = "vpc-2"  # type: ignore[index,call-overload]
+    assert await problems_of(client, default=pool(subnets=["subnet-1", "subnet-2"])) == [
+        "pool.default.subnets: lie in several VPCs (vpc-1, vpc-2); a pool has one"
+    ]
+
+
+async def test_groups_by_name_are_looked_up_in_the_vpc_of_the_subnets() -> None:
+    client = subnets("a", "b")
+    client.scripts["DescribeSecurityGroups"] = {"SecurityGroups": [GROUP]}
+    here = pool(subnets=["subnet-1", "subnet-2"], security_groups=["workers"])
+    async with opened(client, {"default": here}):
+        assert client.sent("DescribeSecurityGroups")[0]["Filters"][0]["Values"] == ["vpc-1"]
+
+
+# --- new settings ----------------------------------------------------------------------------------
+
+
+async def test_new_settings_ask_the_cloud_only_about_what_it_has_not_been_asked() -> None:
+    client = network()
+    async with opened(client, {"default": pool(security_groups=["workers"])}) as provider:
+        before = len(client.calls)
+        same = pool(security_groups=["workers"], image="ami-2", idle_timeout="1m", user_data="#!/bin/sh")
+        change = await provider.study({"default": same})
+        assert (
+            "ami-2"
+            not in provider.prepare("default", "order-1", provider.offerings("default"), NOW_UNIX).parameters
+        )
+        change.apply()
+        order = provider.prepare("default", "order-2", provider.offerings("default"), NOW_UNIX)
+        assert '"ImageId":"ami-2"' in order.parameters
+        assert '"UserData":"#!/bin/sh"' in order.parameters
+        assert '"SecurityGroupIds":["sg-1"]' in order.parameters
+        assert len(client.calls) == before
+
+
+async def test_a_new_pool_with_a_mistake_leaves_the_others_as_they_are() -> None:
+    client = network()
+    async with opened(client, {"default": pool()}) as provider:
+        change = await provider.study({"default": pool(), "big": pool(instance_types=["c7i.96xlarge"])})
+        mistake = change.mistake()
+        assert mistake is not None
+        assert mistake.pools == {"big"}
+        assert mistake.problems == ('pool.big.instance_types: us-east-1 has no machine type "c7i.96xlarge"',)
+        change.apply()
+        assert provider.prepare("default", "order-1", provider.offerings("default"), NOW_UNIX)
+
+
+async def test_while_the_cloud_is_away_only_what_it_must_be_asked_about_has_to_wait() -> None:
+    client = network()
+    async with opened(client, {"default": pool()}) as provider:
+        client.scripts["DescribeInstanceTypes"] = CloudUnreachable("away")
+        change = await provider.study(
+            {"default": pool(idle_timeout="1m"), "big": pool(instance_types=["c7i.xlarge"])}
+        )
+        assert (change.mistake(), list(change.later)) == (None, ["big"])
+
+
+async def test_cores_of_an_earlier_run_are_known_until_the_cloud_tells_them() -> None:
+    client = ScriptedClient()
+    provider = Ec2Provider(
+        "lab", {"default": pool()}, region="us-east-1", profile=None, clock_wall=lambda: NOW_UNIX,
+        client_factory=client.factory,
+    )  # fmt: skip
+    provider.recall_cores({"c7i.large": 64})
+    assert [one.cores for one in provider.offerings("default")] == [64]
+    await provider.open()
+    provider.recall_cores({"c7i.large": 64})
+    assert [one.cores for one in provider.offerings("default")] == [2]
+    await provider.close()
 
 
 # --- user data -------------------------------------------------------------------------------------

@@ -143,7 +143,8 @@ class BrokerProcess:
             **tables.get("broker", {}),
         }
         self.state_dir = Path(str(broker["state_dir"]))
-        self.config_file.write_text(_toml({**tables, "broker": broker}), encoding="utf-8")
+        self._broker_table = broker
+        self.write(tables)
         self.environ = bare_environment(directory / "home") | dict(environ or {})
         self.prefix: tuple[str, ...] = ()  # a command that runs the broker in its own place, as nice(1) does
         self._process: subprocess.Popen[bytes] | None = None
@@ -218,6 +219,19 @@ class BrokerProcess:
             return self._process.wait(seconds_max)
         except subprocess.TimeoutExpired:
             raise AssertionError(f"the broker has not ended within {seconds_max:g} s") from None
+
+    def write(self, tables: Mapping[str, Mapping[str, object]]) -> None:
+        """The configuration file; a key of [broker] that is not named stays as it was."""
+        broker = {**self._broker_table, **tables.get("broker", {})}
+        self.config_file.write_text(_toml({**tables, "broker": broker}), encoding="utf-8")
+
+    def reload(self, tables: Mapping[str, Mapping[str, object]] | str) -> None:
+        """A new file (text that may hold mistakes, or tables), and SIGHUP. Returns at once."""
+        if isinstance(tables, str):
+            self.config_file.write_text(tables, encoding="utf-8")
+        else:
+            self.write(tables)
+        self._signal(signal.SIGHUP)
 
     def close(self) -> None:
         """Ends everything that was started, whatever state it is in."""
