@@ -89,7 +89,8 @@ class ReapLoop:
         current = self._registry.get(worker.id)
         if current is None:
             return
-        verdict = judge(self._registry, current, self._context.pool(current.pool), now)
+        pool, warmth = self._context.pool(current.pool), self._context.warmth(current.pool)
+        verdict = judge(self._registry, current, pool, now, warmth)
         if verdict.retire and not current.standing_notice:
             self._registry.suspect(worker.id, "max lifetime reached", now, standing=True)
         if verdict.next_look_at is not None:
