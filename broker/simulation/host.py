@@ -84,7 +84,7 @@ class Host:
     """See the module. `factory` makes clients of the cloud's API, `connect` is the network to workers.
 
     `heard` is told the broker's events and `asked` its calls; `born` hears of every new process, `ended` of
-    one that has ended by itself.
+    one that has ended by itself. `settings` are those of the next process.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class Host:
         asked: Callable[[str, Any], None],
         owner: str = OWNER_ID,
     ) -> None:
-        self._settings, self._state_dir, self._clock = settings, state_dir, clock
+        self.settings, self._state_dir, self._clock = settings, state_dir, clock
         self._factory, self._connect = factory, connect
         self._heard, self._asked, self._owner = heard, asked, owner
         self.born: Callable[[Incarnation], None] = lambda incarnation: None
@@ -127,7 +127,7 @@ class Host:
     def make(self, incarnation: Incarnation) -> Daemon:
         """A broker, wired and not started."""
         daemon = Daemon(
-            self._settings,
+            self.settings,
             state_dir=self._state_dir,
             clock=self._clock,
             log=silent_log(),
@@ -224,14 +224,14 @@ class Host:
             return _Gated(self._factory(manners), incarnation, self._asked)
 
         provider = Ec2Provider(
-            self._settings.broker.id,
-            self._settings.pool,
+            self.settings.broker.id,
+            self.settings.pool,
             region="us-east-1",
             profile=None,
             clock_wall=self._clock.wall,
             client_factory=factory,
         )
-        return dict.fromkeys(self._settings.pool, provider)
+        return dict.fromkeys(self.settings.pool, provider)
 
 
 class _Gated:
