@@ -9,7 +9,6 @@ from typing import Any
 
 from broker.core import schedule
 from broker.core.model import Event, WorkerChanged, WorkerState
-from broker.core.policy import Demand
 from broker.core.settings import Settings
 from broker.core.warm import expiring
 from broker.daemon import Daemon
@@ -213,7 +212,7 @@ class World:
         unheld = registry.count(pool, WorkerState.ORDERED) - daemon.orders.doubtful(pool)
         unheld += sum(not registry.busy(w.id) for w in registry.in_state(WorkerState.BOOTING, pool=pool))
         unheld += sum(not expiring(w, self.pool, self.now) for w in registry.unheld(pool))
-        demand = Demand(self._asking[False], self._asking[True]).workers_wanted()
+        demand = self._asking[True] + (1 if self._asking[False] else 0)
         moments_unix = (self.true_unix() + seconds for seconds in (-1.0, 0.0, 1.0))  # HTTP dates are coarse
         target = max(schedule.target(self.pool.warm_targets, unix) for unix in moments_unix)
         if not demand:
