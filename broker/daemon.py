@@ -432,7 +432,8 @@ class Daemon:
         if isinstance(event, WorkerSeen):
             self._wake("probe")
         elif isinstance(event, LeaseGranted):
-            self._replace_spare(event.worker.pool)  # if it was one
+            if event.first:
+                self._replace_spare(event.worker.pool)
         elif isinstance(event, WorkerChanged):
             match event.worker.state:
                 case WorkerState.ORDERED:

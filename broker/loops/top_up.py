@@ -10,6 +10,7 @@ from broker.context import Context
 from broker.core import schedule
 from broker.core.model import Event, WorkerChanged, WorkerState
 from broker.core.policy import Reason
+from broker.core.settings import PoolSettings
 from broker.core.warm import LOOK_SECONDS, PAUSE_SECONDS_MAX, warm_shortage
 from broker.orders import YIELDED
 
@@ -72,6 +73,16 @@ class TopUp:
             moments.append(not_before_at)
         if cloud is not None:
             now_unix = cloud.provider.clock_unix(now).earliest_unix
-            change_unix = schedule.next_change_unix(context.pool(name).warm_targets, now_unix)
-            moments += [now + change_unix - now_unix] if change_unix is not None else []
+            moments += [now + seconds for seconds in _seconds_to_change(context.pool(name), now_unix)]
         return min(moments)
+
+
+def _seconds_to_change(pool: PoolSettings, now_unix: float) -> list[float]:
+    """Until the target changes, if it does so before the next look: a search through the week costs a hundred
+    times as much as two looks at the clock, and a window is a minute long at least."""
+    targets = pool.warm_targets
+    then_unix = now_unix + LOOK_SECONDS
+    if schedule.target(targets, now_unix) == schedule.target(targets, then_unix):
+        return []
+    change_unix = schedule.next_change_unix(targets, now_unix)
+    return [] if change_unix is None else [change_unix - now_unix]
