@@ -41,7 +41,7 @@ from broker.cli_base import (
 )
 from broker.cli_leases import ACQUIRE_CONTEXT, acquire, done, renew, watch
 from broker.client import Client
-from broker.configuration import to_toml
+from broker.configuration import load, to_toml
 from broker.core.errors import BrokerError, SettingsError
 from broker.core.settings import schema as settings_schema
 from broker.errand import BrokerUnreachable

@@ -16,8 +16,10 @@ from broker.core.errors import BadRequest
 from broker.core.model import Instance, Order, Worker
 from broker.core.money import Price
 from broker.core.policy import LaunchGuard
-from broker.core.registry import Registry
+from broker.core.registry import BOOKED, Registry
+from broker.core.schedule import target
 from broker.core.settings import PoolSettings, Settings
+from broker.core.warm import Warmth
 from broker.store import LaunchedOrder, Store, StoredLease
 from broker.waiting import Waiting
 
@@ -57,6 +59,7 @@ class Context:
     waiting: Waiting = field(default_factory=Waiting)
     scanned: Signal = field(default_factory=Signal)  # a scan of a cloud ended, well or not
     guards: dict[str, LaunchGuard] = field(default_factory=dict)
+    warm: dict[str, Warmth] = field(default_factory=dict)  # ask `warmth`, which looks at the clock
     obstacles: dict[str, str] = field(default_factory=dict)  # pool → why its clients wait without a launch
     stored_leases: dict[str, list[StoredLease]] = field(
         default_factory=dict
@@ -116,6 +119,23 @@ class Context:
 
     def guard(self, pool: str) -> LaunchGuard:
         return self.guards.setdefault(pool, LaunchGuard())
+
+    def warmth(self, pool: str) -> Warmth:
+        """The pool's warm target now, by the cloud's clock; its fall is remembered as of now.
+
+        A client that waits although the cap is reached wants something that no spare is: the spares, which
+        nobody wants, keep the place no longer than their idle timeout.
+        """
+        warmth, now = self.warm.setdefault(pool, Warmth()), self.now()
+        warmth.seen(self._warm_target(pool, now), now)
+        return warmth
+
+    def _warm_target(self, name: str, now: float) -> int:
+        pool, cloud = self.pool(name), self.cloud(name)
+        full = self.registry.count(name, *BOOKED) >= pool.max_workers
+        if not pool.keeps_warm or cloud is None or (full and self.waiting.of(name)):
+            return 0
+        return target(pool.warm_targets, cloud.provider.clock_unix(now).earliest_unix)
 
     def claim(self, cloud: Cloud) -> Claim:
         """What we write onto the machines of a cloud now: by its clock, which all who look share."""

@@ -24,7 +24,7 @@ from broker.clock import Clock, moment
 from broker.clouds import Cloud, Clouds
 from broker.context import Context
 from broker.core.errors import BrokerError, CloudUnreachable, SettingsError, StoreError
-from broker.core.model import Event, InstanceState, WorkerChanged, WorkerSeen, WorkerState
+from broker.core.model import Event, InstanceState, LeaseGranted, WorkerChanged, WorkerSeen, WorkerState
 from broker.core.money import USD_MICROS
 from broker.core.policy import HOUR_SECONDS, Reason
 from broker.core.registry import BOOKED, Registry
@@ -184,6 +184,7 @@ class Daemon:
             self.meter.heard,
             self.metrics.heard,
             self._guard_heard,
+            self.launch.top_up.heard,
             self.orders.heard,
             self._reloading.heard,
             self._wake_heard,
@@ -426,7 +427,7 @@ class Daemon:
         if self._claims.due():
             self._wake("beat")
         self._wake("prices")  # machines may have been found, or the cloud has come back
-        if len(self.context.waiting):
+        if len(self.context.waiting) or any(pool.keeps_warm for pool in self.context.settings.pool.values()):
             self._wake("launch")
 
     def _beat(self) -> None:
@@ -448,6 +449,9 @@ class Daemon:
         """A loop that has something to do shall not wait for its next look."""
         if isinstance(event, WorkerSeen):
             self._wake("probe")
+        elif isinstance(event, LeaseGranted):
+            if event.first:
+                self._replace_spare(event.worker.pool)
         elif isinstance(event, WorkerChanged):
             match event.worker.state:
                 case WorkerState.ORDERED:
@@ -455,12 +459,17 @@ class Daemon:
                 case WorkerState.GONE:
                     self._wake("launch")  # there may be room under the cap again
                 case state:
+                    self._replace_spare(event.worker.pool)
                     self._wake("reap")  # every state has a deadline of its own
                     self._wake("probe")
                     if state is WorkerState.READY:
                         self._wake("tagging")
                     if state is WorkerState.BOOTING:
                         self._look_closely()
+
+    def _replace_spare(self, pool: str) -> None:
+        if self.context.pool(pool).keeps_warm:
+            self._wake("launch")
 
     def _report(self, event: str, details: Mapping[str, object]) -> None:
         error = details.get("error")

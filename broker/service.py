@@ -41,6 +41,7 @@ from broker.core.protocol import Command, GetWorker, ListAll, Malformed, Ping, R
 from broker.core.registry import BOOKED, USABLE
 from broker.core.settings import PoolSettings
 from broker.core.tags import rfc3339
+from broker.core.warm import idle_since_at
 from broker.core.wish import ANYTHING, Wish
 from broker.waiting import Waiter
 
@@ -338,7 +339,10 @@ class Service:
         now, pool = self._now(), self._context.pool_of(worker)
         idle_seconds = max(0.0, now - self._registry.used_at(worker.id))
         usable = worker.state in (WorkerState.READY, WorkerState.SUSPECT)
-        ends_in = pool.idle_timeout - idle_seconds
+        idle_at: float | None = now - idle_seconds
+        if not self._registry.busy(worker.id):
+            idle_at = idle_since_at(self._registry, worker, pool, self._context.warmth(worker.pool), now)
+        ends_in = float("inf") if idle_at is None else idle_at + pool.idle_timeout - now
         if not self._registry.busy(worker.id):
             ends_in = min(ends_in, worker.born_at + pool.max_lifetime - now)
         return {

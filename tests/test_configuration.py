@@ -153,3 +153,7 @@ def test_whatever_letters_are_in_it_the_shown_file_says_the_same(
     name: str, tags: dict[str, str], wait: float
 ) -> None:
     again({"pool": {"default": {"name_tag": name, "tags": tags, "wait": wait, "user_data": name}}})
+
+
+def test_a_warm_schedule_is_shown_as_it_can_be_read_again() -> None:
+    again({"pool": {"default": {"warm": 1, "warm_schedule": {"Mon-Fri 08:00-19:00 Europe/Berlin": 2}}}})

@@ -107,8 +107,9 @@ def test_the_lease_examples_hold_a_lease_and_give_it_back(tmp_path: Path) -> Non
 
 
 def test_the_sample_settings_are_sound() -> None:
-    (sample,) = blocks("settings")
-    assert parse(tomllib.loads(sample), {}).pool["default"].max_workers == 2
+    sample, warm = (parse(tomllib.loads(block), {}).pool["default"] for block in blocks("settings"))
+    assert sample.max_workers == 2
+    assert list(warm.warm_schedule.values()) == [2, 1]
 
 
 def test_every_aws_command_exists_with_every_option() -> None:

@@ -126,6 +126,10 @@ class Cooling:
         self._refused.pop(_anywhere(place), None)  # "in no zone" has proved wrong
         self._quotas.pop(_quota_scope(offering), None)
 
+    def mended(self, pool: str) -> None:
+        """The pool's settings are others now: what a person was to mend is asked for again."""
+        self._mending = {key: pause for key, pause in self._mending.items() if key[0] != pool}
+
     # --- what follows --------------------------------------------------------------------------------
 
     def usable(

@@ -17,6 +17,7 @@ from broker.core.ledger import Budget
 from broker.core.model import Worker, WorkerState
 from broker.core.registry import BOOKED, USABLE, Registry
 from broker.core.settings import PoolSettings
+from broker.core.warm import LOOK_SECONDS, Warmth, idle_since_at
 
 HOUR_SECONDS = 3600.0
 BREAKER_SECONDS = (
@@ -56,11 +57,18 @@ class Verdict:
 
 
 def judge(
-    registry: Registry, worker: Worker, pool: PoolSettings, now: float, *, leaving: bool = False
+    registry: Registry,
+    worker: Worker,
+    pool: PoolSettings,
+    now: float,
+    warmth: Warmth | None = None,
+    *,
+    leaving: bool = False,
 ) -> Verdict:
     """One worker, after `registry.expire_leases`: must it go? Times are monotonic seconds.
 
-    One that is `leaving`, because its pool was removed, goes as soon as nobody holds it.
+    One that the warm target keeps is not idle, however long nobody has used it. One that is `leaving`,
+    because its pool was removed, goes as soon as nobody holds it.
     """
     if leaving and worker.state in USABLE and not registry.busy(worker.id):
         return Verdict(drain=Reason.POOL_REMOVED)
@@ -71,7 +79,7 @@ def judge(
                 deadline_at = max(deadline_at, _last_lease_end(registry, worker))
             return _drain_at(deadline_at, Reason.BOOT_TIMEOUT, now)
         case WorkerState.READY | WorkerState.SUSPECT:
-            return _judge_usable(registry, worker, pool, now)
+            return _judge_usable(registry, worker, pool, now, warmth or Warmth())
         case _:
             return Verdict()
 
@@ -83,20 +91,24 @@ def born_at(pool: PoolSettings, age_seconds: float, now: float) -> float:
     return now - min(max(0.0, age_seconds), age_max)
 
 
-def _judge_usable(registry: Registry, worker: Worker, pool: PoolSettings, now: float) -> Verdict:
+def _judge_usable(
+    registry: Registry, worker: Worker, pool: PoolSettings, now: float, warmth: Warmth
+) -> Verdict:
     retire_at = worker.born_at + pool.max_lifetime
     if registry.busy(worker.id):
         ends_at = min(registry.lease_ends_at(lease.id) or now for lease in registry.leases(worker.id))
         if now >= retire_at:
             return Verdict(retire=True, next_look_at=ends_at)
         return Verdict(next_look_at=min(ends_at, retire_at))
-    limits = [
-        (registry.used_at(worker.id) + pool.idle_timeout, Reason.IDLE),
-        (retire_at, Reason.MAX_LIFETIME),
-    ]
+    limits = [(retire_at, Reason.MAX_LIFETIME)]
+    idle_at = idle_since_at(registry, worker, pool, warmth, now)
+    if idle_at is not None:
+        limits.append((idle_at + pool.idle_timeout, Reason.IDLE))
     if worker.state is WorkerState.SUSPECT:
         limits.append((worker.since_at + SUSPECT_SECONDS_MAX, Reason.UNRESPONSIVE))
     deadline_at, reason = min(limits)
+    if idle_at is None and deadline_at > now:  # whether it is still a spare is looked at again and again
+        return Verdict(next_look_at=min(deadline_at, now + LOOK_SECONDS))
     return _drain_at(deadline_at, reason, now)
 
 

@@ -152,6 +152,10 @@ class Registry:
     def lease_count(self, pool: str) -> int:
         return sum(len(self._leases.get(w.id, ())) for w in self.in_state(*BOOKED, pool=pool))
 
+    def unheld(self, pool: str) -> Iterator[Worker]:
+        """READY and held by nobody; the one freed last comes last."""
+        return (self._workers[id_] for id_ in self._free.get(pool, ()))
+
     def busy(self, worker_id: str) -> bool:
         return bool(self._leases.get(worker_id))
 

@@ -14,6 +14,7 @@ from difflib import get_close_matches
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -24,13 +25,16 @@ from pydantic import (
     model_validator,
 )
 
+from broker.core import schedule
 from broker.core.errors import SettingsError
+from broker.core.schedule import Schedule
 
 ENV_PREFIX = "COMPUTE_BROKER__"
 DURATION = re.compile(r"(?P<amount>\d+(\.\d+)?(e[+-]?\d+)?)(?P<unit>ms|s|m|h|d)?")
 DURATION_SECONDS_MAX = 10 * 365 * 86_400  # no timeout means longer, and tags cannot tell a date after 9999
 UNIT_SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, None: 1.0}
 LOOPBACK = re.compile(r"127(\.\d{1,3}){3}|localhost|::1")
+WARM_MAX = 1000  # nobody keeps more machines idle on purpose
 TAGS_MAX = 40  # EC2 allows 50 on a resource (EC2 user guide, Tag restrictions); ours are seven
 TAG_KEY_RESERVED = re.compile(r"compute-broker:.*|aws:.*|Name", re.IGNORECASE)
 
@@ -60,6 +64,24 @@ def _words(value: object) -> object:
     return value.split() if isinstance(value, str) else value
 
 
+def _schedule_table(value: object) -> object:
+    """An environment variable holds the table as JSON."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError:
+        raise ValueError(
+            'is no table: write { "Mon-Fri 08:00-19:00 Europe/Berlin" = 2 }, and in an environment variable '
+            '{"Mon-Fri 08:00-19:00 Europe/Berlin": 2}'
+        ) from None
+
+
+def _window_text(text: str) -> str:
+    schedule.window(text)
+    return text
+
+
 Seconds = Annotated[
     float,
     BeforeValidator(duration_seconds),
@@ -69,6 +91,10 @@ PositiveSeconds = Annotated[Seconds, Field(gt=0)]
 SocketAddress = Annotated[str, BeforeValidator(_socket_address)]
 Names = Annotated[tuple[str, ...], BeforeValidator(_names)]
 Words = Annotated[tuple[str, ...], BeforeValidator(_words)]
+WarmNumber = Annotated[int, Field(ge=0, le=WARM_MAX)]
+WarmSchedule = Annotated[
+    dict[Annotated[str, AfterValidator(_window_text)], WarmNumber], BeforeValidator(_schedule_table)
+]
 Budget = Annotated[float | None, Field(ge=0, allow_inf_nan=False)]  # dollars; None: no limit
 PoolName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{0,31}$")]
 
@@ -174,6 +200,12 @@ class PoolSettings(Section):
     launches_per_hour: int = Field(
         20, ge=0, description="At most this many launch attempts an hour, failed ones too."
     )
+    warm: WarmNumber = Field(
+        0, description="So many workers are kept ready beyond the ones that are held, within the caps."
+    )
+    warm_schedule: WarmSchedule = Field(
+        {}, description="Numbers that count instead of `warm` at their times; the largest of several."
+    )
     boot_failures_max: int = Field(
         3,
         ge=1,
@@ -262,6 +294,16 @@ class PoolSettings(Section):
             raise ValueError("user_data and user_data_file exclude each other")
         return path
 
+    @field_validator("warm", "warm_schedule")
+    @classmethod
+    def _warm_ones_within_the_cap(cls, value: Any, info: ValidationInfo) -> Any:
+        cap, numbers = info.data.get("max_workers"), value.values() if isinstance(value, dict) else [value]
+        if cap is not None and max(numbers, default=0) > cap:
+            raise ValueError(
+                f"asks for {max(numbers)} warm workers, and max_workers = {cap}: raise that, or ask for fewer"
+            )
+        return value
+
     @field_validator("tags")
     @classmethod
     def _tags_of_ones_own(cls, tags: dict[str, str]) -> dict[str, str]:
@@ -280,6 +322,17 @@ class PoolSettings(Section):
     def markets(self) -> tuple[Literal["spot", "on-demand"], ...]:
         """Where the pool may buy, the preferred one first."""
         return ("spot", "on-demand") if self.market == "spot-then-on-demand" else (self.market,)
+
+    @property
+    def keeps_warm(self) -> bool:
+        """Whether workers are ever kept that nobody has asked for."""
+        return self.warm > 0 or any(self.warm_schedule.values())
+
+    @property
+    def warm_targets(self) -> Schedule:
+        """When how many are kept."""
+        windows = ((schedule.window(text), number) for text, number in self.warm_schedule.items())
+        return Schedule(tuple(windows), self.warm)
 
     @property
     def price_usd_micros_per_hour(self) -> int:

@@ -32,6 +32,7 @@ from broker.core.policy import Room, launch_room
 from broker.core.registry import BOOKED
 from broker.core.wish import Wish
 from broker.ledger import Ledger
+from broker.loops.top_up import TopUp
 from broker.orders import OUTCOMES, WITHDRAWN, YIELDED, OpenOrder, Orders, sold_as_ordered
 
 CALLS_MAX = 5  # for one order in a row; then the waiting clients hear why
@@ -73,10 +74,15 @@ class LaunchLoop:
         self._batch_ends_at: float | None = None
         self._droughts: dict[str, SpotDrought] = {}
         self._paused: dict[str, tuple[float, str]] = {}  # pool → until when, and why
+        self.top_up = TopUp(context)
 
     def reloaded(self, pools: Collection[str]) -> None:
         """These pools have new settings: what was refused with the old ones is asked for again."""
-        self._cooling = {key: entry for key, entry in self._cooling.items() if key[0] not in pools}
+        for name in pools:
+            self._paused.pop(name, None)
+            cloud = self._context.cloud(name)
+            if cloud is not None:
+                cloud.cooling.mended(name)
 
     @property
     def in_flight(self) -> int:
@@ -87,6 +93,7 @@ class LaunchLoop:
 
         An order whose machine a listing has shown needs no answer any more.
         """
+        self.top_up.closed = True
         awaited = [task for order_id, task in self._in_flight.items() if self._orders.get(order_id)]
         if awaited:
             await asyncio.wait(awaited, timeout=timeout_seconds)
@@ -107,7 +114,9 @@ class LaunchLoop:
             self._batch_ends_at = None
         for name in self._context.settings.pool:
             self._plan(name)
-        return self._context.now() + RETRY_SECONDS if len(self._context.waiting) else None
+        moments = [self._context.now() + RETRY_SECONDS] if len(self._context.waiting) else []
+        warm_look_at = self.top_up.next_look_at()
+        return min([*moments, warm_look_at] if warm_look_at is not None else moments, default=None)
 
     # --- deciding ----------------------------------------------------------------------------------
 
@@ -117,7 +126,8 @@ class LaunchLoop:
         context.obstacles.pop(name, None)
         if not needs:
             self._drought(name).ended()
-        if cloud is None or not cloud.recovered or not needs:
+        shortage = self.top_up.shortage(name)
+        if cloud is None or not cloud.recovered or not (needs or shortage):
             return
         refusal = cloud.read_only() or cloud.refusal(name)
         if refusal is not None:
@@ -127,9 +137,11 @@ class LaunchLoop:
         if obstacle:
             context.obstacles[name] = obstacle
             return
-        self._send_again(name)
+        if needs:
+            self._send_again(name)
         offerings, room = cloud.provider.offerings(name), self._room(name, cloud)
-        wanted = plan(needs, self._coming(name), offerings, room.machines)
+        spare = shortage if room.machines else 0  # clients are told of no obstacle that concerns none of them
+        wanted = plan(needs, self._coming(name), offerings, room.machines, spare=spare)
         for purchase in wanted.purchases:
             self._buy(name, cloud, purchase)
         if wanted.missing and room.why is not None:
@@ -190,6 +202,7 @@ class LaunchLoop:
                 self._context.obstacles[name] = choice.obstacle
             count = min(choice.machines, cloud.provider.machines_max)
             if not count:
+                self.top_up.refused(name)
                 return
             self._order(name, cloud, choice.offerings, count)
             left -= count

@@ -90,7 +90,8 @@ class ReapLoop:
         if current is None:
             return
         leaving, pool = current.id in self._context.leaving, self._context.pool_of(current)
-        verdict = judge(self._registry, current, pool, now, leaving=leaving)
+        warmth = None if leaving else self._context.warmth(current.pool)
+        verdict = judge(self._registry, current, pool, now, warmth, leaving=leaving)
         if verdict.retire and not current.standing_notice:
             self._registry.suspect(worker.id, "max lifetime reached", now, standing=True)
         if verdict.next_look_at is not None:

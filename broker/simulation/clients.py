@@ -60,10 +60,13 @@ class Clients:
         wait_seconds = world.pool.wait if visit.wait is None else visit.wait
         world.witness.asked(asked_at)
         world.witness.asking += 1
+        alone = visit.exclusive or world.pool.exclusive
+        world.comes(alone=alone)
         try:
             reply = await self.ask(visit.name, " ".join(words), wait_seconds, visit.patience_seconds)
         finally:
             world.witness.asking -= 1
+            world.leaves(alone=alone)
         if reply is None or ERROR_LINE.fullmatch(reply):
             self.unserved += 1
             if reply is not None and reply.endswith("[BUDGET]"):

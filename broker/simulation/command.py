@@ -6,7 +6,7 @@ import importlib
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -17,7 +17,7 @@ from broker.core.settings import Settings
 from broker.simulation import campaign, report
 from broker.simulation.awaits import BROKER
 from broker.simulation.campaign import Plan, Plant, Totals
-from broker.simulation.drawing import on_stage
+from broker.simulation.drawing import on_stage, without_warm
 from broker.simulation.stage import Outcome
 
 PLANTS_MODULE = "tests.simulation.plants"
@@ -60,21 +60,34 @@ def simulate(wanted: Wanted, errors: Console) -> int:
     plan = Plan(wanted.hours, settings, plant, wanted.only)
     if wanted.report is not None:
         wanted.report.touch()  # find out now, not after an hour
-    seeds = range(wanted.first_seed, wanted.first_seed + wanted.seeds)
-    with _progress(errors, wanted.seeds) as advanced:
-        totals = campaign.timed(campaign.run(seeds, plan, wanted.cores), advanced)
-    found = report.facts(totals, _title(wanted), ordinary=wanted.settings is not None)
+    totals = _play(wanted, plan, errors)
     transcripts = _transcripts(wanted, plan, totals, errors)
+    cold = None
+    if settings is not None and settings.pool["default"].keeps_warm:
+        errors.print("the same histories without warm workers ...")
+        cold_plan = replace(plan, settings=without_warm(settings))
+        cold = _play(wanted, cold_plan, errors)
+        transcripts = transcripts or _transcripts(wanted, cold_plan, cold, errors)
+        totals.broken += cold.broken
+    found = report.facts(totals, _title(wanted), ordinary=wanted.settings is not None, cold=cold)
     if wanted.report is not None:
         report.write(wanted.report, found, transcripts)
     for text in transcripts:
         print(report.shortened(text))
     if wanted.settings is not None:
         print(report.operators_view(found))
+        if cold is not None:
+            print(f"\n{report.comparison_view(found)}\n")
     for outcome in totals.broken[len(transcripts) :]:
         print(f"seed {outcome.seed}: {outcome.violations[0]}")
     print(totals.summary())
     return totals.violations
+
+
+def _play(wanted: Wanted, plan: Plan, errors: Console) -> Totals:
+    seeds = range(wanted.first_seed, wanted.first_seed + wanted.seeds)
+    with _progress(errors, wanted.seeds) as advanced:
+        return campaign.timed(campaign.run(seeds, plan, wanted.cores), advanced)
 
 
 def plant_of(name: str) -> Plant:

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from datetime import UTC, datetime
 from typing import Any
 
 from broker.core.errors import SettingsError
-from broker.core.settings import Settings, parse
+from broker.core.settings import PoolSettings, Settings, parse
 from broker.providers.sim_weather import CLEAR, STORM, Weather, swarm
 from broker.simulation.history import (
     BROKER_ID,
@@ -48,6 +49,17 @@ CROWD_CLIENTS = 1000  # scenario 7
 IDLE_CONNECTIONS = 10_000  # scenario 34
 SECOND_HOST_PROBABILITY = 0.05
 RELOAD_PROBABILITY = 0.2
+WARM_PROBABILITY = 0.2
+WARM_BEFORE_SHIFT_HOURS = (1.0, 20.0)  # such a history begins so long before its zone's clocks are set
+# Where clocks are set, and when: north and south, to and fro, and by half an hour.
+SHIFTS = (
+    ("Europe/Berlin", datetime(2027, 3, 28, 1, tzinfo=UTC)),
+    ("Europe/Berlin", datetime(2027, 10, 31, 1, tzinfo=UTC)),
+    ("America/New_York", datetime(2027, 3, 14, 7, tzinfo=UTC)),
+    ("America/Santiago", datetime(2027, 9, 5, 4, tzinfo=UTC)),
+    ("Australia/Lord_Howe", datetime(2027, 4, 3, 15, tzinfo=UTC)),
+    ("Australia/Lord_Howe", datetime(2027, 10, 2, 15, 30, tzinfo=UTC)),
+)
 RARE = 0.01  # of the histories: what costs as much as a hundred others
 OUTAGE_SECONDS = 8 * HOUR_SECONDS  # scenario 27
 
@@ -68,7 +80,9 @@ def draw(seed: int, hours: float) -> History:
     entries += silences
     entries += _accidents(rng, hours, sessions)
     entries += _reloads(seed, entries)
-    return _in_order(seed, hours, settings, weather, entries)
+    history = _in_order(seed, hours, settings, weather, entries)
+    warm = random.Random(f"warm {seed}")  # noqa: S311 (of its own: the other histories stay as they are)
+    return _keeping_warm(warm, history) if warm.random() < WARM_PROBABILITY else history
 
 
 def ordinary(seed: int, hours: float, settings: Settings) -> History:
@@ -100,6 +114,14 @@ def on_stage(settings: Settings, pool: str = "default") -> Settings:
     return settings.model_copy(update={"pool": {"default": placed}})
 
 
+def without_warm(settings: Settings) -> Settings:
+    """The same, and no worker is kept that nobody asked for."""
+    pools = {
+        name: pool.model_copy(update={"warm": 0, "warm_schedule": {}}) for name, pool in settings.pool.items()
+    }
+    return settings.model_copy(update={"pool": pools})
+
+
 def _in_order(seed: int, hours: float, settings: Settings, weather: Weather, entries: list[Entry]) -> History:
     return History(seed, hours, settings, weather, tuple(sorted(entries, key=lambda entry: entry.at)))
 
@@ -124,6 +146,37 @@ def _settings(rng: random.Random) -> Settings:
         pool["budget_usd_per_day"] = rng.choice([2.0, 5.0])
     broker = {"id": BROKER_ID, "reconcile_interval": rng.choice([30, 60, 120, 120])}
     return parse({"broker": broker, "pool": {"default": pool}}, {})
+
+
+def _keeping_warm(rng: random.Random, history: History) -> History:
+    """The same with spares, at a time of the year at which the clocks of the schedule's zone are set.
+
+    Not with a second host: where there is no machine yet, two brokers may both launch the first spare.
+    """
+    pool = history.settings.pool["default"]
+    zone, shift = rng.choice(SHIFTS)
+    most = min(3, pool.max_workers)
+    windows = [_window(rng, zone) for _ in range(rng.randint(1, 2))]
+    warm = {
+        "warm": rng.choice([0, 0, 1, most]),
+        "warm_schedule": {window: rng.randint(0, most) for window in windows},
+    }
+    begins_unix = shift.timestamp() - rng.uniform(*WARM_BEFORE_SHIFT_HOURS) * HOUR_SECONDS
+    kept = PoolSettings.model_validate({**pool.model_dump(), **warm})
+    return replace(
+        history,
+        settings=history.settings.model_copy(update={"pool": {"default": kept}}),
+        entries=tuple(entry for entry in history.entries if not isinstance(entry, SecondHost)),
+        begins_unix=begins_unix,
+    )
+
+
+def _window(rng: random.Random, zone: str) -> str:
+    """A few hours of every day, or of the weekend on which clocks are set; over midnight, too."""
+    begin = rng.randrange(24 * 4)
+    end = (begin + rng.randint(1, 12 * 4)) % (24 * 4)
+    days = rng.choice(["daily", "Fri-Sun", "Sun"])
+    return f"{days} {begin // 4:02}:{begin % 4 * 15:02}-{end // 4:02}:{end % 4 * 15:02} {zone}"
 
 
 # --- work --------------------------------------------------------------------------------------------------

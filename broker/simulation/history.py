@@ -11,6 +11,7 @@ from typing import Literal
 
 from broker.core.settings import Settings
 from broker.providers.sim_weather import Weather
+from broker.testing import EPOCH_UNIX
 
 BROKER_ID = "lab"
 HOUR_SECONDS = 3600.0
@@ -183,6 +184,7 @@ class History:
     settings: Settings
     weather: Weather
     entries: tuple[Entry, ...]
+    begins_unix: float = EPOCH_UNIX  # what all clocks show at its beginning
 
     def without(self, entries: frozenset[int]) -> History:
         """The same life without some of its entries, by position."""

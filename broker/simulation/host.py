@@ -86,7 +86,7 @@ class Host:
     """See the module. `factory` makes clients of the cloud's API, `connect` is the network to workers.
 
     `heard` is told the broker's events and `asked` its calls; `born` hears of every new process, `ended` of
-    one that has ended by itself.
+    one that has ended by itself. `settings` are those of the next process.
     """
 
     def __init__(

@@ -238,6 +238,12 @@ class Referee:
         """An order has entered the books, for the first time or again after a restart."""
         self._placed_at.setdefault(token, at)
 
+    def ordered(self, at: float, unheld: int, demand: int, target: int) -> None:
+        """A new order: with it, so many machines that nobody holds are there or on their way."""
+        if unheld > demand + target:
+            facts = f"{unheld} machines unheld, {demand} wanted by clients, {target} to be kept warm"
+            self.broken(at, "no launch beyond demand and warm target", facts)
+
     def given_more(self, token: str) -> None:
         """The cloud answers a call with a machine more than it was asked for."""
         self._given_more.add(token)

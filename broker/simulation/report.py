@@ -4,22 +4,31 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from broker.simulation.awaits import points, struck
 from broker.simulation.campaign import Finding, Totals
 from broker.simulation.scenarios import SCENARIOS
+from broker.testing import EPOCH_UNIX
 
 PERCENTILES = (50, 90, 99)
 TRANSCRIPT_LINES_MAX = 120  # on a terminal; a report file has them all
 USD_MICROS = 1_000_000
 
+COMPARED = ("what", "as set", "without warm workers", "difference")
+
 Row = Sequence[object]
 
 
-def facts(totals: Totals, title: str, *, ordinary: bool = False) -> dict[str, Any]:
-    """Everything that was counted and measured, fit for JSON. `ordinary`: nothing was made to go wrong."""
+def facts(
+    totals: Totals, title: str, *, ordinary: bool = False, cold: Totals | None = None
+) -> dict[str, Any]:
+    """Everything that was counted and measured, fit for JSON. `ordinary`: nothing was made to go wrong.
+
+    `cold` is what the same histories came to without warm workers.
+    """
     hits = struck(totals.stood_at)
     return {
         "title": title,
@@ -33,14 +42,8 @@ def facts(totals: Totals, title: str, *, ordinary: bool = False) -> dict[str, An
         "hours_per_core_second": round(totals.hours / totals.core_seconds, 1)
         if totals.core_seconds
         else None,
-        "waits": {
-            "served": len(totals.waited),
-            "not_served": totals.unserved,
-            **{f"p{percent}_seconds": percentile(totals.waited, percent) for percent in PERCENTILES},
-            "max_seconds": round(max(totals.waited, default=0.0), 1),
-        },
-        "cost_usd": round(totals.cost_usd_micros / USD_MICROS, 2),
-        "idle_usd": round(totals.idle_usd_micros / USD_MICROS, 2),
+        **_costs_and_waits(totals),
+        "warm": None if cold is None else _comparison(totals, cold),
         "rest_seconds_max": totals.rest_seconds_max,
         "scenarios": {
             str(one.number): {"title": one.title, "count": one.count(totals.seen)} for one in SCENARIOS
@@ -56,6 +59,29 @@ def facts(totals: Totals, title: str, *, ordinary: bool = False) -> dict[str, An
             for outcome in totals.broken
             for one in outcome.violations
         ],
+    }
+
+
+def _costs_and_waits(totals: Totals) -> dict[str, Any]:
+    return {
+        "waits": {
+            "served": len(totals.waited),
+            "not_served": totals.unserved,
+            **{f"p{percent}_seconds": percentile(totals.waited, percent) for percent in PERCENTILES},
+            "max_seconds": round(max(totals.waited, default=0.0), 1),
+        },
+        "cost_usd": round(totals.cost_usd_micros / USD_MICROS, 2),
+        "idle_usd": round(totals.idle_usd_micros / USD_MICROS, 2),
+    }
+
+
+def _comparison(as_set: Totals, cold: Totals) -> dict[str, Any]:
+    """What warm workers cost and save: the same histories with them and without."""
+    begin = datetime.fromtimestamp(EPOCH_UNIX, UTC)
+    return {
+        "begins": f"{begin:%A %Y-%m-%d %H:%M} UTC",
+        "as_set": {"launches": as_set.launches, **_costs_and_waits(as_set)},
+        "without": {"launches": cold.launches, **_costs_and_waits(cold)},
     }
 
 
@@ -77,6 +103,9 @@ def write(path: Path, found: dict[str, Any], transcripts: Sequence[str]) -> None
 def markdown(found: dict[str, Any], transcripts: Sequence[str]) -> str:
     parts = [f"# {found['title']}\n\n`{found['summary']}`\n"]
     parts += [_table(("what", "figure"), _operators_rows(found))] if found["ordinary"] else _trials(found)
+    if found["warm"]:
+        table = _table(COMPARED, _compared_rows(found))
+        parts += ["## What the warm workers cost and save\n", f"{_weekday(found)}\n", table]
     if found["violations"]:
         rows = [
             (one["seed"], f"{one['at']:.1f}", one["promise"], one["facts"]) for one in found["violations"]
@@ -122,6 +151,47 @@ def operators_view(found: dict[str, Any]) -> str:
     rows = _operators_rows(found)
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def comparison_view(found: dict[str, Any]) -> str:
+    """What warm workers cost and save, for a terminal."""
+    rows = [COMPARED, *_compared_rows(found)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(COMPARED))]
+    lines = ["  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join([*lines, _weekday(found)])
+
+
+def _weekday(found: dict[str, Any]) -> str:
+    hours = found["hours"] / found["seeds"]
+    return (
+        f"Each history begins on {found['warm']['begins']} and lasts {hours:g} hours; "
+        "clients come at any hour of it."
+    )
+
+
+def _compared_rows(found: dict[str, Any]) -> list[tuple[str, str, str, str]]:
+    warm, days = found["warm"], found["hours"] / 24
+    as_set, without = warm["as_set"], warm["without"]
+
+    def row(what: str, pair: tuple[float, float], pattern: str) -> tuple[str, str, str, str]:
+        amounts = [pattern.format(amount) for amount in (*pair, abs(pair[0] - pair[1]))]
+        sign = "-" if pair[0] < pair[1] else "+"
+        return what, amounts[0], amounts[1], f"{sign}{amounts[2]}"
+
+    def pair(key: str) -> tuple[float, float]:
+        return as_set[key] / days, without[key] / days
+
+    waits = [("p50", "p50_seconds"), ("p90", "p90_seconds"), ("p99", "p99_seconds"), ("max", "max_seconds")]
+    return [
+        row("cost a day", pair("cost_usd"), "${:.2f}"),
+        row("of it while nobody used the machine", pair("idle_usd"), "${:.2f}"),
+        row("launches a day", pair("launches"), "{:.1f}"),
+        *(
+            row(f"clients waited, {name}", (as_set["waits"][key], without["waits"][key]), "{:g} s")
+            for name, key in waits
+        ),
+        row("clients not served", (as_set["waits"]["not_served"], without["waits"]["not_served"]), "{:g}"),
+    ]
 
 
 def _operators_rows(found: dict[str, Any]) -> list[tuple[str, str]]:

@@ -63,5 +63,6 @@ SCENARIOS = tuple(
         (33, "SIGTERM or SIGKILL in mid-launch", "killed in mid-launch", "stopped in mid-launch"),
         (34, "10,000 idle connections", "10,000 idle connections"),
         (35, "flood without a command", "flood"),
+        (36, "a warm schedule across daylight saving", "spare launched", "clocks were set under a schedule"),
     )
 )

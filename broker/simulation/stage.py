@@ -12,6 +12,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from broker.providers.sim_machine import Machine
 from broker.providers.simulated import BROKER
 from broker.simulation.accidents import Accidents
 from broker.simulation.clients import Clients
+from broker.simulation.drawing import without_warm
 from broker.simulation.history import (
     HOUR_SECONDS,
     BrokenImage,
@@ -41,7 +43,7 @@ from broker.simulation.history import (
 )
 from broker.simulation.referee import Violation
 from broker.simulation.world import World
-from broker.testing import EPOCH_UNIX, VirtualTimeLoop, run_virtual
+from broker.testing import VirtualTimeLoop, run_virtual
 
 REST_SLACK_SECONDS = 900.0  # beyond idle timeout and boot deadline: shutting down, a Terminate sent again
 # Until the last client is served: a breaker may pause launches for four hours, a budget for a day.
@@ -126,6 +128,7 @@ class Stage:
         await world.until(world.closing_at)
         world.say("everything is healed")
         world.sky.heal()
+        world.reconfigure(without_warm(world.history.settings))
         await self.accidents.settle()
         if acts:
             await asyncio.wait(acts)
@@ -135,6 +138,7 @@ class Stage:
         await self._come_to_rest()
         await self._serve_the_last()
         self._check_bill()
+        self._note_set_clocks()
         if world.running is not None:
             await world.host.terminate()
         world.host.close()
@@ -238,11 +242,23 @@ class Stage:
             run = runs.get(machine.id)
             if run is None or machine.owner != BROKER:
                 continue  # one that ended before any answer or listing told of it
-            world.referee.billed(world.now, EPOCH_UNIX + world.now + 1.0, machine, run)
+            world.referee.billed(world.now, world.true_unix() + 1.0, machine, run)
             if run.price_assumed:
                 world.witness.saw("price assumed")
             if run.reclaimed and machine.charged_seconds(world.now) < machine.billed_seconds(world.now):
                 world.witness.saw("reclaimed within the first hour")
+
+    def _note_set_clocks(self) -> None:
+        """Whether daylight saving began or ended in one of the schedule's zones."""
+        world = self._world
+        begins_unix, ends_unix = world.history.begins_unix, world.history.begins_unix + world.closing_at
+        zones = [window.zone for window, _ in world.pool.warm_targets.windows]
+        offsets = [
+            [datetime.fromtimestamp(unix, zone).utcoffset() for unix in (begins_unix, ends_unix)]
+            for zone in zones
+        ]
+        if any(before != after for before, after in offsets):
+            world.witness.saw("clocks were set under a schedule")
 
     # --- what it came to -----------------------------------------------------------------------------
 

@@ -7,8 +7,10 @@ import random
 from pathlib import Path
 from typing import Any
 
+from broker.core import schedule
 from broker.core.model import Event, WorkerChanged, WorkerState
-from broker.core.settings import PoolSettings
+from broker.core.settings import PoolSettings, Settings
+from broker.core.warm import expiring
 from broker.daemon import Daemon
 from broker.providers.sim_machine import Machine
 from broker.providers.sim_weather import Fault
@@ -19,6 +21,8 @@ from broker.simulation.referee import STRAY, Referee, Violation
 from broker.simulation.witness import Witness
 from broker.testing import EPOCH_UNIX, LoopClock
 
+LEAVING_SECONDS = 1.0  # the broker may hear of a client that has left a moment after the client knows
+
 
 class World:
     """See the module."""
@@ -27,7 +31,7 @@ class World:
         self.history = history
         self.directory = directory
         self.loop = asyncio.get_running_loop()
-        self.clock = LoopClock(self.loop)
+        self.clock = self._new_clock()
         self.closing_at = history.hours * HOUR_SECONDS  # then all is healed, and everybody goes home
         self.trace: list[str] = []
         self.tracing = tracing
@@ -35,7 +39,7 @@ class World:
         self.sky = SimEC2(
             random.Random(history.seed),  # noqa: S311
             self.loop.time,
-            lambda: EPOCH_UNIX + self.loop.time(),
+            self.true_unix,
             history.weather,
         )
         self.witness = Witness(self.sky, self.referee, self.daemon)
@@ -51,6 +55,7 @@ class World:
         self.host.in_force = lambda read: self.referee.rules.begin(self.now, read.pool["default"])
         self.other: Host | None = None  # with a broker of the same id on it, for a while
         self._took_over: Host | None = None
+        self._asking: dict[bool, int] = {True: 0, False: 0}  # clients that ask, by: for a worker alone?
         self.sky.listen(self._cloud_reports)
 
     @property
@@ -67,6 +72,15 @@ class World:
         if self.tracing:
             text = text.replace(str(self.directory), "(state)")
             self.trace.append(f"{self.now if at is None else at:12.3f}  {text}")
+
+    def true_unix(self) -> float:
+        """What clocks that nobody has set wrong show now."""
+        return self.history.begins_unix + self.loop.time()
+
+    def _new_clock(self) -> LoopClock:
+        clock = LoopClock(self.loop)
+        clock.jump(self.history.begins_unix - EPOCH_UNIX)
+        return clock
 
     async def until(self, at: float) -> None:
         await asyncio.sleep(max(0.0, at - self.now))
@@ -89,7 +103,7 @@ class World:
 
     def add_host(self, wall_seconds: float) -> Host:
         """Another host, whose wall clock is so far off."""
-        clock = LoopClock(self.loop)
+        clock = self._new_clock()
         clock.jump(wall_seconds)
         directory = self.directory / "other"
         directory.mkdir(exist_ok=True)
@@ -105,11 +119,29 @@ class World:
         )
         return self.other
 
+    def reconfigure(self, settings: Settings) -> None:
+        """An operator changes the settings of the broker, which takes them over while it runs."""
+        self.host.settings = settings
+        daemon = self.daemon()
+        if daemon is not None:
+            daemon.context.settings = settings
+
     # --- the truth -----------------------------------------------------------------------------------
 
     def ours(self) -> list[Machine]:
         """The machines of this broker that have not begun to end."""
         return self.sky.alive()
+
+    def comes(self, *, alone: bool) -> None:
+        """A client asks for a worker, for itself alone or not."""
+        self._asking[alone] += 1
+
+    def leaves(self, *, alone: bool) -> None:
+        """It has its answer, or has given up."""
+        self.loop.call_later(LEAVING_SECONDS, self._left, alone)
+
+    def _left(self, alone: bool) -> None:
+        self._asking[alone] -= 1
 
     def whose(self, address: str) -> Machine | None:
         """Whose an address is, or was until a moment ago: the proof of readiness may be that old."""
@@ -168,6 +200,7 @@ class World:
             return
         if event.worker.state is WorkerState.ORDERED:
             self.referee.placed(self.now, event.worker.order_id or "")
+            self._check_demand(event.worker.pool)
         if self.tracing:
             worker = event.worker
             reason = f" ({worker.reason})" if worker.reason else ""
@@ -176,6 +209,23 @@ class World:
             # Not at once: books may be in the middle of a change of which this event is a part.
             self.loop.call_soon(self.check_books)
 
+    def _check_demand(self, pool: str) -> None:
+        """A new order is in the books: is there somebody for it, or a place under the warm target?"""
+        daemon = self.daemon()
+        cloud = daemon.context.cloud(pool) if daemon is not None else None
+        if daemon is None or cloud is None or not cloud.recovered:
+            return  # it has just started, and takes in the orders that were open
+        registry = daemon.context.registry
+        unheld = registry.count(pool, WorkerState.ORDERED) - daemon.orders.doubtful(pool)
+        unheld += sum(not registry.busy(w.id) for w in registry.in_state(WorkerState.BOOTING, pool=pool))
+        unheld += sum(not expiring(w, self.pool, self.now) for w in registry.unheld(pool))
+        demand = self._asking[True] + (1 if self._asking[False] else 0)
+        moments_unix = (self.true_unix() + seconds for seconds in (-1.0, 0.0, 1.0))  # HTTP dates are coarse
+        target = max(schedule.target(self.pool.warm_targets, unix) for unix in moments_unix)
+        if not demand:
+            self.witness.saw("spare launched")
+        self.referee.ordered(self.now, unheld, demand, target)
+
     def _other_heard(self, event: Event) -> None:
         if self.tracing and isinstance(event, WorkerChanged):
             worker = event.worker
@@ -183,7 +233,7 @@ class World:
 
     def _other_asked(self, method: str, parameters: Any) -> None:
         """A call leaves the broker on the other host, of which no client knows."""
-        if method == "run_instances":
+        if method in ("run_instances", "create_fleet") and not self.pool.keeps_warm:
             self.referee.broken(self.now, "nobody asked it for a worker", parameters["ClientToken"])
         if method not in ("terminate_instances", "create_tags"):
             return

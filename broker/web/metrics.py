@@ -199,13 +199,17 @@ class Metrics(Collector):
             "1 while launches pause after failed boots.",
             labels=["pool"],
         )
+        warm = GaugeMetricFamily(
+            "compute_broker_warm_target", "Workers to keep ready beyond the held ones, now.", labels=["pool"]
+        )
         for pool in self._pools():
+            warm.add_metric([pool], self._context.warmth(pool).target)
             for state in sorted(BOOKED):
                 workers.add_metric([pool, str(state)], registry.count(pool, state))
             leases.add_metric([pool], registry.lease_count(pool))
             utilization.add_metric([pool], self._meter.totals(pool, now).utilization_ratio)
             breaker.add_metric([pool], float(now < self._context.guard(pool).closed_until_at))
-        yield from (workers, leases, utilization, breaker)
+        yield from (workers, leases, utilization, breaker, warm)
 
     def _money(self) -> Iterator[Metric]:
         ledger, settings = self._ledger, self._context.settings

@@ -530,3 +530,65 @@ def test_one_subnet_and_several_places_exclude_each_other(key: str) -> None:
 def test_a_zone_that_is_named_twice_is_one() -> None:
     settings = parse({"pool": {"default": {"zones": "us-east-1a, us-east-1b, us-east-1a"}}}, {})
     assert settings.pool["default"].zones == ("us-east-1a", "us-east-1b")
+
+
+# --- warm workers -----------------------------------------------------------------------------------------
+
+OFFICE = "Mon-Fri 08:00-19:00 Europe/Berlin"
+
+
+def test_a_warm_schedule_is_a_table_of_times_and_numbers() -> None:
+    lab = pool(warm=1, warm_schedule={OFFICE: 2, "Sat,Sun 00:00-24:00": 0})
+    assert lab.warm_schedule == {OFFICE: 2, "Sat,Sun 00:00-24:00": 0}
+    assert [number for _, number in lab.warm_targets.windows] == [2, 0]
+    assert lab.warm_targets.otherwise == 1
+
+
+@pytest.mark.parametrize(
+    ("values", "keeps"),
+    [
+        ({}, False), ({"warm": 1}, True), ({"warm_schedule": {OFFICE: 2}}, True),
+        ({"warm_schedule": {OFFICE: 0}}, False),
+    ],
+)  # fmt: skip
+def test_a_pool_knows_whether_it_ever_keeps_a_worker_that_nobody_asked_for(
+    values: dict[str, Any], keeps: bool
+) -> None:
+    assert pool(**values).keeps_warm == keeps
+
+
+def test_every_mistake_in_a_schedule_is_said_with_its_key_and_an_example() -> None:
+    found = problems(
+        {
+            "pool": {
+                "default": {"warm_schedule": {"Mo 08:00-19:00": 1, "Mon 8-19": 1, OFFICE: -1}, "warm": "x"}
+            }
+        }
+    )
+    assert sorted(problem.partition(": ")[0] for problem in found) == [
+        "pool.default.warm", "pool.default.warm_schedule.Mo 08:00-19:00",
+        "pool.default.warm_schedule.Mon 8-19", f"pool.default.warm_schedule.{OFFICE}",
+    ]  # fmt: skip
+    assert sum('for example "Mon-Fri 08:00-19:00 Europe/Berlin" = 2' in problem for problem in found) == 2
+
+
+@pytest.mark.parametrize(
+    ("values", "problem"),
+    [
+        ({"warm": 5}, "warm: asks for 5 warm workers, and max_workers = 4: raise that, or ask for fewer"),
+        ({"warm_schedule": {OFFICE: 3}, "max_workers": 2},
+         "warm_schedule: asks for 3 warm workers, and max_workers = 2: raise that, or ask for fewer"),
+    ],
+)  # fmt: skip
+def test_more_warm_workers_than_the_cap_allows_are_a_mistake(values: dict[str, Any], problem: str) -> None:
+    assert problems({"pool": {"default": values}}) == (f"pool.default.{problem}",)
+
+
+def test_a_schedule_can_come_from_the_environment_as_json() -> None:
+    variable = "COMPUTE_BROKER__POOL__DEFAULT__WARM_SCHEDULE"
+    assert pool({variable: f'{{"{OFFICE}": 2}}'}).warm_schedule == {OFFICE: 2}
+    [problem] = problems({}, {variable: f"{OFFICE} = 2"})
+    assert problem.startswith("pool.default.warm_schedule: is no table: write { ")
+    assert '{"Mon-Fri 08:00-19:00 Europe/Berlin": 2}' in problem
+    [problem] = problems({}, {variable: "[2]"})
+    assert problem == "pool.default.warm_schedule: input should be a valid dictionary"

@@ -13,10 +13,10 @@ from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
-from broker import orders, service, store
+from broker import context, orders, service, store
 from broker.clock import Clock
 from broker.clouds import Cloud
-from broker.core import claim, policy
+from broker.core import claim, planning, policy, schedule
 from broker.core.claim import Claim, Ruling
 from broker.core.model import Instance, Lease, Worker, WorkerState
 from broker.core.policy import LaunchGuard, Room
@@ -107,6 +107,26 @@ def launches_of_the_hour_are_not_counted() -> Iterator[Any]:
 @planted
 def launches_of_the_hour_are_forgotten_at_a_restart() -> Iterator[Any]:
     yield patch.object(store.Store, "attempts", lambda self, moment, within_seconds: [])
+
+
+@planted
+def spares_ignore_machines_on_their_way() -> Iterator[Any]:
+    """Until a spare is ready, it is ordered again and again."""
+
+    def plan(needs: Any, coming: Any, offerings: Any, room: int, *, spare: int = 0) -> planning.Plan:
+        return planning.plan(needs, coming, offerings, room, spare=spare + sum(coming.values()) * bool(spare))
+
+    yield patch.object(launch, "plan", plan)
+
+
+@planted
+def spares_by_the_wall_clock() -> Iterator[Any]:
+    """The clock that somebody may have set says what the schedule wants."""
+
+    def warm_target(self: context.Context, name: str, now: float) -> int:
+        return schedule.target(self.pool(name).warm_targets, self.clock.wall())
+
+    yield patch.object(context.Context, "_warm_target", warm_target)
 
 
 # --- what listings mean ------------------------------------------------------------------------------------

@@ -69,3 +69,29 @@ def test_a_pool_that_is_not_there_is_said_with_those_that_are(tmp_path: Path) ->
     done = simulate("--settings", str(settings), "--pool", "large")
     assert done.returncode == 2
     assert "there is no pool 'large'; there is default, small" in done.stderr
+
+
+def test_warm_workers_are_compared_with_none(tmp_path: Path) -> None:
+    settings = tmp_path / "broker.toml"
+    settings.write_text(
+        '[pool.default]\nidle_timeout = "5m"\nprice_usd_per_hour = 2.0\nsharing = "exclusive"\n'
+        '[pool.default.warm_schedule]\n"Fri 08:00-20:00" = 1\n'
+    )
+    report = tmp_path / "days.json"
+    done = simulate("--seeds", "2", "--hours", "12", "--settings", str(settings), "--report", str(report))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "without warm workers" in done.stdout
+    assert "Each history begins on Friday 2027-01-15 08:00 UTC and lasts 12 hours" in done.stdout
+    warm = json.loads(report.read_text())["warm"]
+    kept, cold = warm["as_set"], warm["without"]
+    assert kept["idle_usd"] > cold["idle_usd"] + 20.0, "two days of twelve hours at two dollars, not all idle"
+    assert kept["waits"]["p50_seconds"] < cold["waits"]["p50_seconds"]
+    assert kept["waits"]["served"] + kept["waits"]["not_served"] >= 2
+
+
+def test_settings_without_warm_workers_are_not_compared_with_themselves(tmp_path: Path) -> None:
+    settings, report = tmp_path / "broker.toml", tmp_path / "days.md"
+    settings.write_text("[pool.default]\n")
+    done = simulate("--seeds", "1", "--hours", "2", "--settings", str(settings), "--report", str(report))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "without warm workers" not in done.stdout + report.read_text()

@@ -24,6 +24,7 @@ FOUND_WITHIN = {
     "no-grace": 3,
     "no-token-reuse": 1,
     "order-written-after-the-call": 1,
+    "spares-ignore-machines-on-their-way": 10,
     "strangers-are-claimed": 1,
     "waits-never-end": 1,
 }

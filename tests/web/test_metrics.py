@@ -398,6 +398,15 @@ def test_the_breaker_and_failing_loops_can_be_seen(tmp_path: Path) -> None:
     live(tmp_path, story, boots=False, chosen=settings(boot_deadline="1m", boot_failures_max=1))
 
 
+def test_the_warm_target_is_what_the_schedule_says_now(tmp_path: Path) -> None:
+    async def story(broker: RunningBroker) -> None:
+        assert Page(broker).value("compute_broker_warm_target", pool="default") == 2
+        await asyncio.sleep(4 * 3600)  # a virtual broker starts at 08:00 UTC
+        assert Page(broker).value("compute_broker_warm_target", pool="default") == 1
+
+    live(tmp_path, story, chosen=settings(warm=1, warm_schedule={"daily 06:00-12:00": 2}))
+
+
 def test_machines_of_a_pool_that_the_configuration_has_dropped_are_still_seen(tmp_path: Path) -> None:
     async def story(broker: RunningBroker) -> None:
         broker.cloud.add("gone-pool")
