@@ -114,6 +114,12 @@ class Context:
         homes = [home for place in order.places if (home := self.home.get(place)) is not None]
         return homes[0] if homes else self.clouds.of(order.pool)
 
+    def require_charge(self, cloud: Cloud | None) -> None:
+        """Raises ReadOnly while another broker is in charge of that cloud."""
+        error = cloud.read_only() if cloud is not None else None
+        if error is not None:
+            raise error
+
     def guard(self, pool: str) -> LaunchGuard:
         return self.guards.setdefault(pool, LaunchGuard())
 

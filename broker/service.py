@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from broker.clouds import Cloud
 from broker.context import Context
@@ -20,34 +19,26 @@ from broker.core.errors import (
     BrokerError,
     CloudError,
     Draining,
-    StoreError,
     WaitTimedOut,
     WorkerNotFound,
 )
 from broker.core.model import (
     Event,
-    Instance,
-    InstanceState,
     Lease,
-    LeaseEnded,
-    LeaseGranted,
     Offering,
     Worker,
-    WorkerChanged,
     WorkerState,
 )
 from broker.core.policy import Reason
 from broker.core.protocol import Command, GetWorker, ListAll, Malformed, Ping, Release, Status
-from broker.core.registry import BOOKED, USABLE
 from broker.core.settings import PoolSettings
-from broker.core.tags import rfc3339
 from broker.core.wish import ANYTHING, Wish
+from broker.granting import Granting, Prove
+from broker.operations import Operations
 from broker.waiting import Waiter
 
 HAND_OUT_ATTEMPTS_MAX = 20  # a worker may be lost between choice and answer; so often in a row is no accident
 WARM_REPLIES_MAX = 10_000  # remembered replies; for a client beyond them the answer only takes the longer way
-
-Prove = Callable[[Worker], Awaitable[bool]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,15 +67,13 @@ class Service:
     ) -> None:
         self._context = context
         self._registry = context.registry
-        self._prove = prove
-        self._scan = scan
+        self._granting = Granting(context, prove=prove, new_id=new_id)
+        self._operations = Operations(context, scan=scan, reap=reap)
         self._demand = demand
         self._reap = reap
         self._new_id = new_id
         self._now = context.clock.monotonic
         self._warm: dict[str, WarmReply] = {}
-        self._writing: dict[str, asyncio.Task[None]] = {}  # lease id → its way to the disk
-        self._listing: asyncio.Task[list[Instance]] | None = None
         self._closing = False
 
     # --- commands ----------------------------------------------------------------------------------
@@ -110,7 +99,7 @@ class Service:
                 case Release() if self._certain_of(command.address):
                     return self._release(command, command.client or peer)
                 case Status() if any(cloud.recovered for cloud in self._context.clouds.all):
-                    return protocol.json_line([self._status(worker) for worker in self._known()])
+                    return self._operations.status()
                 case _:
                     return None
         except BrokerError as error:
@@ -133,9 +122,9 @@ class Service:
                     await self._recovered()
                 return await self._ping(command, command.client or peer)
             case ListAll():
-                return protocol.json_line([_listed(i) for i in await self._listed()])
+                return await self._operations.list_all()
             case protocol.TerminateAll():
-                return await self._terminate_all()
+                return await self._operations.terminate_all()
             case _:
                 await self._recovered()
                 return self.answer_now(command, peer) or protocol.error_line(
@@ -155,19 +144,7 @@ class Service:
 
     def heard(self, event: Event) -> None:
         """Keep the store and the queue up with the books."""
-        match event:
-            case LeaseGranted(lease=lease, worker=worker):
-                if lease.id in self._context.restored:  # a full disk must not end what it has long held
-                    self._context.restored.discard(lease.id)
-                else:
-                    self._write_lease(lease, worker)
-            case LeaseEnded(lease=lease, worker=worker):
-                self._writing.pop(lease.id, None)
-                self._context.store.soon(self._context.store.lease_ended(lease.id))
-                self._serve(worker.pool)
-            case WorkerChanged(worker=worker):
-                if worker.state is WorkerState.READY:
-                    self._serve(worker.pool)
+        self._granting.heard(event)
 
     # --- GET_WORKER --------------------------------------------------------------------------------
 
@@ -180,14 +157,14 @@ class Service:
         self._require_possible(name, wish)
         for _ in range(HAND_OUT_ATTEMPTS_MAX):
             _, pool = self._pool(command.pool)  # a reload may have removed it meanwhile
-            self._require_charge(self._context.cloud(name))
+            self._context.require_charge(self._context.cloud(name))
             held_before = self._held(name, client)
-            lease = self._take(name, client, exclusive, wish)
+            lease = self._granting.take(name, client, exclusive, wish)
             if lease is None:
                 lease = await self._wait(
                     Waiter(name, client, exclusive, wish, asked_at, _future()), deadline_at
                 )
-            worker = await self._confirmed(lease, pool)
+            worker = await self._granting.confirmed(lease, pool)
             if worker is not None and worker.address is not None:
                 reply = protocol.line(worker.address)
                 if name == "default" and wish == ANYTHING and not command.exclusive:
@@ -196,32 +173,6 @@ class Service:
             if lease.id not in held_before:
                 self._registry.end_lease(lease.worker_id, client, "not handed out", self._now())
         raise CloudError("workers are lost as fast as they become ready")
-
-    def _take(self, pool: str, client: str, exclusive: bool, wish: Wish) -> Lease | None:
-        """The client's hold on a worker that suits, decided and booked in one step; None when none does."""
-        worker = self._registry.available(pool, client, exclusive=exclusive, wish=wish.test())
-        if worker is None:
-            return None
-        ttl_seconds = self._context.pool(pool).idle_timeout
-        return self._registry.grant(
-            Lease(self._new_id(), worker.id, client, ttl_seconds, exclusive), self._now()
-        )
-
-    async def _confirmed(self, lease: Lease, pool: PoolSettings) -> Worker | None:
-        """The lease's worker, when its readiness is proved, the lease is on disk, and both are still so."""
-        worker = self._registry.get(lease.worker_id)
-        if worker is None or worker.state is not WorkerState.READY:
-            return None
-        if self._proof_is_old(worker, pool) and not await self._prove(worker):
-            return None
-        await self._written(lease)
-        worker = self._registry.get(lease.worker_id)
-        still_held = self._registry.lease_ends_at(lease.id) is not None
-        return worker if worker is not None and worker.state is WorkerState.READY and still_held else None
-
-    def _proof_is_old(self, worker: Worker, pool: PoolSettings) -> bool:
-        proved_at = self._registry.proved_at(worker.id)
-        return pool.readiness == "tcp" and self._now() - proved_at > pool.readiness_max_age
 
     async def _wait(self, waiter: Waiter, deadline_at: float) -> Lease:
         if self._closing:
@@ -258,19 +209,6 @@ class Service:
             return f"{seconds}: one has been booting for {age_seconds:.0f} s; ask again"
         return seconds
 
-    def _serve(self, pool: str) -> None:
-        """Give what has become free to whoever waits longest for it."""
-        hopeless: set[tuple[bool, Wish]] = set()
-        for waiter in self._context.waiting.of(pool):
-            kind = (waiter.exclusive, waiter.wish)
-            if kind in hopeless:
-                continue
-            lease = self._take(pool, waiter.client, waiter.exclusive, waiter.wish)
-            if lease is None:
-                hopeless.add(kind)
-            else:
-                waiter.served.set_result(lease)
-
     def _remember(self, client: str, lease: Lease, pool: PoolSettings, reply: bytes) -> None:
         if len(self._warm) >= WARM_REPLIES_MAX and client not in self._warm:
             del self._warm[next(iter(self._warm))]
@@ -286,7 +224,7 @@ class Service:
         """Whether the books know what this address is. One dead region must not silence the others' PING."""
         return self._registry.by_address(address) is not None or self._context.clouds.recovered()
 
-    # --- PING, RELEASE, STATUS ---------------------------------------------------------------------
+    # --- PING, RELEASE ---------------------------------------------------------------------
 
     def _ping_now(self, command: Ping, client: str) -> bytes | None:
         worker = self._held_worker(command.address)
@@ -305,8 +243,8 @@ class Service:
             raise WorkerNotFound
         pool = self._context.pool_of(worker)
         lease = Lease(self._new_id(), worker.id, client, pool.idle_timeout, pool.exclusive)
-        await self._written(self._registry.grant(lease, self._now()))
-        self._require_charge(self._context.cloud_of(worker))
+        await self._granting.written(self._registry.grant(lease, self._now()))
+        self._context.require_charge(self._context.cloud_of(worker))
         return protocol.OK
 
     def _release(self, command: Release, client: str) -> bytes:
@@ -328,75 +266,8 @@ class Service:
         """The worker at an address. Raises ReadOnly when it is another broker's, or may be."""
         worker = self._registry.by_address(address)
         for cloud in self._context.clouds.all if worker is None else (self._context.cloud_of(worker),):
-            self._require_charge(cloud)
+            self._context.require_charge(cloud)
         return worker
-
-    def _known(self) -> list[Worker]:
-        return sorted(self._registry.in_state(*BOOKED), key=lambda worker: worker.born_at)
-
-    def _status(self, worker: Worker) -> dict[str, object]:
-        now, pool = self._now(), self._context.pool_of(worker)
-        idle_seconds = max(0.0, now - self._registry.used_at(worker.id))
-        usable = worker.state in (WorkerState.READY, WorkerState.SUSPECT)
-        ends_in = pool.idle_timeout - idle_seconds
-        if not self._registry.busy(worker.id):
-            ends_in = min(ends_in, worker.born_at + pool.max_lifetime - now)
-        return {
-            "instance_id": worker.instance_id,
-            "ip": worker.address,
-            "idle_seconds": round(idle_seconds),
-            "will_terminate_in": round(max(0.0, ends_in)) if usable else None,
-            "state": str(worker.state),
-            "pool": worker.pool,
-            "leases": len(self._registry.leases(worker.id)),
-            "instance_type": worker.offering.instance_type,
-            "cores": worker.cores,
-            "market": str(worker.offering.market),
-            "price_assumed": worker.offering.price_assumed,
-            "age_seconds": round(now - worker.born_at),
-            "reason": worker.reason,
-        }
-
-    # --- LIST_ALL, TERMINATE_ALL -------------------------------------------------------------------
-
-    async def _listed(self) -> list[Instance]:
-        """What the clouds list. Everybody who asks at the same time shares one look."""
-        if self._listing is None or self._listing.done():
-            self._listing = asyncio.create_task(self._list_clouds())
-            self._listing.add_done_callback(_retrieved)  # whoever asked may be gone by then
-        return await asyncio.shield(self._listing)
-
-    async def _list_clouds(self) -> list[Instance]:
-        found: list[Instance] = []
-        for cloud in self._context.clouds.all:
-            if not cloud.opened:
-                raise cloud.refusal() or CloudError(f"{cloud.provider.name} has not answered yet")
-            found += await cloud.provider.listing()
-        return [i for i in found if i.state is not InstanceState.TERMINATED]
-
-    async def _terminate_all(self) -> bytes:
-        """Whatever the cloud lists under our tag ends, known to the books or not; busy or not."""
-        unseen: BrokerError | None = None
-        try:
-            await self._scan()
-        except BrokerError as error:
-            # Where nobody has looked yet there may be more than the books hold: do not claim all is ended.
-            unseen = None if self._context.clouds.recovered() else error
-        for cloud in self._context.clouds.all:  # "all" is not ours to end
-            self._require_charge(cloud)
-        now = self._now()
-        for name in self._context.settings.pool:
-            self._context.waiting.fail(
-                name, Draining("every worker is being terminated on request; ask again")
-            )
-        self._context.unwanted.update(w.id for w in self._registry.in_state(WorkerState.ORDERED))
-        ended = self._registry.in_state(*USABLE)
-        for worker in ended:
-            self._registry.drain(worker.id, Reason.TERMINATE_ALL, now)
-        self._reap()
-        if unseen is not None:
-            raise unseen
-        return protocol.json_line({"terminated": [worker.instance_id for worker in ended]})
 
     # --- inside ------------------------------------------------------------------------------------
 
@@ -405,12 +276,6 @@ class Service:
         if pool is None:
             raise self._context.no_such_pool(name or "default")
         return name or "default", pool
-
-    def _require_charge(self, cloud: Cloud | None) -> None:
-        """Raises ReadOnly while another broker is in charge of that cloud."""
-        error = cloud.read_only() if cloud is not None else None
-        if error is not None:
-            raise error
 
     def _require_possible(self, pool: str, wish: Wish) -> None:
         cloud = self._context.cloud(pool)
@@ -442,57 +307,9 @@ class Service:
         cloud = self._context.cloud(pool)
         return () if cloud is None else (cloud,)
 
-    def _write_lease(self, lease: Lease, worker: Worker) -> None:
-        task = asyncio.ensure_future(self._context.store.lease_granted(lease, worker))
-        self._writing[lease.id] = task
-        task.add_done_callback(lambda done: self._lease_written(lease.id, done))
-
-    def _lease_written(self, lease_id: str, task: asyncio.Task[None]) -> None:
-        failed = not task.cancelled() and task.exception() is not None
-        # A hold that became exclusive is written once more. A failed write is kept until the lease ends: who
-        # asks whether it is on disk may come later than the failure.
-        if self._writing.get(lease_id) is task and not failed:
-            del self._writing[lease_id]
-
-    async def _written(self, lease: Lease) -> None:
-        """Wait until the lease is on disk.
-
-        A full disk does not keep a client from a shared worker. An exclusive one is not given away on a lease
-        that a restart would forget: raises StoreError, and the lease ends.
-        """
-        task, worker = self._writing.get(lease.id), self._registry.get(lease.worker_id)
-        if task is None or worker is None:
-            return
-        if task.done():  # it has failed; perhaps the disk takes it now
-            self._write_lease(lease, worker)
-            task = self._writing[lease.id]
-        try:
-            await asyncio.shield(task)
-        except StoreError:
-            if lease.exclusive:
-                self._registry.end_lease(lease.worker_id, lease.client, "not written", self._now())
-                raise
-
 
 def _future() -> asyncio.Future[Lease]:
     return asyncio.get_running_loop().create_future()
-
-
-def _retrieved(task: asyncio.Task[Any]) -> None:
-    if not task.cancelled():
-        task.exception()
-
-
-def _listed(instance: Instance) -> dict[str, object]:
-    return {
-        "instance_id": instance.id,
-        "instance_type": instance.instance_type,
-        "ip": instance.address,
-        "launch_time": rfc3339(instance.launched_unix),
-        "state": str(instance.state),
-        "zone": instance.zone,
-        "market": str(instance.market),
-    }
 
 
 def _catalogue(offerings: Sequence[Offering]) -> str:

@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
-from broker import orders, service, store
+from broker import granting, orders, service, store
 from broker.clock import Clock
 from broker.clouds import Cloud
 from broker.core import claim, policy
@@ -297,7 +297,7 @@ def exclusive_is_a_word() -> Iterator[Any]:
 @planted
 def handed_out_without_a_proof() -> Iterator[Any]:
     """A worker that was ready once is ready for ever."""
-    yield patch.object(service.Service, "_proof_is_old", lambda self, worker, pool: False)
+    yield patch.object(granting.Granting, "_proof_is_old", lambda self, worker, pool: False)
 
 
 @planted

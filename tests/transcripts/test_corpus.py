@@ -10,7 +10,7 @@ from types import ModuleType
 
 import pytest
 
-from broker import server, service
+from broker import operations, server, service
 from broker.core import errors, policy, protocol
 from broker.core.errors import BrokerError, ClientFault, Code, Refusal
 from broker.core.protocol import Malformed, name_of, parse_line
@@ -90,7 +90,7 @@ def sentences(module: ModuleType) -> Iterator[str]:
             yield "".join(re.escape(str(p.value)) if isinstance(p, ast.Constant) else ".+" for p in parts)
 
 
-@pytest.mark.parametrize("module", [protocol, service, server, policy], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("module", [protocol, service, operations, server, policy], ids=lambda m: m.__name__)
 def test_every_sentence_that_refuses_a_client_is_in_the_corpus(module: ModuleType) -> None:
     wanted = [
         pattern for pattern in sentences(module) if not ON_THE_CLIENTS_SIDE.search(pattern.replace("\\", ""))
