@@ -12,7 +12,7 @@ from broker.clock import Clock
 from broker.clouds import Cloud, Clouds
 from broker.core import prices
 from broker.core.claim import Claim
-from broker.core.errors import BadRequest
+from broker.core.errors import BadRequest, BrokerError
 from broker.core.model import Instance, Order, Worker
 from broker.core.money import Price
 from broker.core.policy import LaunchGuard
@@ -57,7 +57,9 @@ class Context:
     waiting: Waiting = field(default_factory=Waiting)
     scanned: Signal = field(default_factory=Signal)  # a scan of a cloud ended, well or not
     guards: dict[str, LaunchGuard] = field(default_factory=dict)
-    obstacles: dict[str, str] = field(default_factory=dict)  # pool → why its clients wait without a launch
+    obstacles: dict[str, BrokerError] = field(
+        default_factory=dict
+    )  # pool → why its clients wait without a launch
     stored_leases: dict[str, list[StoredLease]] = field(
         default_factory=dict
     )  # by instance, until found again

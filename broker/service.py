@@ -8,36 +8,56 @@ lease on disk; after every await each of the three is looked at again.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from importlib.metadata import version
 
-from broker.clouds import Cloud
+from broker.acquiring import Acquiring, timed_out
+from broker.admission import HAND_OUT_ATTEMPTS_MAX, Admission
 from broker.context import Context
 from broker.core import protocol
 from broker.core.errors import (
-    BadRequest,
     BrokerError,
     CloudError,
+    Denied,
     Draining,
-    WaitTimedOut,
     WorkerNotFound,
 )
 from broker.core.model import (
     Event,
     Lease,
-    Offering,
+    LeaseEnded,
     Worker,
-    WorkerState,
 )
 from broker.core.policy import Reason
-from broker.core.protocol import Command, GetWorker, ListAll, Malformed, Ping, Release, Status
+from broker.core.protocol import (
+    Acquire,
+    Command,
+    Done,
+    GetWorker,
+    Help,
+    ListAll,
+    Malformed,
+    Ping,
+    Quit,
+    Release,
+    Renew,
+    Status,
+    Version,
+    Watch,
+)
+from broker.core.replies import lease_line
 from broker.core.settings import PoolSettings
 from broker.core.wish import ANYTHING, Wish
 from broker.granting import Granting, Prove
+from broker.notices import Notices
 from broker.operations import Operations
+from broker.prospects import Prospects
+from broker.sessions import Session
 from broker.waiting import Waiter
 
-HAND_OUT_ATTEMPTS_MAX = 20  # a worker may be lost between choice and answer; so often in a row is no accident
+HELP = protocol.line(f"commands: {', '.join(protocol.PARSERS)}; docs/protocol.md has what they say")
+VERSION = protocol.line(f"compute-broker {version('compute-broker')} protocol {protocol.VERSION}")
 WARM_REPLIES_MAX = 10_000  # remembered replies; for a client beyond them the answer only takes the longer way
 
 
@@ -53,7 +73,8 @@ class WarmReply:
 
 class Service:
     """Answers commands. `prove` tries a worker's port now, `scan` lists the clouds now, `demand` tells that
-    somebody waits for a launch, and how many seconds at most, `reap` that somebody is to be terminated."""
+    somebody waits for a launch, and how many seconds at most, `pending` that it wants to hear how it stands,
+    `reap` that somebody is to be terminated."""
 
     def __init__(
         self,
@@ -63,18 +84,26 @@ class Service:
         scan: Callable[[], Awaitable[None]],
         demand: Callable[[float], None],
         reap: Callable[[], None],
+        pending: Callable[[], None],
+        prospects: Prospects,
         new_id: Callable[[], str],
     ) -> None:
         self._context = context
         self._registry = context.registry
-        self._granting = Granting(context, prove=prove, new_id=new_id)
+        self._granting = Granting(context, prove=prove, reap=reap, new_id=new_id)
+        self._admission = Admission(context)
+        self._acquiring = Acquiring(
+            context, self._admission, self._granting, prospects, demand=demand, pending=pending
+        )
+        self._notices = Notices(context.registry)
+        self._bound: dict[str, Session] = {}  # lease id → the connection it lives as long as
+        self._prospects = prospects
         self._operations = Operations(context, scan=scan, reap=reap)
         self._demand = demand
         self._reap = reap
         self._new_id = new_id
         self._now = context.clock.monotonic
         self._warm: dict[str, WarmReply] = {}
-        self._closing = False
 
     # --- commands ----------------------------------------------------------------------------------
 
@@ -98,6 +127,14 @@ class Service:
                     return self._ping_now(command, command.client or peer)
                 case Release() if self._certain_of(command.address):
                     return self._release(command, command.client or peer)
+                case Renew() | Done() if self._certain_of_lease(command.lease):
+                    return self._renew(command) if isinstance(command, Renew) else self._done(command)
+                case Help():
+                    return HELP
+                case Version():
+                    return VERSION
+                case Quit():
+                    return protocol.OK
                 case Status() if any(cloud.recovered for cloud in self._context.clouds.all):
                     return self._operations.status()
                 case _:
@@ -105,35 +142,42 @@ class Service:
         except BrokerError as error:
             return protocol.error_line(error)
 
-    async def answer(self, command: Command, peer: str) -> bytes:
-        """The reply to any command. Raises nothing of ours: an error is a reply too."""
+    async def answer(self, command: Command, peer: str, session: Session) -> bytes:
+        """The reply to any command, of one line or of several; what is to be said before it is said in the
+        session. Raises nothing of ours: an error is a reply too."""
         try:
             now = self.answer_now(command, peer)
-            return now if now is not None else await self._answer(command, peer)
+            return now if now is not None else await self._answer(command, peer, session)
         except BrokerError as error:
             return protocol.error_line(error)
 
-    async def _answer(self, command: Command, peer: str) -> bytes:
+    async def _answer(self, command: Command, peer: str, session: Session) -> bytes:
         match command:
+            case Acquire():
+                leases = await self._acquiring.acquire(command, command.client or peer, session.say)
+                return self._acquired(leases, session)
+            case Watch():
+                self._notices.watch(command.client or peer, session)
+                return protocol.OK
             case GetWorker():
                 return await self._get_worker(command, command.client or peer)
             case Ping():
                 if not self._certain_of(command.address):
-                    await self._recovered()
+                    await self._admission.recovered()
                 return await self._ping(command, command.client or peer)
             case ListAll():
                 return await self._operations.list_all()
             case protocol.TerminateAll():
                 return await self._operations.terminate_all()
             case _:
-                await self._recovered()
+                await self._admission.recovered()
                 return self.answer_now(command, peer) or protocol.error_line(
                     CloudError("no answer; ask again")
                 )
 
     def close(self) -> None:
         """The broker is going down: whoever waits hears it now, and nobody else starts to wait."""
-        self._closing = True
+        self._admission.closing = True
         for name in self._context.settings.pool:
             self._context.waiting.fail(name, Draining("the broker is restarting; ask again in a moment"))
         self._context.scanned.notify()  # whoever waits for the first scan hears it too
@@ -142,28 +186,43 @@ class Service:
         """The settings have changed: no reply is given by the old ones."""
         self._warm.clear()
 
+    def closed(self, session: Session) -> None:
+        """The connection is over, and with it the leases that live as long as it does; but not when it is the
+        broker that goes: its successor finds them on disk, and their clients may renew them."""
+        session.closed = True
+        self._notices.forget(session)
+        bound = [lease for one in session.leases if (lease := self._registry.lease(one)) is not None]
+        for one in session.leases:
+            self._bound.pop(one, None)
+        if bound and not self._admission.closing:
+            self._granting.give_back(bound, "connection closed")
+
+    def serve_groups(self, pool: str) -> None:
+        """See Granting."""
+        self._granting.serve_groups(pool)
+
     def heard(self, event: Event) -> None:
-        """Keep the store and the queue up with the books."""
+        """Keep the store, the queue and those who watch up with the books."""
+        self._notices.heard(event)
+        if isinstance(event, LeaseEnded) and (session := self._bound.pop(event.lease.id, None)) is not None:
+            session.leases.pop(event.lease.id, None)
         self._granting.heard(event)
 
     # --- GET_WORKER --------------------------------------------------------------------------------
 
     async def _get_worker(self, command: GetWorker, client: str) -> bytes:
-        name, pool = self._pool(command.pool)
+        name, pool = self._admission.pool(command.pool)
         asked_at, wish = self._now(), Wish.of(command)
         deadline_at = asked_at + (pool.wait if command.wait is None else command.wait)
         exclusive = command.exclusive or pool.exclusive
-        await self._recovered(name, deadline_at)
-        self._require_possible(name, wish)
+        await self._admission.recovered(name, deadline_at)
+        self._admission.require_possible(name, wish)
         for _ in range(HAND_OUT_ATTEMPTS_MAX):
-            _, pool = self._pool(command.pool)  # a reload may have removed it meanwhile
+            _, pool = self._admission.pool(command.pool)  # a reload may have removed it meanwhile
             self._context.require_charge(self._context.cloud(name))
             held_before = self._held(name, client)
-            lease = self._granting.take(name, client, exclusive, wish)
-            if lease is None:
-                lease = await self._wait(
-                    Waiter(name, client, exclusive, wish, asked_at, _future()), deadline_at
-                )
+            waiter = Waiter(name, client, exclusive, wish, asked_at, _future())
+            (lease,) = self._granting.take(waiter) or await self._wait(waiter, deadline_at)
             worker = await self._granting.confirmed(lease, pool)
             if worker is not None and worker.address is not None:
                 reply = protocol.line(worker.address)
@@ -174,8 +233,8 @@ class Service:
                 self._registry.end_lease(lease.worker_id, client, "not handed out", self._now())
         raise CloudError("workers are lost as fast as they become ready")
 
-    async def _wait(self, waiter: Waiter, deadline_at: float) -> Lease:
-        if self._closing:
+    async def _wait(self, waiter: Waiter, deadline_at: float) -> list[Lease]:
+        if self._admission.closing:
             raise Draining
         waiting = self._context.waiting
         held_before = self._held(waiter.pool, waiter.client)
@@ -183,31 +242,19 @@ class Service:
         self._demand(max(0.0, deadline_at - self._now()))
         try:
             async with asyncio.timeout(max(0.0, deadline_at - self._now())):
-                return await waiter.served
+                return await asyncio.shield(waiter.served)  # whoever waits is in the queue until it leaves
         except TimeoutError:
-            lease = waiter.lease()  # served in the instant in which the time was over
-            if lease is not None:
-                return lease
-            raise WaitTimedOut(self._why_waiting(waiter)) from None
+            leases = waiter.leases()  # served in the instant in which the time was over
+            if leases:
+                return leases
+            raise timed_out(waiter, self._prospects, self._now()) from None
         except asyncio.CancelledError:
-            lease = waiter.lease()  # served in the instant in which the client went away
-            if lease is not None and lease.id not in held_before:
-                self._registry.end_lease(lease.worker_id, waiter.client, "not handed out", self._now())
+            for lease in waiter.leases():  # served in the instant in which the client went away
+                if lease.id not in held_before:
+                    self._registry.end_lease(lease.worker_id, lease.key, "not handed out", self._now())
             raise
         finally:
             waiting.leave(waiter)
-
-    def _why_waiting(self, waiter: Waiter) -> str:
-        now, registry = self._now(), self._registry
-        seconds = f"no worker became ready within {now - waiter.asked_at:.0f} s"
-        obstacle = self._context.obstacles.get(waiter.pool)
-        if obstacle:
-            return f"{seconds}: {obstacle}"
-        booting = registry.in_state(WorkerState.ORDERED, WorkerState.BOOTING, pool=waiter.pool)
-        if booting:
-            age_seconds = now - min(worker.born_at for worker in booting)
-            return f"{seconds}: one has been booting for {age_seconds:.0f} s; ask again"
-        return seconds
 
     def _remember(self, client: str, lease: Lease, pool: PoolSettings, reply: bytes) -> None:
         if len(self._warm) >= WARM_REPLIES_MAX and client not in self._warm:
@@ -230,10 +277,11 @@ class Service:
         worker = self._held_worker(command.address)
         if worker is None:
             raise WorkerNotFound
-        lease = self._registry.lease_of(worker.id, client)
-        if lease is None:
+        leases = self._registry.leases_of(worker.id, client)
+        if not leases:
             return None
-        self._registry.renew(lease, self._now())
+        for lease in leases:
+            self._registry.renew(lease, self._now())
         return protocol.OK
 
     async def _ping(self, command: Ping, client: str) -> bytes:
@@ -242,6 +290,8 @@ class Service:
         if worker is None:
             raise WorkerNotFound
         pool = self._context.pool_of(worker)
+        if self._registry.full(worker.id):
+            raise Denied(f"the worker has its leases_per_worker_max = {pool.leases_per_worker_max} clients")
         lease = Lease(self._new_id(), worker.id, client, pool.idle_timeout, pool.exclusive)
         await self._granting.written(self._registry.grant(lease, self._now()))
         self._context.require_charge(self._context.cloud_of(worker))
@@ -254,13 +304,56 @@ class Service:
         now = self._now()
         self._registry.expire_leases(worker.id, now)
         if not command.force:
-            self._registry.end_lease(worker.id, client, "released", now)
+            for lease in self._registry.leases_of(worker.id, client):
+                self._registry.end_lease(worker.id, lease.key, "released", now)
         if command.force or not self._registry.busy(
             worker.id
         ):  # it is busy when a waiting client just got it
             self._registry.drain(worker.id, Reason.RELEASED, now)
             self._reap()
         return protocol.OK
+
+    # --- RENEW, DONE, what ACQUIRE leaves behind -----------------------------------------------------
+
+    def _renew(self, command: Renew) -> bytes:
+        self._registry.renew(self._living(command.lease), self._now())
+        return protocol.OK
+
+    def _done(self, command: Done) -> bytes:
+        self._granting.give_back([self._living(command.lease)], "done")
+        return protocol.OK
+
+    def _living(self, lease_id: str) -> Lease:
+        """The lease of that id. An id that has ended, or never was, touches nobody's worker. Raises Denied,
+        ReadOnly."""
+        lease = self._registry.lease(lease_id)
+        worker = None if lease is None else self._registry.get(lease.worker_id)
+        for cloud in self._context.clouds.all if worker is None else (self._context.cloud_of(worker),):
+            self._context.require_charge(cloud)
+        if lease is None:
+            raise Denied("that lease has ended")
+        return lease
+
+    def _certain_of_lease(self, lease_id: str) -> bool:
+        """Whether the books know what became of it."""
+        return self._registry.lease(lease_id) is not None or self._context.clouds.recovered()
+
+    def _acquired(self, leases: list[Lease], session: Session) -> bytes:
+        """The reply of an ACQUIRE, in the same step in which its leases were found to be good."""
+        now, now_unix = self._now(), self._context.clock.wall()
+        lines = []
+        for lease in leases:
+            worker = self._registry.get(lease.worker_id)
+            assert worker is not None, "confirmed in this instant"
+            self._registry.renew(lease, now)  # it begins when the client hears of it
+            lines.append(lease_line(lease, worker, now_unix + lease.ttl_seconds, len(leases)))
+            if lease.bound:
+                session.leases[lease.id], self._bound[lease.id] = None, session
+        if session.leases:
+            session.lasts()
+        return b"".join(lines)
+
+    # --- inside ------------------------------------------------------------------------------------
 
     def _held_worker(self, address: str) -> Worker | None:
         """The worker at an address. Raises ReadOnly when it is another broker's, or may be."""
@@ -269,53 +362,6 @@ class Service:
             self._context.require_charge(cloud)
         return worker
 
-    # --- inside ------------------------------------------------------------------------------------
 
-    def _pool(self, name: str | None) -> tuple[str, PoolSettings]:
-        pool = self._context.settings.pool.get(name or "default")
-        if pool is None:
-            raise self._context.no_such_pool(name or "default")
-        return name or "default", pool
-
-    def _require_possible(self, pool: str, wish: Wish) -> None:
-        cloud = self._context.cloud(pool)
-        if wish == ANYTHING or cloud is None:
-            return
-        offerings = cloud.provider.offerings(pool)
-        if not any(wish.fits(offering) for offering in offerings):
-            raise BadRequest(f"pool '{pool}' has nothing with {wish}; it has {_catalogue(offerings)}")
-
-    async def _recovered(self, pool: str | None = None, deadline_at: float | None = None) -> None:
-        """Wait for the first complete scan, of one cloud or of all. Raises CloudError, WaitTimedOut."""
-        try:
-            async with asyncio.timeout(None if deadline_at is None else max(0.0, deadline_at - self._now())):
-                while not all(cloud.recovered for cloud in self._clouds_of(pool)):
-                    if self._closing:
-                        raise Draining("the broker is restarting; ask again in a moment")
-                    clouds = self._clouds_of(pool)
-                    refusals = [refusal for cloud in clouds if (refusal := cloud.refusal(pool)) is not None]
-                    if refusals:
-                        raise refusals[0]
-                    await self._context.scanned.wait()
-        except TimeoutError:
-            raise WaitTimedOut("the broker has just started and is still looking for its workers") from None
-
-    def _clouds_of(self, pool: str | None) -> Sequence[Cloud]:
-        """Those that have to be known: a reload may change them. None for a pool that there is no more."""
-        if pool is None:
-            return self._context.clouds.all
-        cloud = self._context.cloud(pool)
-        return () if cloud is None else (cloud,)
-
-
-def _future() -> asyncio.Future[Lease]:
+def _future() -> asyncio.Future[list[Lease]]:
     return asyncio.get_running_loop().create_future()
-
-
-def _catalogue(offerings: Sequence[Offering]) -> str:
-    return ", ".join(
-        dict.fromkeys(  # the same in each zone
-            f"{o.instance_type} in {o.region} ({o.cores if o.cores else 'an unknown number of'} cores)"
-            for o in offerings
-        )
-    )

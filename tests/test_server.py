@@ -20,6 +20,7 @@ import uvloop
 from broker.core.errors import WorkerNotFound
 from broker.core.protocol import Command, Ping, Status
 from broker.server import QUEUED_MAX, REPLIES_BYTES_MAX, SWEEP_SECONDS, Connection
+from broker.sessions import Session
 from broker.testing import RunningBroker
 from tests.support.broker_process import BrokerProcess, BrokerProcesses, eventually
 from tests.support.brokers import live, settings
@@ -426,7 +427,7 @@ def test_a_fault_costs_one_command_and_not_the_connection(loop: MakeLoop, tmp_pa
                 raise ZeroDivisionError("a bug, in what needs no waiting")
             return answer_now(command, peer)
 
-        async def failing_later(command: Command, peer: str) -> bytes:
+        async def failing_later(command: Command, peer: str, session: Session) -> bytes:
             raise ZeroDivisionError("a bug, in what waits")
 
         service.answer_now = failing  # type: ignore[method-assign]
@@ -445,9 +446,10 @@ def test_a_fault_costs_one_command_and_not_the_connection(loop: MakeLoop, tmp_pa
 def test_an_error_of_ours_that_a_client_may_hear_is_no_fault(tmp_path: Path) -> None:
     async def story(broker: RunningBroker) -> None:
         faults: list[str] = []
+        session = Session(lambda data: None)
         broker.daemon.server._failed = lambda command, error: faults.append(command)
         assert await broker.ask("PING 192.0.2.1") == WorkerNotFound().wire()
-        assert await broker.daemon.server.answer(Ping("192.0.2.1"), "x") == f"{NOT_FOUND}\n".encode()
+        assert await broker.daemon.server.answer(Ping("192.0.2.1"), "x", session) == f"{NOT_FOUND}\n".encode()
         assert faults == []
 
     live(tmp_path, story)

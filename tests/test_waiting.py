@@ -26,7 +26,7 @@ def waiter(
     exclusive: bool = False,
     wish: Wish = ANYTHING,
 ) -> Waiter:
-    served: asyncio.Future[Lease] = asyncio.get_running_loop().create_future()
+    served: asyncio.Future[list[Lease]] = asyncio.get_running_loop().create_future()
     return Waiter(pool, client, exclusive, wish, asked_at, served)
 
 
@@ -131,7 +131,7 @@ async def test_every_pool_has_its_own_queue() -> None:
 async def test_who_is_served_is_no_longer_waiting_although_he_has_not_left() -> None:
     served, other = waiter(1.0), waiter(2.0, exclusive=True)
     waiting = queue(served, other)
-    served.served.set_result(Lease("l", "w", "ann", 1.0))
+    served.served.set_result([Lease("l", "w", "ann", 1.0)])
     assert waiting.of("default") == [other]
     assert waiting.needs("default") == [Need(ANYTHING, 1, exclusive=True)]
 
@@ -199,9 +199,9 @@ async def test_who_is_served_already_hears_no_bad_news() -> None:
     served = waiter()
     waiting = queue(served)
     lease = Lease("l", "w", "ann", 1.0)
-    served.served.set_result(lease)
+    served.served.set_result([lease])
     waiting.fail("default", LimitReached())
-    assert await served.served == lease
+    assert await served.served == [lease]
 
 
 async def test_bad_news_for_a_client_that_has_gone_away_disturbs_nobody() -> None:

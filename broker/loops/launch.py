@@ -27,7 +27,7 @@ from broker.core.errors import (
     Throttled,
 )
 from broker.core.model import Bought, Market, Offering, Order, WorkerState
-from broker.core.planning import Purchase, plan
+from broker.core.planning import SEATS_MAX, Purchase, plan
 from broker.core.policy import Room, launch_room
 from broker.core.registry import BOOKED
 from broker.core.wish import Wish
@@ -125,16 +125,17 @@ class LaunchLoop:
             return
         obstacle = self._blindness(cloud) or self._pause(name)
         if obstacle:
-            context.obstacles[name] = obstacle
+            context.obstacles[name] = CloudError(obstacle)
             return
         self._send_again(name)
         offerings, room = cloud.provider.offerings(name), self._room(name, cloud)
-        wanted = plan(needs, self._coming(name), offerings, room.machines)
+        seats = context.pool(name).leases_per_worker_max or SEATS_MAX
+        wanted = plan(needs, self._coming(name), offerings, room.machines, seats=seats)
         for purchase in wanted.purchases:
             self._buy(name, cloud, purchase)
         if wanted.missing and room.why is not None:
             if context.registry.count(name, *BOOKED):
-                context.obstacles[name] = room.why.message
+                context.obstacles[name] = room.why
             else:
                 self._tell(name, room.why)
 
@@ -187,7 +188,7 @@ class LaunchLoop:
             if choice.refusal is not None:
                 self._tell(name, choice.refusal, purchase.wish)
             if choice.obstacle:
-                self._context.obstacles[name] = choice.obstacle
+                self._context.obstacles[name] = NoCapacity(choice.obstacle)
             count = min(choice.machines, cloud.provider.machines_max)
             if not count:
                 return

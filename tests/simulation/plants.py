@@ -312,12 +312,12 @@ def handed_out_when_it_runs() -> Iterator[Any]:
 
 @planted
 def waits_never_end() -> Iterator[Any]:
-    async def patient(self: service.Service, waiter: Any, deadline_at: float) -> Lease:
+    async def patient(self: service.Service, waiter: Any, deadline_at: float) -> list[Lease]:
         self._context.waiting.join(waiter)
         self._demand(0.0)
         try:
-            lease: Lease = await waiter.served
-            return lease
+            leases: list[Lease] = await waiter.served
+            return leases
         finally:
             self._context.waiting.leave(waiter)
 

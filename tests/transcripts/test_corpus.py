@@ -10,8 +10,8 @@ from types import ModuleType
 
 import pytest
 
-from broker import operations, server, service
-from broker.core import errors, policy, protocol
+from broker import acquiring, admission, operations, server, service
+from broker.core import errors, keys, policy, protocol
 from broker.core.errors import BrokerError, ClientFault, Code, Refusal
 from broker.core.protocol import Malformed, name_of, parse_line
 from tests.transcripts.transcript import (
@@ -90,7 +90,11 @@ def sentences(module: ModuleType) -> Iterator[str]:
             yield "".join(re.escape(str(p.value)) if isinstance(p, ast.Constant) else ".+" for p in parts)
 
 
-@pytest.mark.parametrize("module", [protocol, service, operations, server, policy], ids=lambda m: m.__name__)
+@pytest.mark.parametrize(
+    "module",
+    [protocol, keys, service, acquiring, admission, operations, server, policy],
+    ids=lambda m: m.__name__,
+)
 def test_every_sentence_that_refuses_a_client_is_in_the_corpus(module: ModuleType) -> None:
     wanted = [
         pattern for pattern in sentences(module) if not ON_THE_CLIENTS_SIDE.search(pattern.replace("\\", ""))
