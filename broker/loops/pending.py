@@ -51,7 +51,7 @@ class PendingLoop:
 
 def _is_news(waiter: Waiter, pending: Pending, now: float) -> bool:
     told, ago_seconds = waiter.told, now - waiter.told_at
-    if told is None or ago_seconds >= REPEAT_SECONDS:
+    if told is None or ago_seconds >= REPEAT_SECONDS - LOOK_SECONDS / 2:  # the look that is nearest
         return True
     changed = (told.position, told.code) != (pending.position, pending.code)
     return changed and ago_seconds >= LOOK_SECONDS

@@ -63,6 +63,13 @@ def test_every_key_of_get_worker_is_in_the_corpus() -> None:
     assert set(protocol.GET_WORKER_KEYS) <= used
 
 
+def test_every_key_of_acquire_is_in_the_corpus_and_in_the_document() -> None:
+    used = {word.partition("=")[0] for text in said() if text.startswith("ACQUIRE ") for word in text.split()}
+    assert set(protocol.ACQUIRE_KEYS) <= used
+    text = DOCUMENT.read_text(encoding="utf-8")
+    assert [key for key in protocol.ACQUIRE_KEYS if f"`{key}=" not in text] == []
+
+
 def codes_of(kind: type[BrokerError]) -> Iterator[Code | None]:
     yield kind.code
     for more in kind.__subclasses__():
