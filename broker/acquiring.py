@@ -35,8 +35,8 @@ def timed_out(waiter: Waiter, prospects: Prospects, now: float) -> WaitTimedOut:
 
 
 class Acquiring:
-    """See the module. `demand` tells that somebody waits for a launch, and how many seconds at most, `pending`
-    that it wants to hear how it stands."""
+    """See the module. `demand` tells that somebody waits for a launch, and how many seconds at most;
+    `pending` that it wants to hear how it stands."""
 
     def __init__(
         self,

@@ -140,9 +140,12 @@ class Daemon:
             scan=self.reconcile.scan,
             demand=self._demanded,
             reap=wake_reap,
-            pending=lambda: self._wake("pending"),
+            pending=lambda: self.pending.came(),
             prospects=prospects,
             new_id=lambda: f"lease-{new_id()}",
+        )
+        self.pending = PendingLoop(
+            context, prospects, serve=self.service.serve_groups, wake=lambda: self._wake("pending")
         )
         commands = CommandStats()
         self.server = Server(
@@ -177,7 +180,7 @@ class Daemon:
             PricesLoop(context, report),
             self._claims,
             self.server,
-            PendingLoop(context, prospects, self.service.serve_groups),
+            self.pending,
         )
         self.runners = {loop.name: LoopRunner(loop, self.clock, self._loop_failed) for loop in loops}
         self.health = Health(context, list(self.runners.values()))

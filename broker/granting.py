@@ -188,6 +188,7 @@ class Granting:
         first = True
         self._kept.pop(pool, None)
         for waiter in self._context.waiting.of(pool):
+            waiter.found = 0
             kind = (waiter.exclusive, waiter.wish, waiter.count)
             if kind in hopeless or waiter.served.done():
                 continue
@@ -196,7 +197,6 @@ class Granting:
                 waiter.served.set_result(leases)
                 continue
             hopeless.add(kind)
-            waiter.found = 0
             if waiter.count > 1 and first:
                 first = False
                 places = self._places(waiter)

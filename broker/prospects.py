@@ -78,4 +78,6 @@ class Prospects:
         if obstacle is not None:
             code = obstacle.code if obstacle.code in OBSTACLES else Code.CLOUD
             return Pending(None, position, str(code), obstacle.message)
-        return Pending(None, position, QUEUED, "every worker that suits is in use")
+        usable = self.context.registry.count(waiter.pool, WorkerState.READY, WorkerState.SUSPECT)
+        reason = "every worker that suits is in use" if usable else "a machine is about to be ordered"
+        return Pending(None, position, QUEUED, reason)

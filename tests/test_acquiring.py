@@ -402,7 +402,7 @@ def test_who_waits_hears_at_once_why_and_then_what_is_new(tmp_path: Path) -> Non
         said: list[re.Match[str]] = []
         await broker.until(broker.daemon.context.clouds.recovered)
         waiting = asyncio.create_task(acquire(broker.client(), "", said))
-        await asyncio.sleep(0.01)
+        await asyncio.sleep(0.05)
         assert [(one["eta"], one["position"], one["code"]) for one in said] == [("unknown", "1", "BOOTING")]
         await asyncio.sleep(25)
         assert [one["reason"] for one in said] == [

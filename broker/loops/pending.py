@@ -15,25 +15,42 @@ from broker.waiting import Waiter
 
 LOOK_SECONDS = 1.0  # between two looks, and so between two lines to one client
 LOOK_SECONDS_MIN = 0.1  # when somebody new comes: a line at once, but not a look for each of thousands
+NEW_SECONDS = 0.04  # after somebody has come: launches are gathered for 35 ms, and then there is more to say
 REPEAT_SECONDS = 10.0  # a line although nothing but the time has changed
 
 
 class PendingLoop:
-    """See the module. `serve` is called for each pool: a turn in its queue may be over."""
+    """See the module. `serve` is called for each pool: a turn in its queue may be over. `wake` has this loop
+    tick again."""
 
     name = "pending"
 
-    def __init__(self, context: Context, prospects: Prospects, serve: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        context: Context,
+        prospects: Prospects,
+        *,
+        serve: Callable[[str], None],
+        wake: Callable[[], None],
+    ) -> None:
         self._context = context
         self._prospects = prospects
         self._serve = serve
+        self._wake = wake
         self._looked_at = float("-inf")
+        self._came_at: float | None = None  # the first of those who have not been told anything yet
+
+    def came(self) -> None:
+        """Somebody new waits, and wants to hear how it stands."""
+        self._came_at = self._context.now() if self._came_at is None else self._came_at
+        self._wake()
 
     async def tick(self) -> float | None:
         now = self._context.now()
-        if now < self._looked_at + LOOK_SECONDS_MIN:
-            return self._looked_at + LOOK_SECONDS_MIN
-        somebody = False
+        look_at = max((self._came_at or 0.0) + NEW_SECONDS, self._looked_at + LOOK_SECONDS_MIN)
+        if now < look_at:
+            return look_at
+        self._came_at, somebody = None, False
         for pool in self._context.settings.pool:
             if any(waiter.terms is not None for waiter in self._context.waiting.of(pool)):
                 somebody = True

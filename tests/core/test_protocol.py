@@ -30,7 +30,7 @@ from broker.core.errors import (
     WaitTimedOut,
     WorkerNotFound,
 )
-from broker.core.keys import CLIENT_NAME, COUNT_MAX, WAIT_SECONDS_MAX, WORD
+from broker.core.keys import CLIENT_NAME, COUNT_MAX, TTL_SECONDS_MAX, WAIT_SECONDS_MAX, WORD
 from broker.core.protocol import (
     LINE_BYTES_MAX,
     NAMES,
@@ -322,6 +322,10 @@ def test_a_web_page_cannot_give_commands_through_its_readers_browser(method: str
     assert heard([request.encode()]) == [HTTP_ENDS]
 
 
+def test_after_quit_nothing_more_is_heard() -> None:
+    assert heard([b"QUIT\nGET_WORKER\n", b"GET_WORKER\n"]) == [Quit()]
+
+
 def test_after_a_slip_a_full_command_is_still_heard() -> None:
     assert heard([b"PING\nGET_WORKER\n"])[1] == GetWorker()
 
@@ -343,7 +347,22 @@ SENDABLE = st.one_of(
     ),
     st.builds(Ping, address=WORDS, client=CLIENTS),
     st.builds(Release, address=WORDS, force=st.booleans(), client=CLIENTS),
-    st.sampled_from([Status(), ListAll(), TerminateAll()]),
+    st.builds(
+        Acquire,
+        pool=st.none() | WORDS,
+        cores=st.none() | st.integers(1, 100_000),
+        wait=st.none() | st.floats(0, WAIT_SECONDS_MAX),
+        exclusive=st.booleans(),
+        client=CLIENTS,
+        count=st.integers(100, COUNT_MAX),
+        min=st.none() | st.integers(1, 100),
+        hold=st.sampled_from([None, "connection"]),
+        ttl=st.none() | st.floats(1, TTL_SECONDS_MAX),
+    ),
+    st.builds(Renew, lease=WORDS),
+    st.builds(Done, lease=WORDS),
+    st.builds(Watch, client=CLIENTS),
+    st.sampled_from([Status(), ListAll(), TerminateAll(), Help(), Version(), Quit()]),
 )
 ANYTHING: st.SearchStrategy[Any] = (
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=80)
@@ -355,6 +374,8 @@ DOUBTFUL = st.one_of(
     ),
     st.builds(Ping, address=st.text(max_size=300), client=ANYTHING),
     st.builds(Release, address=st.text(max_size=300), force=st.booleans(), client=ANYTHING),
+    st.builds(Acquire, count=ANYTHING, min=ANYTHING, hold=ANYTHING, ttl=ANYTHING, client=ANYTHING),
+    st.builds(Renew, lease=st.text(max_size=300)),
 )  # fmt: skip
 
 
