@@ -545,3 +545,25 @@ def test_help_names_every_command_and_quit_is_the_last_one(tmp_path: Path) -> No
         assert broker.cloud.count("launch") == 0
 
     live(tmp_path, story)
+
+
+def test_only_what_is_missing_is_ordered_for_who_wants_several(tmp_path: Path) -> None:
+    async def story(broker: RunningBroker) -> None:
+        client = broker.client()
+        for lease, _ in await acquire(client, "client=ann count=2"):
+            assert await client.ask(f"DONE {lease}") == "OK"
+        assert len(await acquire(client, "client=ben count=3")) == 3
+        assert len(broker.cloud.machines) == 3
+
+    live(tmp_path, story, chosen=exclusive(max_workers=9))
+
+
+def test_two_hundred_who_acquire_at_once_are_all_served(tmp_path: Path) -> None:
+    async def story(broker: RunningBroker) -> None:
+        clients = [broker.client() for _ in range(200)]
+        held = await asyncio.gather(
+            *(acquire(one, f"client=c{number}") for number, one in enumerate(clients))
+        )
+        assert len({ip for ((_, ip),) in held}) == 200
+
+    live(tmp_path, story, chosen=exclusive(max_workers=200, launches_per_hour=200))
