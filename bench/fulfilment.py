@@ -122,7 +122,7 @@ async def plan_ms(clients: int) -> float:
     wishes = (ANYTHING, Wish(cores=64), Wish(type=TYPES[0]), Wish(region="us-east-1"))
     loop = asyncio.get_running_loop()
     for number in range(clients):
-        served: asyncio.Future[Lease] = loop.create_future()
+        served: asyncio.Future[list[Lease]] = loop.create_future()
         waiting.join(Waiter(POOL, f"client-{number}", number % 2 == 0, dice.choice(wishes), number, served))
 
     def once() -> float:

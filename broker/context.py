@@ -12,7 +12,7 @@ from broker.clock import Clock
 from broker.clouds import Cloud, Clouds
 from broker.core import prices
 from broker.core.claim import Claim
-from broker.core.errors import BadRequest
+from broker.core.errors import BadRequest, BrokerError
 from broker.core.model import Instance, Order, Worker
 from broker.core.money import Price
 from broker.core.policy import LaunchGuard
@@ -60,7 +60,9 @@ class Context:
     scanned: Signal = field(default_factory=Signal)  # a scan of a cloud ended, well or not
     guards: dict[str, LaunchGuard] = field(default_factory=dict)
     warm: dict[str, Warmth] = field(default_factory=dict)  # ask `warmth`, which looks at the clock
-    obstacles: dict[str, str] = field(default_factory=dict)  # pool → why its clients wait without a launch
+    obstacles: dict[str, BrokerError] = field(
+        default_factory=dict
+    )  # pool → why its clients wait without a launch
     stored_leases: dict[str, list[StoredLease]] = field(
         default_factory=dict
     )  # by instance, until found again
@@ -116,6 +118,12 @@ class Context:
         """Where the order was placed, wherever its pool buys by now."""
         homes = [home for place in order.places if (home := self.home.get(place)) is not None]
         return homes[0] if homes else self.clouds.of(order.pool)
+
+    def require_charge(self, cloud: Cloud | None) -> None:
+        """Raises ReadOnly while another broker is in charge of that cloud."""
+        error = cloud.read_only() if cloud is not None else None
+        if error is not None:
+            raise error
 
     def guard(self, pool: str) -> LaunchGuard:
         return self.guards.setdefault(pool, LaunchGuard())

@@ -33,6 +33,7 @@ from broker.ledger import Ledger
 from broker.logs import EventLog, Log
 from broker.loops.beat import BeatLoop
 from broker.loops.launch import LaunchLoop
+from broker.loops.pending import PendingLoop
 from broker.loops.prices import PricesLoop
 from broker.loops.probe import Connect, ProbeLoop, connects
 from broker.loops.reap import ReapLoop
@@ -44,6 +45,7 @@ from broker.metering import Meter
 from broker.opening import open_provider
 from broker.orders import YIELDED, Orders
 from broker.places import LEFT, MakeProviders, make_providers, read_left, with_places
+from broker.prospects import Prospects
 from broker.providers.base import Provider
 from broker.server import Server
 from broker.service import Service
@@ -90,7 +92,7 @@ class Daemon:
         self._ports = ports  # False: no sockets at all; connections are made by `server.connect`
         self._sockets = _activated(environ, settings.broker)
         self._observers: list[Callable[[Event], None]] = []
-        registry = Registry(self._publish)
+        registry = Registry(self._publish, seats=lambda pool: self.context.pool(pool).leases_per_worker_max)
         store = Store(state_dir, threaded=store_threaded, report=lambda text: log.error("store", error=text))
         clouds = Clouds(providers(settings, state_dir, clock, self._cloud_called, ()))
         self.context = Context(settings, registry, clouds, store, clock)
@@ -131,13 +133,19 @@ class Daemon:
             beat=self._beat,
             charged=self._charged,
         )
+        prospects = Prospects(context)
         self.service = Service(
             context,
             prove=self.probe.prove,
             scan=self.reconcile.scan,
             demand=self._demanded,
             reap=wake_reap,
+            pending=lambda: self.pending.came(),
+            prospects=prospects,
             new_id=lambda: f"lease-{new_id()}",
+        )
+        self.pending = PendingLoop(
+            context, prospects, serve=self.service.serve_groups, wake=lambda: self._wake("pending")
         )
         commands = CommandStats()
         self.server = Server(
@@ -172,6 +180,7 @@ class Daemon:
             PricesLoop(context, report),
             self._claims,
             self.server,
+            self.pending,
         )
         self.runners = {loop.name: LoopRunner(loop, self.clock, self._loop_failed) for loop in loops}
         self.health = Health(context, list(self.runners.values()))
@@ -185,6 +194,7 @@ class Daemon:
             self.metrics.heard,
             self._guard_heard,
             self.launch.top_up.heard,
+            prospects.boots.heard,
             self.orders.heard,
             self._reloading.heard,
             self._wake_heard,

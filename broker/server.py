@@ -20,15 +20,18 @@ from math import inf
 from broker.clock import Clock
 from broker.core import protocol
 from broker.core.errors import LimitReached, WaitTimedOut
-from broker.core.protocol import Command, CommandReader, Malformed, name_of
+from broker.core.protocol import Command, CommandReader, is_last, name_of
 from broker.core.settings import BrokerSettings, split_address
 from broker.service import Service
+from broker.sessions import Session
 
 BACKLOG = 1024  # connections the kernel holds while we are busy: a lab's whole cluster may start at once
 QUEUED_MAX = 1000  # commands of one connection that wait behind a slow one; beyond them its bytes wait too
 REPLIES_BYTES_MAX = 64 * 1024  # written at once; what is asked beyond it waits until the client has read that
 SWEEP_SECONDS = 1.0  # between two looks at the deadlines, at least: one look is cheaper than a timer for each
 SWEPT_MAX = 500  # connections looked at in one go: nobody's reply waits longer than that takes
+# Seconds, seconds, probes: a client whose machine is gone is noticed within two minutes (Linux: tcp(7)).
+KEEPALIVE = {"TCP_KEEPIDLE": 60, "TCP_KEEPINTVL": 15, "TCP_KEEPCNT": 4}
 PLAIN_GET = b"GET_WORKER\n"
 
 Observe = Callable[[str, bool, float, int], None]  # command, whether it failed, seconds each, how many
@@ -46,6 +49,8 @@ class Connection(asyncio.Protocol):
     _client_closed = False
     _paused = False
     _reading = True
+    _session: Session | None = None  # what commands have left behind on it
+    _unread_bytes = 0  # said while the client did not read, beside replies
     _resumed: asyncio.Future[None] | None = None  # what the work waits for while `_paused`
     partial_at: float | None = None  # since when a command is unfinished
     unread_at: float | None = None  # since when the client does not read what it was told
@@ -96,6 +101,8 @@ class Connection(asyncio.Protocol):
         self._server.connections.pop(self, None)
         if self._task is not None:
             self._task.cancel()  # a client that gave up frees its place in the queue
+        if self._session is not None:
+            self._server.service.closed(self._session)
 
     def pause_writing(self) -> None:
         self._paused = True
@@ -104,6 +111,7 @@ class Connection(asyncio.Protocol):
 
     def resume_writing(self) -> None:
         self._paused = False
+        self._unread_bytes = 0
         if not self._transport.is_closing():
             self.unread_at = None
         if self._resumed is not None and not self._resumed.done():
@@ -119,6 +127,32 @@ class Connection(asyncio.Protocol):
             name = self._transport.get_extra_info("peername")
             self._peer = str(name[0]) if name else "local"
         return self._peer
+
+    @property
+    def session(self) -> Session:
+        if self._session is None:
+            self._session = Session(self._say, self._stay_open)
+        return self._session
+
+    def _say(self, data: bytes) -> None:
+        """A line between the replies. A client that does not read them is cut off before they pile up."""
+        if self._transport.is_closing():
+            return
+        self._unread_bytes += len(data) if self._paused else 0
+        if self._unread_bytes > REPLIES_BYTES_MAX:
+            self._transport.abort()
+        else:
+            self._transport.write(data)
+
+    def _stay_open(self) -> None:
+        """Somebody counts on this connection, so it may be silent; the system finds out when its client's
+        machine is gone."""
+        sock = self._transport.get_extra_info("socket")
+        if sock is not None and sock.family in (socket.AF_INET, socket.AF_INET6):
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            for option, value in KEEPALIVE.items():
+                if hasattr(socket, option):
+                    sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
 
     def _answer_plain_gets(self, data: bytes, started: float) -> bool:
         """The same for many of them in one chunk."""
@@ -146,7 +180,7 @@ class Connection(asyncio.Protocol):
                 replies.append(reply)
                 answered.append(command)
                 size += len(reply)
-                if isinstance(command, Malformed) and command.fatal:
+                if is_last(command):
                     self._client_closed = True
         if replies:
             self._transport.write(b"".join(replies))
@@ -173,12 +207,12 @@ class Connection(asyncio.Protocol):
         while queue:
             command = queue[0]
             started = server.now()
-            reply = await server.answer(command, self.peer)
+            reply = await server.answer(command, self.peer, self.session)
             queue.popleft()
             self._transport.write(reply)
             self.active_at = server.now()
             server.observe(name_of(command), reply.startswith(b"ERROR"), self.active_at - started, 1)
-            if isinstance(command, Malformed) and command.fatal:
+            if is_last(command):
                 self._client_closed = True
             self._read_or_pause()
             await self._next_turn()
@@ -215,7 +249,8 @@ class Connection(asyncio.Protocol):
         if self._task is not None:
             return inf
         line_at = inf if self.partial_at is None else self.partial_at + settings.line_timeout
-        silent_at = self.active_at + settings.silence_timeout
+        lasting = self._session is not None and self._session.lasting
+        silent_at = inf if lasting else self.active_at + settings.silence_timeout
         if now > line_at:
             seconds = settings.line_timeout
             error = WaitTimedOut(f"the command was not finished within {seconds:g} s; end it with a newline")
@@ -295,10 +330,10 @@ class Server:
         except Exception as error:
             return self._fault(command, error)
 
-    async def answer(self, command: Command, peer: str) -> bytes:
+    async def answer(self, command: Command, peer: str, session: Session) -> bytes:
         """The reply, whatever happens: here too a fault costs one command."""
         try:
-            return await self.service.answer(command, peer)
+            return await self.service.answer(command, peer, session)
         except Exception as error:
             return self._fault(command, error)
 

@@ -52,7 +52,8 @@ CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRI
 CREATE INDEX IF NOT EXISTS orders_state ON orders (state);
 CREATE TABLE IF NOT EXISTS leases (
     id TEXT PRIMARY KEY, instance_id TEXT NOT NULL, pool TEXT NOT NULL, address TEXT NOT NULL,
-    client TEXT NOT NULL, ttl_seconds REAL NOT NULL, exclusive INTEGER NOT NULL
+    client TEXT NOT NULL, ttl_seconds REAL NOT NULL, exclusive INTEGER NOT NULL,
+    acquired INTEGER NOT NULL DEFAULT 0
 ) STRICT;
 CREATE TABLE IF NOT EXISTS runs (
     instance_id TEXT PRIMARY KEY, pool TEXT NOT NULL, market TEXT NOT NULL,
@@ -72,6 +73,7 @@ MIGRATIONS: dict[int, tuple[str, ...]] = {
         "UPDATE orders SET offerings = '[' || offerings || ']'",
         "ALTER TABLE orders ADD COLUMN count INTEGER NOT NULL DEFAULT 1",
         "ALTER TABLE orders DROP COLUMN instance_id",
+        "ALTER TABLE leases ADD COLUMN acquired INTEGER NOT NULL DEFAULT 0",
     ),
 }
 DROP_OLD_RUNS = """
@@ -293,7 +295,7 @@ class Store:
         """Returns when a broker that is killed now would find the lease again."""
         await self._write(
             False,
-            "INSERT OR REPLACE INTO leases VALUES (?, ?, ?, ?, ?, ?, ?)",
+            "INSERT OR REPLACE INTO leases VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
             (
                 lease.id,
                 worker.instance_id,
@@ -302,6 +304,7 @@ class Store:
                 lease.client,
                 lease.ttl_seconds,
                 int(lease.exclusive),
+                int(lease.acquired),
             ),
         )
 
@@ -315,13 +318,22 @@ class Store:
         await self._write(False, "DELETE FROM leases WHERE id = ?", (lease_id,))
 
     def leases(self) -> list[StoredLease]:
-        """Every lease that had not ended when the last broker stopped. `worker_id` is the instance's."""
+        """Every lease that had not ended when the last broker stopped. `worker_id` is the instance's.
+
+        None is bound to a connection any more: those have ended with the last broker.
+        """
         rows = self._connections[False].execute(
-            "SELECT id, instance_id, pool, address, client, ttl_seconds, exclusive FROM leases ORDER BY rowid"
+            "SELECT id, instance_id, pool, address, client, ttl_seconds, exclusive, acquired FROM leases "
+            "ORDER BY rowid"
         )
         return [
-            StoredLease(Lease(id_, instance_id, client, ttl, bool(exclusive)), instance_id, pool, address)
-            for id_, instance_id, pool, address, client, ttl, exclusive in rows
+            StoredLease(
+                Lease(id_, instance_id, client, ttl, bool(exclusive), bool(acquired)),
+                instance_id,
+                pool,
+                address,
+            )
+            for id_, instance_id, pool, address, client, ttl, exclusive, acquired in rows
         ]
 
     # --- inside ------------------------------------------------------------------------------------

@@ -1,40 +1,78 @@
 """The clients that wait for a worker: one fair queue for each pool.
 
 Whoever came first is served first among those who could use what has become free. A waiter that gives up
-leaves its place at once.
+leaves its place at once. One that wants several workers at once holds none of them before it gets them all,
+so that no two can wait for what the other has (granting.py has the rule).
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from broker.core.errors import BrokerError
 from broker.core.model import Lease
 from broker.core.planning import Need
+from broker.core.replies import Pending
 from broker.core.wish import Wish
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What an ACQUIRE asks for beyond a worker: `count` leases, or `least` of them when the wait is over."""
+
+    number: int  # no two are alike: each wants machines of its own
+    ttl_seconds: float
+    count: int = 1
+    least: int = 1
+    bound: bool = False  # the leases live as long as the connection
 
 
 @dataclass(eq=False, slots=True)
 class Waiter:
-    """One client in the queue; `served` becomes its lease, or the error it shall hear."""
+    """One client in the queue; `served` becomes its leases, or the error it shall hear.
+
+    `terms` are those of an ACQUIRE, None for GET_WORKER. `say` writes a PENDING line to the client.
+    """
 
     pool: str
     client: str
     exclusive: bool
     wish: Wish
     asked_at: float
-    served: asyncio.Future[Lease]
+    served: asyncio.Future[list[Lease]]
+    terms: Terms | None = None
+    say: Callable[[bytes], None] | None = None
+    told: Pending | None = None  # the last PENDING line
+    told_at: float = 0.0
+    found: int = 0  # of what it wants, so much is free already: it waits for the rest
 
-    def lease(self) -> Lease | None:
-        """What it was served with, if it was."""
+    def leases(self) -> list[Lease]:
+        """What it was served with: nothing, when it was not."""
         done = self.served.done() and not self.served.cancelled() and self.served.exception() is None
-        return self.served.result() if done else None
+        return self.served.result() if done else []
+
+    @property
+    def count(self) -> int:
+        """How many leases it wants at once."""
+        return self.terms.count if self.terms else 1
+
+    @property
+    def lacking(self) -> int:
+        """For how many it waits."""
+        return self.count - self.found
+
+    @property
+    def least(self) -> int:
+        """How many will do when the wait is over."""
+        return self.terms.least if self.terms else 1
 
     @property
     def need(self) -> tuple[str, Wish]:
-        """One client with one wish needs one machine, on however many connections it asks."""
-        return self.client, self.wish
+        """One client with one wish needs one machine, on however many connections it asks; an ACQUIRE needs
+        machines of its own (no client's name has a blank)."""
+        return f"{self.client} {self.terms.number}" if self.terms else self.client, self.wish
 
 
 class Waiting:
@@ -62,20 +100,26 @@ class Waiting:
 
     def needs(self, pool: str) -> list[Need]:
         """What they wait for, the one who came first at the front; those who want the same are one need."""
-        groups: dict[tuple[Wish, bool], dict[tuple[str, Wish], None]] = {}
+        groups: dict[tuple[Wish, bool], dict[tuple[str, Wish], int]] = {}
         for waiter in self.of(pool):
             group = groups.setdefault((waiter.wish, waiter.exclusive), {})
-            group[waiter.need] = None
-        return [Need(wish, len(clients), exclusive) for (wish, exclusive), clients in groups.items()]
+            group[waiter.need] = waiter.lacking
+        return [Need(wish, sum(each.values()), exclusive) for (wish, exclusive), each in groups.items()]
 
     def fail(self, pool: str, error: BrokerError, *, wish: Wish | None = None, supply: int = 0) -> None:
         """Tell those who wait in the pool (for that wish) that waiting does not help.
 
         `supply` machines are on their way: they are enough for everybody who shares, and for as many others.
+        One who wants several at once is told only when none of them is on its way.
         """
         concerned = [w for w in self.of(pool) if wish is None or w.wish == wish]
-        needs = list(dict.fromkeys(waiter.need for waiter in concerned if waiter.exclusive))
-        hopeless = set(needs[supply:])
+        needs = {waiter.need: waiter for waiter in concerned if waiter.exclusive}
+        hopeless: set[tuple[str, Wish]] = set()
+        left = supply
+        for need, waiter in needs.items():
+            if left <= 0:
+                hopeless.add(need)
+            left -= waiter.lacking
         alone = [waiter for waiter in concerned if waiter.exclusive and waiter.need in hopeless]
         sharing = [] if supply else [waiter for waiter in concerned if not waiter.exclusive]
         for waiter in [*alone, *sharing]:

@@ -20,6 +20,7 @@ import uvloop
 from broker.core.errors import WorkerNotFound
 from broker.core.protocol import Command, Ping, Status
 from broker.server import QUEUED_MAX, REPLIES_BYTES_MAX, SWEEP_SECONDS, Connection
+from broker.sessions import Session
 from broker.testing import RunningBroker
 from tests.support.broker_process import BrokerProcess, BrokerProcesses, eventually
 from tests.support.brokers import live, settings
@@ -426,7 +427,7 @@ def test_a_fault_costs_one_command_and_not_the_connection(loop: MakeLoop, tmp_pa
                 raise ZeroDivisionError("a bug, in what needs no waiting")
             return answer_now(command, peer)
 
-        async def failing_later(command: Command, peer: str) -> bytes:
+        async def failing_later(command: Command, peer: str, session: Session) -> bytes:
             raise ZeroDivisionError("a bug, in what waits")
 
         service.answer_now = failing  # type: ignore[method-assign]
@@ -445,9 +446,10 @@ def test_a_fault_costs_one_command_and_not_the_connection(loop: MakeLoop, tmp_pa
 def test_an_error_of_ours_that_a_client_may_hear_is_no_fault(tmp_path: Path) -> None:
     async def story(broker: RunningBroker) -> None:
         faults: list[str] = []
+        session = Session(lambda data: None)
         broker.daemon.server._failed = lambda command, error: faults.append(command)
         assert await broker.ask("PING 192.0.2.1") == WorkerNotFound().wire()
-        assert await broker.daemon.server.answer(Ping("192.0.2.1"), "x") == f"{NOT_FOUND}\n".encode()
+        assert await broker.daemon.server.answer(Ping("192.0.2.1"), "x", session) == f"{NOT_FOUND}\n".encode()
         assert faults == []
 
     live(tmp_path, story)
@@ -475,3 +477,45 @@ def test_a_broker_that_stops_answers_what_it_can_and_closes_every_connection(
             await SocketWire.to(port)
 
     on_loopback(loop, tmp_path, story, boots="no")
+
+
+# --- lines between the replies --------------------------------------------------------------------------
+
+
+@BOTH_LOOPS
+def test_a_watcher_that_does_not_read_is_cut_off_before_lines_pile_up(loop: MakeLoop, tmp_path: Path) -> None:
+    async def story(on: Stage) -> None:
+        wire = await on.connect()
+        await wire.send(b"WATCH client=ann\n")
+        assert await wire.line() == "OK"
+        connection = only_connection(on)
+        line = b"NOTICE lost ip=10.0.0.1 lease=lease-1 in=0 replacement=-\n" * 1000
+        said = 0
+        while connection in on.daemon.server.connections:
+            connection.session.say(line)
+            said += len(line)
+            assert said < 100 * 1024 * 1024, "the system's buffers are not that large"
+            await asyncio.sleep(0)
+        assert connection.session.watching is None
+        assert said > REPLIES_BYTES_MAX
+
+    on_loopback(loop, tmp_path, story)
+
+
+@BOTH_LOOPS
+def test_the_system_is_asked_to_notice_when_the_machine_of_a_holding_client_is_gone(
+    loop: MakeLoop, tmp_path: Path
+) -> None:
+    async def story(on: Stage) -> None:
+        wire = await on.connect()
+        await wire.send(b"GET_WORKER\n")
+        await wire.line()
+        sock = only_connection(on)._transport.get_extra_info("socket")
+        assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 0
+        await wire.send(b"ACQUIRE hold=connection\n")
+        assert (await wire.line() or "").startswith("LEASE ")
+        assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+        seconds = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE)
+        assert 0 < seconds <= 120
+
+    on_loopback(loop, tmp_path, story)

@@ -720,3 +720,27 @@ def test_a_torn_log_of_a_crash_loses_what_was_not_committed_and_nothing_else(tmp
 
     within(copy, look)
     assert list(copy.glob("*.broken-*")) == []
+
+
+# --- files of an older version --------------------------------------------------------------------------
+
+
+async def test_a_file_of_the_first_version_is_brought_up_to_date_and_loses_nobody(tmp_path: Path) -> None:
+    with closing(sqlite3.connect(tmp_path / "broker.db")) as older:
+        older.executescript(VERSION_1)
+    for _ in range(2):  # the second start finds it as the first has left it
+        with opened(tmp_path) as store:
+            old, *_ = store.leases()
+            assert old.lease == Lease("lease-1", "i-1", "ann", 900.0)
+            acquired = Lease("new", WORKER.id, "anna", 60.0, acquired=True, bound=True)
+            await store.lease_granted(acquired, WORKER)
+    with opened(tmp_path) as store:
+        _, new = store.leases()
+        assert (new.lease.acquired, new.lease.bound) == (True, False), "no connection outlives its broker"
+
+
+def test_a_file_of_a_later_version_is_refused_as_it_is(tmp_path: Path) -> None:
+    with closing(sqlite3.connect(tmp_path / "broker.db")) as newer:
+        newer.execute("PRAGMA user_version = 99")
+    with pytest.raises(StoreError, match=r"another version of compute-broker \(99\)"), opened(tmp_path):
+        pass

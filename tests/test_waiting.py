@@ -12,7 +12,7 @@ from broker.core.planning import Need
 from broker.core.protocol import GetWorker
 from broker.core.registry import Registry
 from broker.core.wish import ANYTHING, Wish
-from broker.waiting import Waiter, Waiting
+from broker.waiting import Terms, Waiter, Waiting
 from tests.core.make import MOON, PORT, instance, order
 
 BIG = Wish(cores=64)
@@ -26,8 +26,15 @@ def waiter(
     exclusive: bool = False,
     wish: Wish = ANYTHING,
 ) -> Waiter:
-    served: asyncio.Future[Lease] = asyncio.get_running_loop().create_future()
+    served: asyncio.Future[list[Lease]] = asyncio.get_running_loop().create_future()
     return Waiter(pool, client, exclusive, wish, asked_at, served)
+
+
+def several(number: int, count: int, *, exclusive: bool = True) -> Waiter:
+    """An ACQUIRE for so many."""
+    one = waiter(float(number), exclusive=exclusive)
+    one.terms = Terms(number, 900.0, count, count)
+    return one
 
 
 def queue(*waiters: Waiter) -> Waiting:
@@ -131,7 +138,7 @@ async def test_every_pool_has_its_own_queue() -> None:
 async def test_who_is_served_is_no_longer_waiting_although_he_has_not_left() -> None:
     served, other = waiter(1.0), waiter(2.0, exclusive=True)
     waiting = queue(served, other)
-    served.served.set_result(Lease("l", "w", "ann", 1.0))
+    served.served.set_result([Lease("l", "w", "ann", 1.0)])
     assert waiting.of("default") == [other]
     assert waiting.needs("default") == [Need(ANYTHING, 1, exclusive=True)]
 
@@ -155,6 +162,19 @@ async def test_those_who_want_the_same_are_one_need_in_the_order_of_the_queue() 
 async def test_a_client_on_many_connections_needs_one_machine() -> None:
     waiting = queue(waiter(exclusive=True), waiter(exclusive=True), waiter(exclusive=True, wish=BIG))
     assert [need.clients for need in waiting.needs("default")] == [1, 1]
+
+
+async def test_who_wants_several_counts_for_so_many_and_each_of_its_requests_for_itself() -> None:
+    first, second = several(1, 3), several(2, 2)
+    shared = several(3, 4, exclusive=False)
+    assert queue(first, second, shared).needs("default") == [
+        Need(ANYTHING, 5, True),
+        Need(ANYTHING, 4, False),
+    ]
+    first.found = 2
+    assert queue(first, second).needs("default") == [Need(ANYTHING, 3, True)], "what is free is not ordered"
+    alike = [waiter(exclusive=True), waiter(exclusive=True)]
+    assert queue(*alike).needs("default") == [Need(ANYTHING, 1, True)], "one client on two connections"
 
 
 # --- bad news -------------------------------------------------------------------------------------------
@@ -199,9 +219,9 @@ async def test_who_is_served_already_hears_no_bad_news() -> None:
     served = waiter()
     waiting = queue(served)
     lease = Lease("l", "w", "ann", 1.0)
-    served.served.set_result(lease)
+    served.served.set_result([lease])
     waiting.fail("default", LimitReached())
-    assert await served.served == lease
+    assert await served.served == [lease]
 
 
 async def test_bad_news_for_a_client_that_has_gone_away_disturbs_nobody() -> None:

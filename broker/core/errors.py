@@ -43,6 +43,12 @@ from typing import ClassVar
 WIRE_MESSAGE_CHARS_MAX = 400  # a reply stays one short line even when the cloud answers with an essay
 
 
+def sentence(text: str, chars_max: int = WIRE_MESSAGE_CHARS_MAX) -> str:
+    """Words as they may stand in a reply: printable ASCII on one line, not too long."""
+    words = "".join(char if " " <= char <= "~" else "?" for char in " ".join(text.split()))
+    return words if len(words) <= chars_max else words[: chars_max - 3] + "..."
+
+
 class Code(StrEnum):
     """The closed list of codes that end an `ERROR:` line."""
 
@@ -71,11 +77,8 @@ class BrokerError(Exception):
 
     def wire(self) -> str:
         """The line a client reads: printable ASCII, one line, never something that looks like an address."""
-        words = " ".join(self.message.split())
-        sentence = "".join(char if " " <= char <= "~" else "?" for char in words)  # an ESC is ASCII too
-        if len(sentence) > WIRE_MESSAGE_CHARS_MAX:
-            sentence = sentence[: WIRE_MESSAGE_CHARS_MAX - 3] + "..."
-        return f"ERROR: {sentence} [{self.code}]" if self.code else f"ERROR: {sentence}"
+        words = sentence(self.message)
+        return f"ERROR: {words} [{self.code}]" if self.code else f"ERROR: {words}"
 
 
 class ClientFault(BrokerError):

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TypeVar
 
-from broker.core import protocol
+from broker.core import keys, protocol
 from broker.core.errors import BadRequest, BrokerError
 
 COUNT_MAX = 1000  # leases in one ACQUIRE
@@ -152,7 +152,7 @@ def parse_granted(line: str) -> Granted:
         port=_read(line, said, "port", _whole(1, PORT_MAX)),
         pool=_read(line, said, "pool", _word),
         type=_read(line, said, "type", str),
-        cores=_read(line, said, "cores", _unless("-", _whole(1, protocol.CORES_MAX))),
+        cores=_read(line, said, "cores", _unless("-", _whole(1, keys.CORES_MAX))),
         market=_read(line, said, "market", str),
         price_usd_per_hour=_read(line, said, "price", _unless("-", _amount)),
         expires_unix=_read(line, said, "expires", _moment),

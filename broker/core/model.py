@@ -143,13 +143,24 @@ class Worker:
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """One client's hold on one worker. When it ends stands in the registry: `Registry.lease_ends_at`."""
+    """One client's hold on one worker. When it ends stands in the registry: `Registry.lease_ends_at`.
+
+    A client has one lease on a worker by GET_WORKER and PING, and as many more as it has acquired, each of
+    them independent. `bound` ones are renewed by themselves while their connection lives.
+    """
 
     id: str
     worker_id: str
     client: str
     ttl_seconds: float
     exclusive: bool = False
+    acquired: bool = False
+    bound: bool = False
+
+    @property
+    def key(self) -> str:
+        """What it is called among the holds on its worker. No client is called like a lease: of the blank."""
+        return f"lease {self.id}" if self.acquired else self.client
 
 
 @dataclass(frozen=True, slots=True)

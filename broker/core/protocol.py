@@ -13,7 +13,6 @@ from its reader's browser must not give commands in what follows, nor its blank 
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -21,6 +20,7 @@ from functools import lru_cache
 from ipaddress import ip_address
 from typing import Any
 
+from broker.core import keys
 from broker.core.errors import (
     AuthRequired,
     BadRequest,
@@ -37,12 +37,10 @@ from broker.core.errors import (
     WorkerNotFound,
 )
 
+VERSION = 1  # of the protocol: moves when something that clients rely on changes
 LINE_BYTES_MAX = 1024  # of a command; the longest sensible one is a third of it
 PARSED_LINES_MAX = 1024  # clients repeat themselves: remember so many lines, at most 1 MiB of them
-WAIT_SECONDS_MAX = 86_400.0
-CORES_MAX = 100_000
-CLIENT_NAME = re.compile(r"[A-Za-z0-9._@:/+-]{1,64}")
-WORD = re.compile(r"[A-Za-z0-9._:-]{1,255}")
+CLIENT_NAME = keys.CLIENT_NAME
 ERROR_LINE = re.compile(r"ERROR(?:: (?P<message>.*?)(?: \[(?P<code>[A-Z_]+)\])?)?")
 
 
@@ -56,6 +54,48 @@ class GetWorker:
     region: str | None = None
     wait: float | None = None
     exclusive: bool = False
+    client: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Acquire:
+    """`ACQUIRE [key=value …]`: `count` leases of their own, or at least `min` when the wait is over.
+
+    `ttl` is how long they last without a renewal, in seconds; `hold` is "connection" for leases that last as
+    long as the connection does.
+    """
+
+    pool: str | None = None
+    cores: int | None = None
+    type: str | None = None
+    region: str | None = None
+    wait: float | None = None
+    exclusive: bool = False
+    client: str | None = None
+    count: int = 1
+    min: int | None = None
+    hold: str | None = None
+    ttl: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Renew:
+    """`RENEW <lease>`: the lease lasts from now on as long as it did at first."""
+
+    lease: str
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """`DONE <lease>`: the lease ends, its worker stays warm."""
+
+    lease: str
+
+
+@dataclass(frozen=True, slots=True)
+class Watch:
+    """`WATCH [client=…]`: say on this connection when a worker of the client's is about to go."""
+
     client: str | None = None
 
 
@@ -92,6 +132,21 @@ class TerminateAll:
 
 
 @dataclass(frozen=True, slots=True)
+class Help:
+    """`HELP`: the names of the commands."""
+
+
+@dataclass(frozen=True, slots=True)
+class Version:
+    """`VERSION`: of the broker and of the protocol."""
+
+
+@dataclass(frozen=True, slots=True)
+class Quit:
+    """`QUIT`: the client has said its last command."""
+
+
+@dataclass(frozen=True, slots=True)
 class Malformed:
     """A line that is no command. After a `fatal` one the connection has nothing more to say."""
 
@@ -102,16 +157,43 @@ class Malformed:
 
 TOO_LONG = Malformed(BadRequest(f"a command is at most {LINE_BYTES_MAX} bytes"), fatal=True)
 
-Command = GetWorker | Ping | Release | Status | ListAll | TerminateAll | Malformed
+Sayable = (
+    GetWorker
+    | Acquire
+    | Renew
+    | Done
+    | Ping
+    | Release
+    | Watch
+    | Status
+    | ListAll
+    | TerminateAll
+    | Help
+    | Version
+    | Quit
+)
+Command = Sayable | Malformed
 
 NAMES: dict[type, str] = {
     GetWorker: "GET_WORKER",
+    Acquire: "ACQUIRE",
+    Renew: "RENEW",
+    Done: "DONE",
     Ping: "PING",
     Release: "RELEASE",
+    Watch: "WATCH",
     Status: "STATUS",
     ListAll: "LIST_ALL",
     TerminateAll: "TERMINATE_ALL",
+    Help: "HELP",
+    Version: "VERSION",
+    Quit: "QUIT",
 }
+
+
+def is_last(command: Command) -> bool:
+    """Whether the connection has nothing more to say after it."""
+    return isinstance(command, Quit) or (isinstance(command, Malformed) and command.fatal)
 
 
 def name_of(command: Command) -> str:
@@ -153,8 +235,9 @@ class CommandReader:
 
     def _command(self, line: bytes) -> Command:
         command = TOO_LONG if _too_long(line) else parse_line(line)
+        self._dead = is_last(command)
         if isinstance(command, Malformed):
-            self._heard_nonsense, self._dead = True, command.fatal
+            self._heard_nonsense = True
         elif self._heard_nonsense and not line.strip(b" \t\r"):
             return Malformed(UnknownCommand())
         return command
@@ -196,6 +279,31 @@ def _release(words: list[str]) -> Command:
     return Release(address, force, **_options("RELEASE", [w for w in rest if w != "force"], CLIENT_KEYS))
 
 
+def _acquire(words: list[str]) -> Command:
+    command = Acquire(**_options("ACQUIRE", words, ACQUIRE_KEYS))
+    if command.min is not None and command.min > command.count:
+        raise BadRequest("min= is at most count=")
+    return command
+
+
+def _renew(words: list[str]) -> Command:
+    return Renew(_lease("RENEW", words))
+
+
+def _done(words: list[str]) -> Command:
+    return Done(_lease("DONE", words))
+
+
+def _watch(words: list[str]) -> Command:
+    return Watch(**_options("WATCH", words, CLIENT_KEYS))
+
+
+def _lease(verb: str, words: list[str]) -> str:
+    if len(words) != 1 or not keys.WORD.fullmatch(words[0]):
+        raise BadRequest(f"{verb} needs the id of a lease and nothing else: {verb} <lease>")
+    return words[0]
+
+
 def _bare(command: Command) -> Callable[[list[str]], Command]:
     def parse(words: list[str]) -> Command:
         if words:
@@ -208,22 +316,22 @@ def _bare(command: Command) -> Callable[[list[str]], Command]:
 def _address(verb: str, words: list[str]) -> tuple[str, list[str]]:
     if not words or "=" in words[0]:
         raise BadRequest(f"{verb} needs the worker's address: {verb} <ip>")
-    if not WORD.fullmatch(words[0]):
+    if not keys.WORD.fullmatch(words[0]):
         raise BadRequest(f"{verb}: that is no address")
     return words[0], words[1:]
 
 
-def _options(verb: str, words: list[str], keys: dict[str, Callable[[str], Any]]) -> dict[str, Any]:
+def _options(verb: str, words: list[str], known: dict[str, Callable[[str], Any]]) -> dict[str, Any]:
     options: dict[str, Any] = {}
     for word in words:
         key, equals, value = word.partition("=")
-        if key not in keys:
-            raise BadRequest(f"{verb} has no key '{_printable(key)}'; it has {', '.join(keys)}")
+        if key not in known:
+            raise BadRequest(f"{verb} has no key '{_printable(key)}'; it has {', '.join(known)}")
         if key in options:
             raise BadRequest(f"{key}= is given twice")
         if not equals or not value:
             raise BadRequest(f"{key}= needs a value")
-        options[key] = keys[key](value)
+        options[key] = known[key](value)
     return options
 
 
@@ -231,60 +339,37 @@ def _printable(text: str) -> str:
     return text if len(text) <= 40 else text[:37] + "..."
 
 
-def _word(key: str) -> Callable[[str], str]:
-    def parse(value: str) -> str:
-        if not WORD.fullmatch(value):
-            raise BadRequest(f"{key}= is a word of letters, digits and . _ : -")
-        return value
-
-    return parse
-
-
-def _cores(value: str) -> int:
-    if not value.isdecimal() or len(value) > 6 or not 1 <= int(value) <= CORES_MAX:
-        raise BadRequest(f"cores= is a whole number from 1 to {CORES_MAX}")
-    return int(value)
-
-
-def _wait(value: str) -> float:
-    try:
-        seconds = float(value)
-    except ValueError:
-        seconds = math.nan
-    if not 0 <= seconds <= WAIT_SECONDS_MAX:  # also refuses nan
-        raise BadRequest(f"wait= is a number of seconds from 0 to {WAIT_SECONDS_MAX:.0f}")
-    return seconds
-
-
-def _exclusive(value: str) -> bool:
-    if value not in {"yes", "no"}:
-        raise BadRequest("exclusive= is yes or no")
-    return value == "yes"
-
-
-def _client(value: str) -> str:
-    if not CLIENT_NAME.fullmatch(value):
-        raise BadRequest("client= is 1 to 64 letters, digits and . _ @ : / + -")
-    return value
-
-
-CLIENT_KEYS: dict[str, Callable[[str], Any]] = {"client": _client}
+CLIENT_KEYS: dict[str, Callable[[str], Any]] = {"client": keys.client}
 GET_WORKER_KEYS: dict[str, Callable[[str], Any]] = {
-    "pool": _word("pool"),
-    "cores": _cores,
-    "type": _word("type"),
-    "region": _word("region"),
-    "wait": _wait,
-    "exclusive": _exclusive,
-    "client": _client,
+    "pool": keys.word("pool"),
+    "cores": keys.whole("cores", keys.CORES_MAX),
+    "type": keys.word("type"),
+    "region": keys.word("region"),
+    "wait": keys.seconds("wait", 0.0, keys.WAIT_SECONDS_MAX),
+    "exclusive": keys.exclusive,
+    "client": keys.client,
+}
+ACQUIRE_KEYS: dict[str, Callable[[str], Any]] = {
+    **GET_WORKER_KEYS,
+    "count": keys.whole("count", keys.COUNT_MAX),
+    "min": keys.whole("min", keys.COUNT_MAX),
+    "hold": keys.hold,
+    "ttl": keys.seconds("ttl", keys.TTL_SECONDS_MIN, keys.TTL_SECONDS_MAX),
 }
 PARSERS: dict[str, Callable[[list[str]], Command]] = {
     "GET_WORKER": _get_worker,
+    "ACQUIRE": _acquire,
+    "RENEW": _renew,
+    "DONE": _done,
     "PING": _ping,
     "RELEASE": _release,
+    "WATCH": _watch,
     "STATUS": _bare(Status()),
     "LIST_ALL": _bare(ListAll()),
     "TERMINATE_ALL": _bare(TerminateAll()),
+    "HELP": _bare(Help()),
+    "VERSION": _bare(Version()),
+    "QUIT": _bare(Quit()),
 }
 
 # --- replies, as the server writes them ----------------------------------------------------------------
@@ -325,7 +410,7 @@ CODELESS: dict[str, type[BrokerError]] = {
 }
 
 
-def encode(command: GetWorker | Ping | Release | Status | ListAll | TerminateAll) -> bytes:
+def encode(command: Sayable) -> bytes:
     """A command as it goes over the wire; the inverse of `parse_line`. Raises BadRequest for a bad value."""
     words = [name_of(command)]
     for field in fields(command):
@@ -334,7 +419,7 @@ def encode(command: GetWorker | Ping | Release | Status | ListAll | TerminateAll
             continue
         if len(str(value).split()) != 1:
             raise BadRequest(f"{field.name} is one word, not {str(value)[:40]!r}")
-        if field.name == "address":
+        if field.name in ("address", "lease"):
             words.append(value)
         elif field.name == "force":
             words.append("force")
@@ -379,6 +464,6 @@ def _is_address(text: str) -> bool:
         ip_address(text)
     except ValueError:
         labels = text.split(".")
-        named = bool(WORD.fullmatch(text)) and ":" not in text
+        named = bool(keys.WORD.fullmatch(text)) and ":" not in text
         return named and len(labels) > 1 and all(labels) and labels[-1].isalpha()
     return True

@@ -82,23 +82,31 @@ class Registry:
     """The books. `emit` hears every event at the moment it happens, so that no caller can forget to tell.
 
     An event is the last thing a change does: whoever hears it finds the books in order and may change them.
+    `seats` says how many leases a shared worker of a pool may have, None for any number.
     """
 
-    def __init__(self, emit: Callable[[Event], None] = lambda event: None) -> None:
+    def __init__(
+        self,
+        emit: Callable[[Event], None] = lambda event: None,
+        *,
+        seats: Callable[[str], int | None] = lambda pool: None,
+    ) -> None:
         self._emit = emit
+        self._seats = seats
         self.generation = 0  # moves with every step and every change of a hold: a cache may compare it
         self._workers: dict[str, Worker] = {}
         self._by_instance: dict[str, str] = {}
         self._by_address: dict[str, str] = {}
         self._by_order: dict[str, dict[str, None]] = {}
         self._by_state: dict[tuple[str, WorkerState], dict[str, None]] = {}
-        self._leases: dict[str, dict[str, Lease]] = {}  # worker id → client → lease
-        self._held: dict[tuple[str, str], dict[str, None]] = {}  # (pool, client) → worker ids
+        self._leases: dict[str, dict[str, Lease]] = {}  # worker id → key of the lease → lease
+        self._by_lease: dict[str, Lease] = {}
+        self._held: dict[tuple[str, str], dict[str, None]] = {}  # (pool, key) → worker ids
         self._lease_ends_at: dict[str, float] = {}
         self._used_at: dict[str, float] = {}
         self._proved_at: dict[str, float] = {}
         self._free: dict[str, dict[str, None]] = {}  # pool → READY and held by nobody, last freed last
-        self._open: dict[str, dict[str, None]] = {}  # pool → READY workers without an exclusive lease
+        self._open: dict[str, dict[str, None]] = {}  # pool → READY workers that one more client may share
         self._look_at: dict[str, float] = {}
         self._looks: list[tuple[float, str]] = []
 
@@ -139,11 +147,25 @@ class Registry:
     def leases(self, worker_id: str) -> list[Lease]:
         return list(self._leases.get(worker_id, {}).values())
 
+    def lease(self, lease_id: str) -> Lease | None:
+        """The lease of that id while it lives: an id is never used again."""
+        return self._by_lease.get(lease_id)
+
     def lease_of(self, worker_id: str, client: str) -> Lease | None:
+        """The client's lease by GET_WORKER or PING."""
         return self._leases.get(worker_id, {}).get(client)
 
+    def leases_of(self, worker_id: str, client: str) -> list[Lease]:
+        """All of the client's leases on the worker, acquired ones too."""
+        return [lease for lease in self._leases.get(worker_id, {}).values() if lease.client == client]
+
+    def full(self, worker_id: str) -> bool:
+        """Whether a shared worker has as many clients as it may have."""
+        seats = self._seats(self._workers[worker_id].pool)
+        return seats is not None and self._seated(worker_id) >= seats
+
     def held_leases(self, pool: str, client: str) -> frozenset[str]:
-        """The ids of the leases that the client has in the pool."""
+        """The ids of the leases that the client has in the pool by GET_WORKER and PING."""
         return frozenset(self._leases[id_][client].id for id_ in self._held.get((pool, client), ()))
 
     def lease_ends_at(self, lease_id: str) -> float | None:
@@ -302,26 +324,47 @@ class Registry:
                 return self._workers[worker_id]
         return None
 
+    def places(
+        self, pool: str, count: int, *, exclusive: bool, wish: Callable[[Worker], bool] | None = None
+    ) -> list[str]:
+        """The ids of the workers that `count` new holds would go to, one each; fewer when there is no room.
+
+        In the order of `available`, without what anybody holds already; a shared worker is named once for
+        each of the holds.
+        """
+        found: list[str] = []
+        candidates: Iterable[str] = (
+            reversed(self._free.get(pool, {})) if exclusive else self._open.get(pool, {})
+        )
+        seats = 1 if exclusive else self._seats(pool)
+        for worker_id in candidates:
+            if len(found) >= count:
+                break
+            if wish is None or wish(self._workers[worker_id]):
+                room = count if seats is None else max(0, seats - self._seated(worker_id))
+                found += [worker_id] * min(room, count - len(found))
+        return found
+
     def grant(self, lease: Lease, now: float) -> Lease:
         """Give `lease.client` its hold, or renew the hold it has. Raises Denied, WorkerNotFound."""
         worker = self._workers.get(lease.worker_id)
         if worker is None or worker.state not in USABLE:
             raise WorkerNotFound
         holders = self._leases.setdefault(worker.id, {})
-        held = holders.get(lease.client)
+        held = holders.get(lease.key)
         if held is None or held.exclusive < lease.exclusive:
             self._require_no_conflict(holders, lease)
         if held is not None:
             upgrade = held.exclusive < lease.exclusive
             if upgrade:
-                held = holders[lease.client] = replace(held, exclusive=True)
+                held = holders[lease.key] = self._by_lease[held.id] = replace(held, exclusive=True)
                 self._reindex_holds(worker)
             self.renew(held, now)
             if upgrade:
                 self._tell(LeaseGranted(held, worker, False, now))  # or a restart would share it again
             return held
-        holders[lease.client] = lease
-        self._held.setdefault((worker.pool, lease.client), {})[worker.id] = None
+        holders[lease.key] = self._by_lease[lease.id] = lease
+        self._held.setdefault((worker.pool, lease.key), {})[worker.id] = None
         self.renew(lease, now)
         self._reindex_holds(worker)
         first = len(holders) == 1
@@ -335,18 +378,18 @@ class Registry:
         self._lease_ends_at[lease.id] = now + lease.ttl_seconds
         self._used_at[lease.worker_id] = now
 
-    def end_lease(self, worker_id: str, client: str, reason: str, now: float) -> Lease | None:
-        """End the client's hold, if it has one. Returns the lease that ended."""
+    def end_lease(self, worker_id: str, key: str, reason: str, now: float) -> Lease | None:
+        """End the hold of that key (`Lease.key`), if there is one. Returns the lease that ended."""
         holders = self._leases.get(worker_id, {})
-        lease = holders.pop(client, None)
+        lease = holders.pop(key, None)
         if lease is None:
             return None
         worker = self._workers[worker_id]
-        del self._lease_ends_at[lease.id]
-        held = self._held[(worker.pool, client)]
+        del self._lease_ends_at[lease.id], self._by_lease[lease.id]
+        held = self._held[(worker.pool, key)]
         held.pop(worker_id)
         if not held:
-            del self._held[(worker.pool, client)]
+            del self._held[(worker.pool, key)]
         if not holders:
             del self._leases[worker_id]
         self._reindex_holds(worker)
@@ -354,11 +397,15 @@ class Registry:
         return lease
 
     def expire_leases(self, worker_id: str, now: float) -> None:
-        """End the leases whose time is over, as of the moment it was over."""
+        """End the leases whose time is over, as of the moment it was over; bound ones begin anew instead."""
         for lease in self.leases(worker_id):
-            ends_at = self._lease_ends_at[lease.id]
-            if ends_at <= now:
-                self.end_lease(worker_id, lease.client, "expired", ends_at)
+            ends_at = self._lease_ends_at.get(lease.id)
+            if ends_at is None or ends_at > now:
+                continue
+            if lease.bound:
+                self.renew(lease, now)
+            else:
+                self.end_lease(worker_id, lease.key, "expired", ends_at)
 
     # --- deadlines ---------------------------------------------------------------------------------
 
@@ -472,14 +519,14 @@ class Registry:
 
     def _end_leases(self, worker_id: str, reason: str, now: float) -> None:
         for lease in self.leases(worker_id):
-            self.end_lease(worker_id, lease.client, reason, now)
+            self.end_lease(worker_id, lease.key, reason, now)
 
     def _only_holder(self, worker_id: str, client: str) -> bool:
         return self._leases.get(worker_id, {}).keys() <= {client}
 
     def _require_no_conflict(self, holders: dict[str, Lease], lease: Lease) -> None:
         # The unknown client of a machine that was found is the first who comes: who else knows its address?
-        others = [held for held in holders.values() if held.client not in (lease.client, UNKNOWN_CLIENT)]
+        others = [held for key, held in holders.items() if key not in (lease.key, UNKNOWN_CLIENT)]
         if others and (lease.exclusive or any(held.exclusive for held in others)):
             raise Denied
 
@@ -489,7 +536,11 @@ class Registry:
         holders = self._leases.get(worker.id, {})
         _put(free, worker.id, worker.state is S.READY and not holders)
         exclusive = len(holders) == 1 and next(iter(holders.values())).exclusive
-        _put(shareable, worker.id, worker.state is S.READY and not exclusive)
+        _put(shareable, worker.id, worker.state is S.READY and not exclusive and not self.full(worker.id))
+
+    def _seated(self, worker_id: str) -> int:
+        """How many leases fill places. Who may hold a machine that was found takes none from who does."""
+        return sum(key != UNKNOWN_CLIENT for key in self._leases.get(worker_id, ()))
 
 
 def _put(index: dict[str, None], key: str, wanted: bool) -> None:

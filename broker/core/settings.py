@@ -186,6 +186,12 @@ class PoolSettings(Section):
     sharing: Literal["shared", "exclusive"] = Field(
         "shared", description="shared: everyone gets the same worker. exclusive: one client a worker."
     )
+    leases_per_worker_max: int | None = Field(
+        None,
+        ge=1,
+        description="shared: a worker with so many leases is not handed out further, and another is launched "
+        "for who waits. Without it one worker serves everybody.",
+    )
     idle_timeout: PositiveSeconds = Field(
         900.0, description="A worker that nobody used this long is terminated."
     )

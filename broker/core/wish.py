@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from broker.core.model import Offering, Worker
-from broker.core.protocol import GetWorker
+from broker.core.protocol import Acquire, GetWorker
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +18,7 @@ class Wish:
     region: str | None = None
 
     @classmethod
-    def of(cls, command: GetWorker) -> Wish:
+    def of(cls, command: GetWorker | Acquire) -> Wish:
         return cls(command.cores, command.type, command.region)
 
     def fits(self, offering: Offering) -> bool:

@@ -27,7 +27,7 @@ from broker.core.errors import (
     Throttled,
 )
 from broker.core.model import Bought, Market, Offering, Order, WorkerState
-from broker.core.planning import Purchase, plan
+from broker.core.planning import SEATS_MAX, Purchase, plan
 from broker.core.policy import Room, launch_room
 from broker.core.registry import BOOKED
 from broker.core.wish import Wish
@@ -135,18 +135,19 @@ class LaunchLoop:
             return
         obstacle = self._blindness(cloud) or self._pause(name)
         if obstacle:
-            context.obstacles[name] = obstacle
+            context.obstacles[name] = CloudError(obstacle)
             return
         if needs:
             self._send_again(name)
         offerings, room = cloud.provider.offerings(name), self._room(name, cloud)
         spare = shortage if room.machines else 0  # clients are told of no obstacle that concerns none of them
-        wanted = plan(needs, self._coming(name), offerings, room.machines, spare=spare)
+        seats = context.pool(name).leases_per_worker_max or SEATS_MAX
+        wanted = plan(needs, self._coming(name), offerings, room.machines, seats=seats, spare=spare)
         for purchase in wanted.purchases:
             self._buy(name, cloud, purchase)
         if wanted.missing and room.why is not None:
             if context.registry.count(name, *BOOKED):
-                context.obstacles[name] = room.why.message
+                context.obstacles[name] = room.why
             else:
                 self._tell(name, room.why)
 
@@ -199,7 +200,7 @@ class LaunchLoop:
             if choice.refusal is not None:
                 self._tell(name, choice.refusal, purchase.wish)
             if choice.obstacle:
-                self._context.obstacles[name] = choice.obstacle
+                self._context.obstacles[name] = NoCapacity(choice.obstacle)
             count = min(choice.machines, cloud.provider.machines_max)
             if not count:
                 self.top_up.refused(name)

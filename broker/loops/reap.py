@@ -16,7 +16,7 @@ from broker.context import Context
 from broker.core.buying import is_fallback, to_replace
 from broker.core.errors import BrokerError
 from broker.core.model import Worker, WorkerState
-from broker.core.policy import Reason, judge
+from broker.core.policy import RETIRED, Reason, judge
 
 PAUSE_SECONDS_MIN = 2.0  # after a failed Terminate, doubling
 PAUSE_SECONDS_MAX = 60.0
@@ -93,7 +93,7 @@ class ReapLoop:
         warmth = None if leaving else self._context.warmth(current.pool)
         verdict = judge(self._registry, current, pool, now, warmth, leaving=leaving)
         if verdict.retire and not current.standing_notice:
-            self._registry.suspect(worker.id, "max lifetime reached", now, standing=True)
+            self._registry.suspect(worker.id, RETIRED, now, standing=True)
         if verdict.next_look_at is not None:
             # Not at every single lease's end: ten thousand of them end in a few looks, not one by one.
             self._registry.look_again(worker.id, max(verdict.next_look_at, now + LOOK_SECONDS_MIN))

@@ -7,6 +7,7 @@ import asyncio
 from broker.core.model import WorkerState
 from broker.core.protocol import ERROR_LINE
 from broker.providers.simulated import BROKER
+from broker.simulation.acquirers import Acquirers
 from broker.simulation.history import Crowd, Visit
 from broker.simulation.world import World
 from broker.testing import Client
@@ -20,16 +21,25 @@ UNDECIDED = ("[CLOUD]", "[DENIED]", "[DRAINING]", "[LIMIT]")
 
 
 class Clients:
-    """See the module. `waited` holds how long each served GET_WORKER took."""
+    """See the module. `waited` holds how long each served request took."""
 
     def __init__(self, world: World) -> None:
         self._world = world
         self.waited: list[float] = []
-        self.unserved = 0
+        self._acquirers = Acquirers(world, self.waited)
+        self._unserved = 0
+
+    @property
+    def unserved(self) -> int:
+        """How many heard an error, or nothing."""
+        return self._unserved + self._acquirers.unserved
 
     async def visit(self, visit: Visit) -> None:
         """From coming to leaving, as often as the visit says."""
         world = self._world
+        if visit.acquire:
+            await self._acquirers.visit(visit)
+            return
         for turn in range(visit.again + 1):
             address = await self.get(visit)
             if address is None:
@@ -68,7 +78,7 @@ class Clients:
             world.witness.asking -= 1
             world.leaves(alone=alone)
         if reply is None or ERROR_LINE.fullmatch(reply):
-            self.unserved += 1
+            self._unserved += 1
             if reply is not None and reply.endswith("[BUDGET]"):
                 world.witness.saw("budget reached")
             return None

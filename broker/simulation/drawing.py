@@ -45,6 +45,7 @@ SESSION_SECONDS = (900.0, 7200.0)
 VISITS_PER_HOUR = (1.0, 8.0)  # within a session
 BURST_PROBABILITY = 0.3  # of a session: many clients in one instant
 BURST_CLIENTS = (3, 30)
+ACQUIRING_SHARE = 0.33
 CROWD_CLIENTS = 1000  # scenario 7
 IDLE_CONNECTIONS = 10_000  # scenario 34
 SECOND_HOST_PROBABILITY = 0.05
@@ -139,6 +140,7 @@ def _settings(rng: random.Random) -> Settings:
         "boot_deadline": rng.choice([300, 600]),
         "wait": rng.choice([300, 900]),
         "max_workers": rng.randint(1, 6),
+        "leases_per_worker_max": rng.choice([None, None, 1, 4]),
         "launches_per_hour": rng.choice([5, 20, 40]),
         "price_usd_per_hour": rng.choice([1.2, 1.2, 0.0]),
     }
@@ -229,6 +231,7 @@ def _visit(rng: random.Random, at: float, number: int, settings: Settings, polit
         again=rng.choice([0, 0, 1, 2]),
         late_seconds=rng.uniform(-0.1, 0.3),  # Terminate's answer takes a fifth of a second
     )
+    visit = _acquiring(rng, visit)
     if polite:
         return visit
     return replace(
@@ -237,6 +240,14 @@ def _visit(rng: random.Random, at: float, number: int, settings: Settings, polit
         wait=rng.choice([None, None, 0.0, 30.0, 120.0]),
         patience_seconds=rng.choice([None, None, None, rng.uniform(0.0, 90.0)]),
     )
+
+
+def _acquiring(rng: random.Random, visit: Visit) -> Visit:
+    """A third of the clients are programs that hold several workers, by their ids or by their connection."""
+    if rng.random() >= ACQUIRING_SHARE:
+        return visit
+    count, some, bound = rng.choice([1, 1, 2, 3]), rng.random() < 0.3, rng.random() < 0.4
+    return replace(visit, acquire=count, some=some, bound=bound, again=0)
 
 
 def _burst(rng: random.Random, name: str, session: Session, settings: Settings, polite: bool) -> list[Entry]:

@@ -33,6 +33,9 @@ class Visit:
     patience_seconds: float | None = None  # hangs up when it has no answer by then
     again: int = 0  # so many times more, each about the moment its worker is due to be reaped
     late_seconds: float = 0.0  # after that moment; negative: before
+    acquire: int = 0  # so many leases by ACQUIRE, each of its own; 0: GET_WORKER
+    some: bool = False  # fewer will do
+    bound: bool = False  # they live as long as the connection
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,6 +37,7 @@ LIFE = {
     for before, on, after in (re.split(" {2,}", row.strip()) for row in LIFE_ROWS.strip().splitlines()[1:])
 }
 HOLDABLE = ("booting", "ready", "suspect")
+SEATS = {"gpu": 2}  # pool → so many leases a shared worker; any number elsewhere
 
 Told = tuple[object, ...]
 
@@ -56,7 +57,7 @@ def told(event: Event) -> Told:
 
 @dataclass
 class Entry:
-    """One worker. `holds` is client → lease and when it ends, in the order in which they were granted."""
+    """One worker. `holds` is key → lease and when it ends, in the order in which they were granted."""
 
     id: str
     pool: str
@@ -78,7 +79,9 @@ class Entry:
 
     @property
     def open(self) -> bool:
-        return self.state == "ready" and not any(lease.exclusive for lease, _ in self.holds.values())
+        full = self.pool in SEATS and len(self.holds) >= SEATS[self.pool]
+        alone = any(lease.exclusive for lease, _ in self.holds.values())
+        return self.state == "ready" and not alone and not full
 
 
 class NaiveRegistry:
@@ -116,6 +119,15 @@ class NaiveRegistry:
             if e.pool == pool and e.state == "ready" and (len(e.holds) == 1 or not exclusive)
         ]
         return next(filter(wish, [*mine, *self.candidates(pool, exclusive=exclusive)]), None)
+
+    def places(
+        self, pool: str, count: int, *, exclusive: bool, seats: int | None, wish: Callable[[str], bool]
+    ) -> list[str]:
+        found: list[str] = []
+        for id_ in filter(wish, self.candidates(pool, exclusive=exclusive)):
+            room = 1 if exclusive else count if seats is None else seats - len(self.entries[id_].holds)
+            found += [id_] * room
+        return found[:count]
 
     def due(self, now: float) -> list[str]:
         found = sorted(
@@ -199,8 +211,8 @@ class NaiveRegistry:
         entry = self.entries.get(lease.worker_id)
         if entry is None or entry.state not in HOLDABLE:
             raise WorkerNotFound
-        mine = entry.holds.get(lease.client)
-        others = [held for held, _ in entry.holds.values() if held.client != lease.client]
+        mine = entry.holds.get(lease.key)
+        others = [held for held, _ in entry.holds.values() if held.key != lease.key]
         if mine is None or (lease.exclusive and not mine[0].exclusive):
             if others and (lease.exclusive or any(held.exclusive for held in others)):
                 raise Denied
@@ -208,12 +220,12 @@ class NaiveRegistry:
             if mine is not None:
                 granted = Lease(mine[0].id, entry.id, lease.client, mine[0].ttl_seconds, exclusive=True)
             else:
-                self.grants.append((entry.id, lease.client))
+                self.grants.append((entry.id, lease.key))
             self.told.append(("granted", granted, entry.id, mine is None and not others, now))
         else:
             granted = mine[0]
-        entry.holds[lease.client] = (granted, now)
-        self.renew(entry.id, lease.client, now)
+        entry.holds[lease.key] = (granted, now)
+        self.renew(entry.id, lease.key, now)
         self._line_up()
         return granted
 
@@ -235,9 +247,11 @@ class NaiveRegistry:
 
     def expire_leases(self, worker_id: str, now: float) -> None:
         entry = self.entries.get(worker_id)
-        for client, (_, ends_at) in list(entry.holds.items()) if entry else []:
-            if ends_at <= now:
-                self.end_lease(worker_id, client, "expired", ends_at)
+        for key, (lease, ends_at) in list(entry.holds.items()) if entry else []:
+            if ends_at <= now and lease.bound:
+                self.renew(worker_id, key, now)
+            elif ends_at <= now:
+                self.end_lease(worker_id, key, "expired", ends_at)
 
     # --- inside -------------------------------------------------------------------------------------
 

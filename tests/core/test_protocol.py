@@ -30,21 +30,26 @@ from broker.core.errors import (
     WaitTimedOut,
     WorkerNotFound,
 )
+from broker.core.keys import CLIENT_NAME, COUNT_MAX, TTL_SECONDS_MAX, WAIT_SECONDS_MAX, WORD
 from broker.core.protocol import (
-    CLIENT_NAME,
     LINE_BYTES_MAX,
     NAMES,
-    WAIT_SECONDS_MAX,
-    WORD,
+    Acquire,
     Command,
     CommandReader,
+    Done,
     GetWorker,
+    Help,
     ListAll,
     Malformed,
     Ping,
+    Quit,
     Release,
+    Renew,
     Status,
     TerminateAll,
+    Version,
+    Watch,
     encode,
     name_of,
     parse_line,
@@ -92,6 +97,18 @@ def heard(chunks: Sequence[bytes], *, eof: bool = True) -> list[object]:
         ("GET_WORKER exclusive=yes", GetWorker(exclusive=True)),
         ("GET_WORKER exclusive=no", GetWorker()),
         ("GET_WORKER client=ann@lab/7", GetWorker(client="ann@lab/7")),
+        ("ACQUIRE", Acquire()),
+        ("ACQUIRE count=3 min=2 ttl=60.5", Acquire(count=3, min=2, ttl=60.5)),
+        ("ACQUIRE hold=connection exclusive=yes", Acquire(hold="connection", exclusive=True)),
+        ("ACQUIRE pool=gpu cores=8 wait=5 client=ann", Acquire("gpu", 8, wait=5.0, client="ann")),
+        ("ACQUIRE count=1000", Acquire(count=COUNT_MAX)),
+        ("RENEW lease-1f", Renew("lease-1f")),
+        ("DONE lease-1f", Done("lease-1f")),
+        ("WATCH", Watch()),
+        ("WATCH client=ann", Watch("ann")),
+        ("HELP", Help()),
+        ("VERSION", Version()),
+        ("QUIT", Quit()),
         ("PING 10.0.0.1", Ping("10.0.0.1")),
         ("PING fe80::1 client=ann", Ping("fe80::1", "ann")),
         ("RELEASE 10.0.0.1", Release("10.0.0.1")),
@@ -111,6 +128,18 @@ CORES = "cores= is a whole number from 1 to 100000"
 WAIT = "wait= is a number of seconds from 0 to 86400"
 BAD = [
     ("STATUS now", "STATUS takes no arguments"),
+    ("HELP me", "HELP takes no arguments"),
+    ("ACQUIRE count=0", "count= is a whole number from 1 to 1000"),
+    ("ACQUIRE count=1001", "count= is a whole number from 1 to 1000"),
+    ("ACQUIRE min=2", "min= is at most count="),
+    ("ACQUIRE count=3 min=4", "min= is at most count="),
+    ("ACQUIRE hold=tight", "hold= is connection, or left out"),
+    ("ACQUIRE ttl=0", "ttl= is a number of seconds from 1 to 86400"),
+    ("ACQUIRE ttl=nan", "ttl= is a number of seconds from 1 to 86400"),
+    ("RENEW", "RENEW needs the id of a lease and nothing else: RENEW <lease>"),
+    ("DONE a b", "DONE needs the id of a lease and nothing else: DONE <lease>"),
+    ("DONE lease=x", "DONE needs the id of a lease and nothing else: DONE <lease>"),
+    ("WATCH ip=1", "WATCH has no key 'ip'; it has client"),
     ("PING", "PING needs the worker's address: PING <ip>"),
     ("PING client=ann", "PING needs the worker's address: PING <ip>"),
     ("PING 10.0.0.1/8", "PING: that is no address"),
@@ -293,6 +322,10 @@ def test_a_web_page_cannot_give_commands_through_its_readers_browser(method: str
     assert heard([request.encode()]) == [HTTP_ENDS]
 
 
+def test_after_quit_nothing_more_is_heard() -> None:
+    assert heard([b"QUIT\nGET_WORKER\n", b"GET_WORKER\n"]) == [Quit()]
+
+
 def test_after_a_slip_a_full_command_is_still_heard() -> None:
     assert heard([b"PING\nGET_WORKER\n"])[1] == GetWorker()
 
@@ -314,7 +347,22 @@ SENDABLE = st.one_of(
     ),
     st.builds(Ping, address=WORDS, client=CLIENTS),
     st.builds(Release, address=WORDS, force=st.booleans(), client=CLIENTS),
-    st.sampled_from([Status(), ListAll(), TerminateAll()]),
+    st.builds(
+        Acquire,
+        pool=st.none() | WORDS,
+        cores=st.none() | st.integers(1, 100_000),
+        wait=st.none() | st.floats(0, WAIT_SECONDS_MAX),
+        exclusive=st.booleans(),
+        client=CLIENTS,
+        count=st.integers(100, COUNT_MAX),
+        min=st.none() | st.integers(1, 100),
+        hold=st.sampled_from([None, "connection"]),
+        ttl=st.none() | st.floats(1, TTL_SECONDS_MAX),
+    ),
+    st.builds(Renew, lease=WORDS),
+    st.builds(Done, lease=WORDS),
+    st.builds(Watch, client=CLIENTS),
+    st.sampled_from([Status(), ListAll(), TerminateAll(), Help(), Version(), Quit()]),
 )
 ANYTHING: st.SearchStrategy[Any] = (
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=80)
@@ -326,6 +374,8 @@ DOUBTFUL = st.one_of(
     ),
     st.builds(Ping, address=st.text(max_size=300), client=ANYTHING),
     st.builds(Release, address=st.text(max_size=300), force=st.booleans(), client=ANYTHING),
+    st.builds(Acquire, count=ANYTHING, min=ANYTHING, hold=ANYTHING, ttl=ANYTHING, client=ANYTHING),
+    st.builds(Renew, lease=st.text(max_size=300)),
 )  # fmt: skip
 
 

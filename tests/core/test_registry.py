@@ -9,6 +9,7 @@ import pytest
 
 from broker.core.errors import Denied, IllegalStep, WorkerNotFound
 from broker.core.model import (
+    UNKNOWN_CLIENT,
     Event,
     InstanceState,
     LeaseEnded,
@@ -499,6 +500,57 @@ def test_every_hold_ends_with_its_worker(end: str) -> None:
     ended = [(e.lease.client, e.reason, e.last) for e in books.events if isinstance(e, LeaseEnded)]
     assert ended == [("ann", "reclaimed", False), ("bob", "reclaimed", True)]
     assert books.lease_ends_at("lease-o-1-ann") is None
+
+
+# --- acquired leases ------------------------------------------------------------------------------------
+
+
+def test_an_acquired_lease_is_one_of_its_own_and_conflicts_even_with_its_clients_other_holds() -> None:
+    books = Books()
+    ready(books, 1)
+    alone = books.grant(lease("o-1", "ann", exclusive=True, acquired=True, id="a"), NOW)
+    assert books.lease("a") == alone
+    assert (books.lease_of("o-1", "ann"), books.leases_of("o-1", "ann")) == (None, [alone])
+    assert books.available("default", "ann", exclusive=True) is None
+    for more in (lease("o-1", "ann"), lease("o-1", "ann", exclusive=True, acquired=True, id="b")):
+        with pytest.raises(Denied):
+            books.grant(more, NOW)
+    books.end_lease("o-1", alone.key, "done", NOW)
+    assert books.lease("a") is None
+    assert books.places("default", 2, exclusive=True) == ["o-1"]
+
+
+def test_a_full_worker_is_passed_over_until_somebody_leaves() -> None:
+    books = Registry(seats=lambda pool: 2)
+    ready(books, 1)
+    ready(books, 2)
+    assert books.places("default", 9, exclusive=False) == ["o-1", "o-1", "o-2", "o-2"]
+    for number in (1, 2):
+        books.grant(lease("o-1", f"c{number}"), NOW)
+    assert books.full("o-1")
+    assert books.available("default", "newcomer", exclusive=False) == books.get("o-2")
+    assert books.available("default", "c1", exclusive=False) == books.get("o-1"), "what it holds already"
+    books.end_lease("o-1", "c1", "released", NOW)
+    assert not books.full("o-1")
+    assert books.places("default", 9, exclusive=False) == ["o-2", "o-2", "o-1"]
+
+
+def test_who_may_hold_a_machine_that_was_found_takes_no_place_from_who_does() -> None:
+    books = Registry(seats=lambda pool: 1)
+    ready(books, 1)
+    books.grant(lease("o-1", UNKNOWN_CLIENT), NOW)
+    assert not books.full("o-1")
+    books.grant(lease("o-1", "ann"), NOW)
+    assert books.full("o-1")
+
+
+def test_a_bound_lease_begins_anew_when_its_time_is_over_and_its_worker_counts_as_used() -> None:
+    books = Books()
+    ready(books, 1)
+    books.grant(lease("o-1", "ann", 60.0, acquired=True, bound=True, id="a"), NOW)
+    books.expire_leases("o-1", NOW + 61)
+    assert books.lease_ends_at("a") == NOW + 121
+    assert books.used_at("o-1") == NOW + 61
 
 
 # --- when to look again ---------------------------------------------------------------------------------

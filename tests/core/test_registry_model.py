@@ -8,6 +8,7 @@ addresses, clients), so that names are used again and steps collide.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from hypothesis import settings
@@ -19,7 +20,7 @@ from broker.core.model import Event, InstanceState, Lease, LeaseEnded, LeaseGran
 from broker.core.registry import BOOKED, USABLE, Registry, Step
 from tests.core.generated import FEW
 from tests.core.make import PORT, instance, order
-from tests.core.naive_registry import HOLDABLE, NaiveRegistry, told
+from tests.core.naive_registry import HOLDABLE, SEATS, NaiveRegistry, told
 
 ORDERS = ("o-1", "o-2", "o-3", "o-4")
 MACHINES = ("i-1", "i-2", "i-3", "i-4")
@@ -53,9 +54,9 @@ class Listener:
             case LeaseGranted(lease=lease, worker=worker, first=first):
                 assert worker.state in USABLE
                 assert first is not any(worker_id == worker.id for worker_id, _ in self.holds)
-                self.holds[worker.id, lease.client] = lease
+                self.holds[worker.id, lease.key] = lease
             case LeaseEnded(lease=lease, worker=worker, last=last):
-                assert self.holds.pop((worker.id, lease.client)) == lease
+                assert self.holds.pop((worker.id, lease.key)) == lease
                 assert last is not any(worker_id == worker.id for worker_id, _ in self.holds)
             case _:
                 self.states[event.worker.id] = event.worker.state
@@ -67,7 +68,7 @@ class TwoRegistries(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.listener = Listener()
-        self.real = Registry(self.listener)
+        self.real = Registry(self.listener, seats=SEATS.get)
         self.naive = NaiveRegistry()
         self.now = 1000.0
         self.leases = 0
@@ -155,6 +156,9 @@ class TwoRegistries(RuleBasedStateMachine):
             lambda: TAKEN[step](self.real, worker_id, reason, self.now),
         )
 
+    def granted(self, lease: Lease) -> Any:
+        return self.both(lambda: self.naive.grant(lease, self.now), lambda: self.real.grant(lease, self.now))
+
     # --- leases -------------------------------------------------------------------------------------
 
     def new_lease(self, worker_id: str, client: str, ttl_seconds: float, exclusive: bool) -> Lease:
@@ -169,7 +173,7 @@ class TwoRegistries(RuleBasedStateMachine):
     )
     def grant(self, worker_id: str, client: str, ttl_seconds: float, exclusive: bool) -> None:
         lease = self.new_lease(worker_id, client, ttl_seconds, exclusive)
-        self.both(lambda: self.naive.grant(lease, self.now), lambda: self.real.grant(lease, self.now))
+        self.granted(lease)
 
     @rule(
         pool=st.sampled_from(POOLS),
@@ -191,6 +195,29 @@ class TwoRegistries(RuleBasedStateMachine):
             )
             assert granted is not None, "whoever is available can be had"
 
+    @rule(
+        pool=st.sampled_from(POOLS),
+        client=st.sampled_from(CLIENTS),
+        count=st.integers(1, 4),
+        exclusive=st.booleans(),
+        bound=st.booleans(),
+        wished=st.none() | st.sets(st.sampled_from([*ORDERS, *MACHINES])),
+    )
+    def acquire(
+        self, pool: str, client: str, count: int, exclusive: bool, bound: bool, wished: set[str] | None
+    ) -> None:
+        """So many at once, each of them new."""
+        wish = None if wished is None else lambda worker: worker.id in wished
+        places = self.real.places(pool, count, exclusive=exclusive, wish=wish)
+        naive_wish = (lambda _: True) if wished is None else (lambda worker_id: worker_id in wished)
+        seats = SEATS.get(pool)
+        assert places == self.naive.places(pool, count, exclusive=exclusive, seats=seats, wish=naive_wish)
+        for worker_id in places:
+            plain = self.new_lease(worker_id, client, 20.0, exclusive)
+            lease = replace(plain, acquired=True, bound=bound)
+            granted = self.granted(lease)
+            assert granted == lease, "it is a lease of its own"
+
     @rule(worker_id=known, client=st.sampled_from(CLIENTS))
     def end(self, worker_id: str, client: str) -> None:
         self.both(
@@ -201,11 +228,10 @@ class TwoRegistries(RuleBasedStateMachine):
     @precondition(lambda self: self.naive.grants)
     @rule(number=st.integers(0, 20))
     def renew(self, number: int) -> None:
-        worker_id, client = self.naive.grants[number % len(self.naive.grants)]
-        lease = self.real.lease_of(worker_id, client)
-        assert lease is not None
+        worker_id, key = self.naive.grants[number % len(self.naive.grants)]
+        (lease,) = [one for one in self.real.leases(worker_id) if one.key == key]
         self.both(
-            lambda: self.naive.renew(worker_id, client, self.now), lambda: self.real.renew(lease, self.now)
+            lambda: self.naive.renew(worker_id, key, self.now), lambda: self.real.renew(lease, self.now)
         )
 
     @rule(worker_id=known)
@@ -257,7 +283,9 @@ class TwoRegistries(RuleBasedStateMachine):
             assert self.real.leases(worker_id) == [lease for lease, _ in entry.holds.values()]
             assert self.real.busy(worker_id) is bool(entry.holds)
             for lease, ends_at in entry.holds.values():
-                assert self.real.lease_of(worker_id, lease.client) == lease
+                assert self.real.lease(lease.id) == lease
+                assert lease in self.real.leases_of(worker_id, lease.client)
+                assert lease.acquired or self.real.lease_of(worker_id, lease.client) == lease
                 assert self.real.lease_ends_at(lease.id) == ends_at
 
     @invariant()
@@ -303,9 +331,7 @@ class TwoRegistries(RuleBasedStateMachine):
     def whoever_only_listens_knows_the_same(self) -> None:
         alive = {id_: s for id_, s in self.listener.states.items() if s is not WorkerState.GONE}
         assert alive == {worker.id: worker.state for worker in self.real}
-        holds = {
-            (lease.worker_id, lease.client): lease for w in self.real for lease in self.real.leases(w.id)
-        }
+        holds = {(lease.worker_id, lease.key): lease for w in self.real for lease in self.real.leases(w.id)}
         assert self.listener.holds == holds
 
     @invariant()

@@ -438,7 +438,7 @@ def _write_lease(directory: Path, lease: Lease, address: str) -> None:
     """What a broker leaves that is killed after it has written a machine's end, and before its lease's."""
     with closing(sqlite3.connect(directory / "broker.db")) as file, file:
         file.execute(
-            "INSERT INTO leases VALUES (?, ?, 'default', ?, ?, ?, ?)",
+            "INSERT INTO leases VALUES (?, ?, 'default', ?, ?, ?, ?, 0)",
             (lease.id, lease.worker_id, address, lease.client, lease.ttl_seconds, lease.exclusive),
         )
 

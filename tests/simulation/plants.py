@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
-from broker import context, orders, service, store
+from broker import context, granting, orders, service, store
 from broker.clock import Clock
 from broker.clouds import Cloud
 from broker.core import claim, planning, policy, schedule
@@ -317,7 +317,7 @@ def exclusive_is_a_word() -> Iterator[Any]:
 @planted
 def handed_out_without_a_proof() -> Iterator[Any]:
     """A worker that was ready once is ready for ever."""
-    yield patch.object(service.Service, "_proof_is_old", lambda self, worker, pool: False)
+    yield patch.object(granting.Granting, "_proof_is_old", lambda self, worker, pool: False)
 
 
 @planted
@@ -332,12 +332,12 @@ def handed_out_when_it_runs() -> Iterator[Any]:
 
 @planted
 def waits_never_end() -> Iterator[Any]:
-    async def patient(self: service.Service, waiter: Any, deadline_at: float) -> Lease:
+    async def patient(self: service.Service, waiter: Any, deadline_at: float) -> list[Lease]:
         self._context.waiting.join(waiter)
         self._demand(0.0)
         try:
-            lease: Lease = await waiter.served
-            return lease
+            leases: list[Lease] = await waiter.served
+            return leases
         finally:
             self._context.waiting.leave(waiter)
 

@@ -10,8 +10,8 @@ from types import ModuleType
 
 import pytest
 
-from broker import server, service
-from broker.core import errors, policy, protocol
+from broker import acquiring, admission, operations, server, service
+from broker.core import errors, keys, policy, protocol
 from broker.core.errors import BrokerError, ClientFault, Code, Refusal
 from broker.core.protocol import Malformed, name_of, parse_line
 from tests.transcripts.transcript import (
@@ -63,6 +63,13 @@ def test_every_key_of_get_worker_is_in_the_corpus() -> None:
     assert set(protocol.GET_WORKER_KEYS) <= used
 
 
+def test_every_key_of_acquire_is_in_the_corpus_and_in_the_document() -> None:
+    used = {word.partition("=")[0] for text in said() if text.startswith("ACQUIRE ") for word in text.split()}
+    assert set(protocol.ACQUIRE_KEYS) <= used
+    text = DOCUMENT.read_text(encoding="utf-8")
+    assert [key for key in protocol.ACQUIRE_KEYS if f"`{key}=" not in text] == []
+
+
 def codes_of(kind: type[BrokerError]) -> Iterator[Code | None]:
     yield kind.code
     for more in kind.__subclasses__():
@@ -90,7 +97,11 @@ def sentences(module: ModuleType) -> Iterator[str]:
             yield "".join(re.escape(str(p.value)) if isinstance(p, ast.Constant) else ".+" for p in parts)
 
 
-@pytest.mark.parametrize("module", [protocol, service, server, policy], ids=lambda m: m.__name__)
+@pytest.mark.parametrize(
+    "module",
+    [protocol, keys, service, acquiring, admission, operations, server, policy],
+    ids=lambda m: m.__name__,
+)
 def test_every_sentence_that_refuses_a_client_is_in_the_corpus(module: ModuleType) -> None:
     wanted = [
         pattern for pattern in sentences(module) if not ON_THE_CLIENTS_SIDE.search(pattern.replace("\\", ""))

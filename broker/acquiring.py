@@ -1,0 +1,173 @@
+"""ACQUIRE: leases of their own, as many as asked for at once, and honest words while they are waited for.
+
+A client holds nothing while it waits. What it is told at last is true in that instant, of every worker; when
+that cannot be had, everything is given back and it has its old place in the queue.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Callable
+
+from broker.admission import HAND_OUT_ATTEMPTS_MAX, Admission
+from broker.context import Context
+from broker.core.errors import BrokerError, CloudError, Draining, LimitReached, WaitTimedOut
+from broker.core.model import Lease
+from broker.core.protocol import Acquire
+from broker.core.settings import PoolSettings
+from broker.core.wish import Wish
+from broker.granting import Granting
+from broker.prospects import Prospects
+from broker.waiting import Terms, Waiter
+
+STARTING_SECONDS = 10.0  # between two lines while the first scan is waited for
+
+Say = Callable[[bytes], None]
+
+
+def timed_out(waiter: Waiter, prospects: Prospects, now: float) -> WaitTimedOut:
+    """What a client hears when its wait is over: how long it was, and why."""
+    who = "no worker" if waiter.count == 1 else f"fewer than {waiter.least} workers"
+    sentence = f"{who} became ready within {now - waiter.asked_at:.0f} s"
+    why = prospects.why(waiter)
+    return WaitTimedOut(f"{sentence}: {why}" if why else sentence)
+
+
+class Acquiring:
+    """See the module. `demand` tells that somebody waits for a launch, and how many seconds at most;
+    `pending` that it wants to hear how it stands."""
+
+    def __init__(
+        self,
+        context: Context,
+        admission: Admission,
+        granting: Granting,
+        prospects: Prospects,
+        *,
+        demand: Callable[[float], None],
+        pending: Callable[[], None],
+    ) -> None:
+        self._context = context
+        self._admission = admission
+        self._granting = granting
+        self._prospects = prospects
+        self._demand = demand
+        self._pending = pending
+        self._now = context.clock.monotonic
+        self._numbers = itertools.count(1)
+
+    async def acquire(self, command: Acquire, client: str, say: Say) -> list[Lease]:
+        """Leases whose workers are ready and proved in this instant. Raises BrokerError; then nothing is
+        held, and so it is when this is cancelled."""
+        name, pool = self._admission.pool(command.pool)
+        asked_at, wish = self._now(), Wish.of(command)
+        deadline_at = asked_at + (pool.wait if command.wait is None else command.wait)
+        await self._started(name, deadline_at, say)
+        self._admission.require_possible(name, wish)
+        exclusive = command.exclusive or pool.exclusive
+        terms = self._terms(command, pool, exclusive)
+        waiter = Waiter(name, client, exclusive, wish, asked_at, _future(), terms, say)
+        for _ in range(HAND_OUT_ATTEMPTS_MAX):
+            _, pool = self._admission.pool(command.pool)  # a reload may have removed it meanwhile
+            self._context.require_charge(self._context.cloud(name))
+            leases = self._granting.take(waiter) or await self._wait(waiter, deadline_at)
+            good = await self._good(leases, pool)
+            if len(good) == waiter.count or (len(good) >= waiter.least and self._now() >= deadline_at):
+                return good
+            waiter = self._again(waiter, leases)
+        self._leave(waiter)
+        self._granting.give_back(waiter.leases(), "not handed out")
+        raise CloudError("workers are lost as fast as they become ready")
+
+    def _terms(self, command: Acquire, pool: PoolSettings, exclusive: bool) -> Terms:
+        """What is asked for, at most as much as the pool may ever have. Raises LimitReached."""
+        seats = 1 if exclusive else pool.leases_per_worker_max
+        room = command.count if seats is None else pool.max_workers * seats
+        least = command.count if command.min is None else command.min
+        if least > max(room, 1):
+            raise LimitReached(
+                f"the pool has room for {room} such leases at most: its max_workers allow no more"
+            )
+        ttl_seconds = pool.idle_timeout if command.ttl is None else command.ttl
+        count = max(least, min(command.count, room))
+        return Terms(next(self._numbers), ttl_seconds, count, least, command.hold is not None)
+
+    async def _started(self, pool: str, deadline_at: float, say: Say) -> None:
+        """Wait for the first complete scan of the pool's cloud. Raises CloudError, WaitTimedOut."""
+        cloud = self._context.cloud(pool)
+        while cloud is not None and not cloud.recovered and self._now() < deadline_at:
+            if cloud.refusal(pool) is None:
+                say(self._prospects.starting(pool).line())
+            again_at = self._now() + STARTING_SECONDS
+            try:
+                await self._admission.recovered(pool, min(again_at, deadline_at))
+            except WaitTimedOut:
+                if again_at >= deadline_at:
+                    raise
+        await self._admission.recovered(pool, deadline_at)
+
+    async def _wait(self, waiter: Waiter, deadline_at: float) -> list[Lease]:
+        """Served in the queue, or with what there is when that is over and it is enough."""
+        if self._admission.closing:
+            raise Draining
+        self._join(waiter, deadline_at)
+        try:
+            async with asyncio.timeout(max(0.0, deadline_at - self._now())):
+                return await asyncio.shield(waiter.served)  # whoever waits is in the queue until it leaves
+        except TimeoutError:
+            leases = waiter.leases() or self._granting.take(waiter, waiter.least)
+            if leases:
+                return leases
+            raise timed_out(waiter, self._prospects, self._now()) from None
+        except BrokerError:  # waiting does not help
+            leases = self._granting.take(waiter, waiter.least)
+            if leases:
+                return leases
+            raise
+        except asyncio.CancelledError:  # perhaps served in the instant in which the client went away
+            self._granting.give_back(waiter.leases(), "not handed out")
+            raise
+        finally:
+            self._leave(waiter)
+
+    def _join(self, waiter: Waiter, deadline_at: float) -> None:
+        if not waiter.served.done():
+            self._context.waiting.join(waiter)
+            self._granting.serve_groups(waiter.pool)
+            self._demand(max(0.0, deadline_at - self._now()))
+            self._pending()
+
+    def _leave(self, waiter: Waiter) -> None:
+        self._context.waiting.leave(waiter)
+        self._granting.serve_after(waiter)
+
+    def _again(self, waiter: Waiter, leases: list[Lease]) -> Waiter:
+        """The same client, back in its old place before what it held becomes free to those behind it."""
+        after = Waiter(
+            waiter.pool,
+            waiter.client,
+            waiter.exclusive,
+            waiter.wish,
+            waiter.asked_at,
+            _future(),
+            waiter.terms,
+            waiter.say,
+            waiter.told,
+            waiter.told_at,
+        )
+        self._context.waiting.join(after)
+        self._granting.give_back(leases, "not handed out")
+        return after
+
+    async def _good(self, leases: list[Lease], pool: PoolSettings) -> list[Lease]:
+        """Those that may be handed out in this instant. Whatever goes wrong, nothing stays held."""
+        try:
+            return await self._granting.all_confirmed(leases, pool)
+        except BaseException:
+            self._granting.give_back(leases, "not handed out")
+            raise
+
+
+def _future() -> asyncio.Future[list[Lease]]:
+    return asyncio.get_running_loop().create_future()

@@ -1,0 +1,73 @@
+"""What every request for a worker must pass: a pool that exists, a wish that can be met, and a broker that
+has seen its clouds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+from broker.clouds import Cloud
+from broker.context import Context
+from broker.core.errors import BadRequest, Draining, WaitTimedOut
+from broker.core.model import Offering
+from broker.core.settings import PoolSettings
+from broker.core.wish import ANYTHING, Wish
+
+HAND_OUT_ATTEMPTS_MAX = 20  # a worker may be lost between choice and answer; so often in a row is no accident
+
+
+class Admission:
+    """See the module. `closing`: the broker is going down, nobody else starts to wait."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._now = context.clock.monotonic
+        self.closing = False
+
+    def pool(self, name: str | None) -> tuple[str, PoolSettings]:
+        """The pool of that name, `default` without one. Raises BadRequest."""
+        pool = self._context.settings.pool.get(name or "default")
+        if pool is None:
+            raise self._context.no_such_pool(name or "default")
+        return name or "default", pool
+
+    def require_possible(self, pool: str, wish: Wish) -> None:
+        """Raises BadRequest when nothing in the pool could ever meet the wish."""
+        cloud = self._context.cloud(pool)
+        if wish == ANYTHING or cloud is None:
+            return
+        offerings = cloud.provider.offerings(pool)
+        if not any(wish.fits(offering) for offering in offerings):
+            raise BadRequest(f"pool '{pool}' has nothing with {wish}; it has {_catalogue(offerings)}")
+
+    async def recovered(self, pool: str | None = None, deadline_at: float | None = None) -> None:
+        """Wait for the first complete scan, of one cloud or of all. Raises CloudError, WaitTimedOut."""
+        try:
+            async with asyncio.timeout(None if deadline_at is None else max(0.0, deadline_at - self._now())):
+                while not all(cloud.recovered for cloud in self._clouds_of(pool)):
+                    if self.closing:
+                        raise Draining("the broker is restarting; ask again in a moment")
+                    clouds = self._clouds_of(pool)
+                    refusals = [refusal for cloud in clouds if (refusal := cloud.refusal(pool)) is not None]
+                    if refusals:
+                        raise refusals[0]
+                    await self._context.scanned.wait()
+        except TimeoutError:
+            raise WaitTimedOut("the broker has just started and is still looking for its workers") from None
+
+    def _clouds_of(self, pool: str | None) -> Sequence[Cloud]:
+        """Those that have to be known: a reload may change them. None for a pool that there is no more."""
+        if pool is None:
+            return self._context.clouds.all
+        cloud = self._context.cloud(pool)
+        return () if cloud is None else (cloud,)
+
+
+def _catalogue(offerings: Sequence[Offering]) -> str:
+    return ", ".join(
+        dict.fromkeys(  # the same in each zone
+            f"{o.instance_type} in {o.region} ({o.cores if o.cores else 'an unknown number of'} cores)"
+            for o in offerings
+        )
+    )

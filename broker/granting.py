@@ -1,0 +1,256 @@
+"""Holds on workers: chosen and booked in one step, proved, on disk, and given to whoever waits longest.
+
+A worker is handed out only from READY, with a fresh proof that its port answers, and with the client's
+lease on disk; after every await each of the three is looked at again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from broker.context import Context
+from broker.core.errors import StoreError
+from broker.core.model import Event, Lease, LeaseEnded, LeaseGranted, Worker, WorkerChanged, WorkerState
+from broker.core.registry import USABLE
+from broker.core.settings import PoolSettings
+from broker.core.wish import Wish
+from broker.waiting import Waiter
+
+TURN_SECONDS = 300.0  # longer than a machine takes to boot: what is missing is mostly on its way
+CONFIRMED_AT_ONCE_MAX = 64  # connections to worker ports for one command: file descriptors are few
+PROOF_ROUNDS_MAX = 3  # of one hand-out: ports that answer slowly make the others' proofs old
+
+Prove = Callable[[Worker], Awaitable[bool]]
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """Workers that nobody but this waiter is given: it lacks some more."""
+
+    waiter: Waiter
+    worker_ids: frozenset[str]
+
+
+class Granting:
+    """See the module. `prove` tries a worker's port now, `reap` tells that a worker may be overdue."""
+
+    def __init__(
+        self, context: Context, *, prove: Prove, reap: Callable[[], None], new_id: Callable[[], str]
+    ) -> None:
+        self._context = context
+        self._registry = context.registry
+        self._prove = prove
+        self._new_id = new_id
+        self._now = context.clock.monotonic
+        self._reap = reap
+        self._kept: dict[str, Kept] = {}  # by pool, as of the last time that somebody was served
+        self._turn_began_at: dict[str, float] = {}  # by pool
+        self._writing: dict[str, asyncio.Task[None]] = {}  # lease id → its way to the disk
+
+    def heard(self, event: Event) -> None:
+        """Keep the store and the queue up with the books."""
+        match event:
+            case LeaseGranted(lease=lease, worker=worker):
+                if lease.id in self._context.restored:  # a full disk must not end what it has long held
+                    self._context.restored.discard(lease.id)
+                else:
+                    self._write_lease(lease, worker)
+            case LeaseEnded(lease=lease, worker=worker):
+                self._writing.pop(lease.id, None)
+                self._context.store.soon(self._context.store.lease_ended(lease.id))
+                self.serve(worker.pool)
+            case WorkerChanged(worker=worker):
+                if worker.state is WorkerState.READY:
+                    self.serve(worker.pool)
+
+    def take(self, waiter: Waiter, least: int | None = None) -> list[Lease]:
+        """The client's holds on workers that suit, decided and booked in one step: all that it wants, or at
+        least so many; otherwise none. What is kept for somebody else is not taken."""
+        if waiter.terms is None:
+            lease = self._take_one(waiter)
+            return [] if lease is None else [lease]
+        places = self._places(waiter)
+        if len(places) < (waiter.count if least is None else least):
+            return []
+        return [self._registry.grant(self._lease(waiter, one), self._now()) for one in places]
+
+    def _take_one(self, waiter: Waiter) -> Lease | None:
+        """The hold of a GET_WORKER: the one that the client has, or a new one."""
+        worker = self._registry.available(
+            waiter.pool, waiter.client, exclusive=waiter.exclusive, wish=self._test(waiter)
+        )
+        if worker is None:
+            return None
+        return self._registry.grant(self._lease(waiter, worker.id), self._now())
+
+    def _lease(self, waiter: Waiter, worker_id: str) -> Lease:
+        terms = waiter.terms
+        if terms is None:
+            ttl_seconds = self._context.pool(waiter.pool).idle_timeout
+            return Lease(self._new_id(), worker_id, waiter.client, ttl_seconds, waiter.exclusive)
+        return Lease(
+            self._new_id(),
+            worker_id,
+            waiter.client,
+            terms.ttl_seconds,
+            waiter.exclusive,
+            acquired=True,
+            bound=terms.bound,
+        )
+
+    def _places(self, waiter: Waiter) -> list[str]:
+        return self._registry.places(
+            waiter.pool, waiter.count, exclusive=waiter.exclusive, wish=self._test(waiter)
+        )
+
+    def _test(self, waiter: Waiter) -> Callable[[Worker], bool] | None:
+        """What a worker must be: as the client wishes, and not kept for another one."""
+        fits, kept = waiter.wish.test(), self._kept.get(waiter.pool)
+        if kept is None or kept.waiter is waiter:
+            return fits
+        lease_of = self._registry.lease_of
+        return lambda worker: (
+            (worker.id not in kept.worker_ids or lease_of(worker.id, waiter.client) is not None)
+            and (fits is None or fits(worker))
+        )
+
+    def give_back(self, leases: Iterable[Lease], reason: str) -> None:
+        """End leases; their workers stay warm, and are looked at again: they may be overdue."""
+        now = self._now()
+        for lease in leases:
+            ended = self._registry.end_lease(lease.worker_id, lease.key, reason, now)
+            worker = self._registry.get(lease.worker_id)
+            if ended is not None and worker is not None and worker.state in USABLE:
+                self._registry.look_again(worker.id, now)
+        self._reap()
+
+    async def all_confirmed(self, leases: Sequence[Lease], pool: PoolSettings) -> list[Lease]:
+        """Those whose workers may be handed out in this instant: each is proved, and each lease on disk.
+
+        Proving one may take so long that the proof of another is old by then. Raises StoreError.
+        """
+        good = list(leases)
+        for _ in range(PROOF_ROUNDS_MAX):
+            found = await self._confirm_each(good, pool)
+            good = [lease for lease, worker in zip(good, found, strict=True) if worker is not None]
+            if all(self._may_go(lease, pool) for lease in good):
+                return good
+        return [lease for lease in good if self._may_go(lease, pool)]
+
+    async def _confirm_each(self, leases: Sequence[Lease], pool: PoolSettings) -> list[Worker | None]:
+        if len(leases) == 1:
+            return [await self.confirmed(leases[0], pool)]
+        places = asyncio.Semaphore(CONFIRMED_AT_ONCE_MAX)
+
+        async def confirm(lease: Lease) -> Worker | None:
+            async with places:
+                return await self.confirmed(lease, pool)
+
+        found = await asyncio.gather(*(confirm(lease) for lease in leases), return_exceptions=True)
+        for one in found:
+            if isinstance(one, BaseException):
+                raise one
+        return [one for one in found if not isinstance(one, BaseException)]
+
+    def _may_go(self, lease: Lease, pool: PoolSettings) -> bool:
+        worker = self._registry.get(lease.worker_id)
+        ready = (
+            worker is not None and worker.state is WorkerState.READY and not self._proof_is_old(worker, pool)
+        )
+        return ready and self._registry.lease(lease.id) is not None
+
+    async def confirmed(self, lease: Lease, pool: PoolSettings) -> Worker | None:
+        """The lease's worker, when its readiness is proved, the lease is on disk, and both are still so."""
+        worker = self._registry.get(lease.worker_id)
+        if worker is None or worker.state is not WorkerState.READY:
+            return None
+        if self._proof_is_old(worker, pool) and not await self._prove(worker):
+            return None
+        await self.written(lease)
+        worker = self._registry.get(lease.worker_id)
+        still_held = self._registry.lease_ends_at(lease.id) is not None
+        return worker if worker is not None and worker.state is WorkerState.READY and still_held else None
+
+    def _proof_is_old(self, worker: Worker, pool: PoolSettings) -> bool:
+        proved_at = self._registry.proved_at(worker.id)
+        return pool.readiness == "tcp" and self._now() - proved_at > pool.readiness_max_age
+
+    def serve(self, pool: str) -> None:
+        """Give what has become free to whoever waits longest for it.
+
+        Nobody holds a worker while it waits for others. For the first in the queue that wants several at
+        once, what there is of them is kept meanwhile: for TURN_SECONDS, then those behind it are served for
+        as long, and so on. So neither can keep the other out for ever.
+        """
+        hopeless: set[tuple[bool, Wish, int]] = set()
+        first = True
+        self._kept.pop(pool, None)
+        for waiter in self._context.waiting.of(pool):
+            waiter.found = 0
+            kind = (waiter.exclusive, waiter.wish, waiter.count)
+            if kind in hopeless or waiter.served.done():
+                continue
+            leases = self.take(waiter)
+            if leases:
+                waiter.served.set_result(leases)
+                continue
+            hopeless.add(kind)
+            if waiter.count > 1 and first:
+                first = False
+                places = self._places(waiter)
+                waiter.found = len(places)
+                if self._keeps(pool):
+                    self._kept[pool] = Kept(waiter, frozenset(places))
+
+    def serve_groups(self, pool: str) -> None:
+        """To be called every second or so while somebody waits for several: a turn may be over."""
+        if any(waiter.count > 1 for waiter in self._context.waiting.of(pool)):
+            self.serve(pool)
+
+    def serve_after(self, waiter: Waiter) -> None:
+        """Somebody has left the queue: what was kept for it is for those behind."""
+        kept = self._kept.get(waiter.pool)
+        if kept is not None and kept.waiter is waiter:
+            self.serve(waiter.pool)
+
+    def _keeps(self, pool: str) -> bool:
+        """Whether workers are kept for one who lacks some: turn and turn about, counted for the pool, or two
+        who want many would take turns and leave none to the others."""
+        now = self._now()
+        began_at = self._turn_began_at.get(pool, float("-inf"))
+        if now - began_at >= 2 * TURN_SECONDS:
+            began_at = self._turn_began_at[pool] = now
+        return now - began_at < TURN_SECONDS
+
+    def _write_lease(self, lease: Lease, worker: Worker) -> None:
+        task = asyncio.ensure_future(self._context.store.lease_granted(lease, worker))
+        self._writing[lease.id] = task
+        task.add_done_callback(lambda done: self._lease_written(lease.id, done))
+
+    def _lease_written(self, lease_id: str, task: asyncio.Task[None]) -> None:
+        failed = not task.cancelled() and task.exception() is not None
+        # A hold that became exclusive is written once more. A failed write is kept until the lease ends: who
+        # asks whether it is on disk may come later than the failure.
+        if self._writing.get(lease_id) is task and not failed:
+            del self._writing[lease_id]
+
+    async def written(self, lease: Lease) -> None:
+        """Wait until the lease is on disk.
+
+        A full disk does not keep a client from a shared worker. An exclusive one is not given away on a lease
+        that a restart would forget: raises StoreError, and the lease ends.
+        """
+        task, worker = self._writing.get(lease.id), self._registry.get(lease.worker_id)
+        if task is None or worker is None:
+            return
+        if task.done():  # it has failed; perhaps the disk takes it now
+            self._write_lease(lease, worker)
+            task = self._writing[lease.id]
+        try:
+            await asyncio.shield(task)
+        except StoreError:
+            if lease.exclusive:
+                self._registry.end_lease(lease.worker_id, lease.key, "not written", self._now())
+                raise

@@ -1,0 +1,83 @@
+"""Why a client waits, and for how long: what PENDING lines and the error of a wait that ends both say."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from broker.context import Context
+from broker.core.errors import BrokerError, Code
+from broker.core.estimate import BootTimes
+from broker.core.model import Worker, WorkerState
+from broker.core.replies import Pending
+from broker.core.wish import ANYTHING
+from broker.waiting import Waiter
+
+BOOTING, QUEUED, STARTING = "BOOTING", "QUEUED", "STARTING"
+OBSTACLES = {Code.NO_CAPACITY, Code.LIMIT, Code.BUDGET}  # an obstacle with another code is called CLOUD
+
+
+@dataclass(slots=True)
+class Queue:
+    """One pool's queue as it is being walked: how many machines those in front are waiting for."""
+
+    booting: list[Worker]  # the oldest first
+    seats: int | None
+    alone: int = 0
+    sharing: int = 0
+
+    def machine_of(self, waiter: Waiter) -> Worker | None:
+        """The machine on its way with which this waiter has all it wants; None when that is not ordered."""
+        self.alone += waiter.lacking if waiter.exclusive else 0
+        self.sharing += 0 if waiter.exclusive else waiter.lacking
+        shared = min(self.sharing, 1) if self.seats is None else -(-self.sharing // self.seats)
+        number = self.alone + shared - 1
+        fitting = self.booting
+        if waiter.wish != ANYTHING:
+            fitting = [worker for worker in fitting if waiter.wish.fits(worker.offering)]
+        return fitting[number] if number < len(fitting) else None
+
+
+@dataclass(slots=True)
+class Prospects:
+    """See the module."""
+
+    context: Context
+    boots: BootTimes = field(default_factory=BootTimes)
+
+    def of(self, pool: str) -> Iterator[tuple[Waiter, Pending]]:
+        """Everybody in the pool's queue, and what there is to say to them now."""
+        context = self.context
+        on_order = context.registry.in_state(WorkerState.ORDERED, WorkerState.BOOTING, pool=pool)
+        booting = sorted(on_order, key=lambda worker: worker.born_at)
+        queue = Queue(booting, context.pool(pool).leases_per_worker_max)
+        obstacle = context.obstacles.get(pool)
+        for position, waiter in enumerate(context.waiting.of(pool), start=1):
+            yield waiter, self._pending(waiter, position, queue.machine_of(waiter), obstacle)
+
+    def starting(self, pool: str) -> Pending:
+        """For one who comes before the broker has seen what it has."""
+        reason = "the broker has just started and is still looking for its workers"
+        return Pending(None, len(self.context.waiting.of(pool)) + 1, STARTING, reason)
+
+    def why(self, waiter: Waiter) -> str:
+        """The reason in words, for one whose wait is over; nothing when there is none but the queue."""
+        for other, pending in self.of(waiter.pool):
+            if other is waiter and pending.code != QUEUED:
+                again = "; ask again" if pending.code == BOOTING else ""
+                return f"{pending.reason}{again}"
+        return ""
+
+    def _pending(
+        self, waiter: Waiter, position: int, machine: Worker | None, obstacle: BrokerError | None
+    ) -> Pending:
+        if machine is not None:
+            age_seconds = self.context.now() - machine.born_at
+            eta_seconds = self.boots.eta_seconds(waiter.pool, age_seconds)
+            return Pending(eta_seconds, position, BOOTING, f"one has been booting for {age_seconds:.0f} s")
+        if obstacle is not None:
+            code = obstacle.code if obstacle.code in OBSTACLES else Code.CLOUD
+            return Pending(None, position, str(code), obstacle.message)
+        usable = self.context.registry.count(waiter.pool, WorkerState.READY, WorkerState.SUSPECT)
+        reason = "every worker that suits is in use" if usable else "a machine is about to be ordered"
+        return Pending(None, position, QUEUED, reason)
