@@ -328,6 +328,7 @@ class LaunchLoop:
         Throttles and permissions are looked at before the token and prove nothing.
         """
         order, now = entry.order, self._context.now()
+        cloud = self._context.cloud_of_order(order)  # as long as its places are in the books
         if entry.perhaps_launched and not isinstance(error, OfferingRefused | OrderSpent):
             entry.resend_at = now + (NEVER_SECONDS if isinstance(error, OrderMismatch) else RESEND_SECONDS)
             self._tell(order.pool, error, doubtful=len(entry.vacant))
@@ -336,7 +337,6 @@ class LaunchLoop:
             entry.doubtful, entry.resend_at = True, NEVER_SECONDS
         else:
             self._orders.close(order, OUTCOMES.get(type(error), "failed"))
-        cloud = self._context.cloud(order.pool)
         if isinstance(error, OfferingRefused | PermanentRefusal):
             for offering in order.offerings:
                 if cloud is not None:
