@@ -21,7 +21,6 @@ from broker.providers.sim_machine import Machine
 from broker.providers.simulated import BROKER
 from broker.simulation.accidents import Accidents
 from broker.simulation.clients import Clients
-from broker.simulation.drawing import without_warm
 from broker.simulation.history import (
     HOUR_SECONDS,
     BrokenImage,
@@ -128,7 +127,7 @@ class Stage:
         await world.until(world.closing_at)
         world.say("everything is healed")
         world.sky.heal()
-        world.reconfigure(without_warm(world.history.settings))
+        world.end_warm()
         await self.accidents.settle()
         if acts:
             await asyncio.wait(acts)
@@ -252,7 +251,7 @@ class Stage:
         """Whether daylight saving began or ended in one of the schedule's zones."""
         world = self._world
         begins_unix, ends_unix = world.history.begins_unix, world.history.begins_unix + world.closing_at
-        zones = [window.zone for window, _ in world.pool.warm_targets.windows]
+        zones = [window.zone for window, _ in world.history.settings.pool["default"].warm_targets.windows]
         offsets = [
             [datetime.fromtimestamp(unix, zone).utcoffset() for unix in (begins_unix, ends_unix)]
             for zone in zones

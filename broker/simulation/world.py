@@ -9,12 +9,13 @@ from typing import Any
 
 from broker.core import schedule
 from broker.core.model import Event, WorkerChanged, WorkerState
-from broker.core.settings import PoolSettings, Settings
+from broker.core.settings import PoolSettings
 from broker.core.warm import expiring
 from broker.daemon import Daemon
 from broker.providers.sim_machine import Machine
 from broker.providers.sim_weather import Fault
 from broker.providers.simulated import BROKER, SimEC2
+from broker.simulation.drawing import without_warm
 from broker.simulation.history import HOUR_SECONDS, History
 from broker.simulation.host import OTHER_OWNER_ID, Host, Incarnation
 from broker.simulation.referee import STRAY, Referee, Violation
@@ -62,6 +63,11 @@ class World:
     def pool(self) -> PoolSettings:
         """The settings in force, or about to be."""
         return self.referee.rules.pool
+
+    @property
+    def keeps_warm(self) -> bool:
+        """Whether this history's pool ever has a warm target."""
+        return self.history.settings.pool["default"].keeps_warm
 
     @property
     def now(self) -> float:
@@ -119,12 +125,11 @@ class World:
         )
         return self.other
 
-    def reconfigure(self, settings: Settings) -> None:
-        """An operator changes the settings of the broker, which takes them over while it runs."""
-        self.host.settings = settings
-        daemon = self.daemon()
-        if daemon is not None:
-            daemon.context.settings = settings
+    def end_warm(self) -> None:
+        """An operator sets the warm targets to 0 and sends SIGHUP."""
+        if self.keeps_warm:
+            self.say("SIGHUP: no warm workers any more")
+            self.host.reload(without_warm(self.host.settings))
 
     # --- the truth -----------------------------------------------------------------------------------
 
@@ -218,10 +223,11 @@ class World:
         registry = daemon.context.registry
         unheld = registry.count(pool, WorkerState.ORDERED) - daemon.orders.doubtful(pool)
         unheld += sum(not registry.busy(w.id) for w in registry.in_state(WorkerState.BOOTING, pool=pool))
-        unheld += sum(not expiring(w, self.pool, self.now) for w in registry.unheld(pool))
+        rules = self.referee.rules.since(self.now)
+        unheld += sum(not any(expiring(w, r, self.now) for r in rules) for w in registry.unheld(pool))
         demand = self._asking[True] + (1 if self._asking[False] else 0)
-        moments_unix = (self.true_unix() + seconds for seconds in (-1.0, 0.0, 1.0))  # HTTP dates are coarse
-        target = max(schedule.target(self.pool.warm_targets, unix) for unix in moments_unix)
+        moments_unix = [self.true_unix() + seconds for seconds in (-1.0, 0.0, 1.0)]  # HTTP dates are coarse
+        target = max(schedule.target(r.warm_targets, unix) for r in rules for unix in moments_unix)
         if not demand:
             self.witness.saw("spare launched")
         self.referee.ordered(self.now, unheld, demand, target)
@@ -233,7 +239,7 @@ class World:
 
     def _other_asked(self, method: str, parameters: Any) -> None:
         """A call leaves the broker on the other host, of which no client knows."""
-        if method in ("run_instances", "create_fleet") and not self.pool.keeps_warm:
+        if method in ("run_instances", "create_fleet") and not self.keeps_warm:
             self.referee.broken(self.now, "nobody asked it for a worker", parameters["ClientToken"])
         if method not in ("terminate_instances", "create_tags"):
             return
