@@ -74,6 +74,8 @@ class Acquirers:
         give_up_at = asked_at + PATIENCE_SECONDS
         world.witness.asked(asked_at)
         world.witness.asking += 1
+        alone = visit.exclusive or world.pool.exclusive
+        world.comes(alone=alone, workers=visit.acquire)
         try:
             while True:
                 client = world.host.open(f"10.0.{len(visit.name)}.1")
@@ -88,6 +90,7 @@ class Acquirers:
                 await asyncio.sleep(TRY_AGAIN_SECONDS)
         finally:
             world.witness.asking -= 1
+            world.leaves(alone=alone, workers=visit.acquire)
 
     def _hung_up(self, visit: Visit, asked_at: float) -> bool:
         return visit.patience_seconds is not None and self._world.now - asked_at >= visit.patience_seconds

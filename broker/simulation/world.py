@@ -137,16 +137,16 @@ class World:
         """The machines of this broker that have not begun to end."""
         return self.sky.alive()
 
-    def comes(self, *, alone: bool) -> None:
-        """A client asks for a worker, for itself alone or not."""
-        self._asking[alone] += 1
+    def comes(self, *, alone: bool, workers: int = 1) -> None:
+        """A client asks for so many workers, for itself alone or not."""
+        self._asking[alone] += workers
 
-    def leaves(self, *, alone: bool) -> None:
+    def leaves(self, *, alone: bool, workers: int = 1) -> None:
         """It has its answer, or has given up."""
-        self.loop.call_later(LEAVING_SECONDS, self._left, alone)
+        self.loop.call_later(LEAVING_SECONDS, self._left, alone, workers)
 
-    def _left(self, alone: bool) -> None:
-        self._asking[alone] -= 1
+    def _left(self, alone: bool, workers: int) -> None:
+        self._asking[alone] -= workers
 
     def whose(self, address: str) -> Machine | None:
         """Whose an address is, or was until a moment ago: the proof of readiness may be that old."""
