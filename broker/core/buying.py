@@ -94,7 +94,10 @@ def choose(
     spot, on_demand = _of(Market.SPOT, free), _of(Market.ON_DEMAND, free)
     why = _sum_up([*(one.error for one in cool_downs), *dear])
     look_at = min((now + one.seconds_left for one in cool_downs), default=None)
-    if pool.markets[0] == "spot" and not spot:
+    sells_spot = any(
+        one.market is Market.SPOT for one in offerings
+    )  # workers of one's own are not on a market
+    if pool.markets[0] == "spot" and sells_spot and not spot:
         return _without_spot(pool, shortfall, on_demand[:offerings_max], why, look_at, now)
     ask = spot or on_demand
     if not ask:

@@ -9,6 +9,7 @@ from typing import Any
 
 from broker.core import schedule
 from broker.core.model import Event, WorkerChanged, WorkerState
+from broker.core.planning import SEATS_MAX
 from broker.core.settings import PoolSettings
 from broker.core.warm import expiring
 from broker.daemon import Daemon
@@ -225,7 +226,8 @@ class World:
         unheld += sum(not registry.busy(w.id) for w in registry.in_state(WorkerState.BOOTING, pool=pool))
         rules = self.referee.rules.since(self.now)
         unheld += sum(not any(expiring(w, r, self.now) for r in rules) for w in registry.unheld(pool))
-        demand = self._asking[True] + (1 if self._asking[False] else 0)
+        seats = min(r.leases_per_worker_max or SEATS_MAX for r in rules)
+        demand = self._asking[True] + -(-self._asking[False] // seats)
         moments_unix = [self.true_unix() + seconds for seconds in (-1.0, 0.0, 1.0)]  # HTTP dates are coarse
         target = max(schedule.target(r.warm_targets, unix) for r in rules for unix in moments_unix)
         if not demand:

@@ -138,6 +138,13 @@ def test_a_persons_mistake_is_told_before_everything_else() -> None:
 # --- prices --------------------------------------------------------------------------------------------
 
 
+def test_a_place_that_has_no_markets_sells_what_it_has() -> None:
+    """Local workers: the pool's market is left at its default, spot."""
+    local = Offering("local", "local", Market.ON_DEMAND, cores=8)
+    assert asked((local,), pool()) == Choice((local,), 1)
+    assert asked((local,), MIXED) == Choice((local,), 1)
+
+
 def test_spot_dearer_than_an_on_demand_machine_that_would_do_is_not_bought() -> None:
     prices = {("us-a", C7I.instance_type): 2_500_000, ("us-a", C6A.instance_type): 1 * DOLLAR}
     assert asked(SPOT, pool(market="spot"), prices=prices).offerings == (C6A,)
