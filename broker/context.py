@@ -6,6 +6,7 @@ A bag of references without behaviour of its own, except for the few questions t
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from broker.clock import Clock
@@ -60,6 +61,7 @@ class Context:
     scanned: Signal = field(default_factory=Signal)  # a scan of a cloud ended, well or not
     guards: dict[str, LaunchGuard] = field(default_factory=dict)
     warm: dict[str, Warmth] = field(default_factory=dict)  # ask `warmth`, which looks at the clock
+    guard_changed: Callable[[str], None] = lambda pool: None  # told of a pool whose breaker has changed
     obstacles: dict[str, str] = field(default_factory=dict)  # pool → why its clients wait without a launch
     stored_leases: dict[str, list[StoredLease]] = field(
         default_factory=dict
@@ -118,7 +120,9 @@ class Context:
         return homes[0] if homes else self.clouds.of(order.pool)
 
     def guard(self, pool: str) -> LaunchGuard:
-        return self.guards.setdefault(pool, LaunchGuard())
+        if pool not in self.guards:
+            self.guards[pool] = LaunchGuard(changed=lambda: self.guard_changed(pool))
+        return self.guards[pool]
 
     def warmth(self, pool: str) -> Warmth:
         """The pool's warm target now, by the cloud's clock; its fall is remembered as of now.

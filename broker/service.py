@@ -20,6 +20,7 @@ from broker.core.errors import (
     BrokerError,
     CloudError,
     Draining,
+    LimitReached,
     StoreError,
     WaitTimedOut,
     WorkerNotFound,
@@ -36,11 +37,11 @@ from broker.core.model import (
     WorkerChanged,
     WorkerState,
 )
-from broker.core.policy import Reason
-from broker.core.protocol import Command, GetWorker, ListAll, Malformed, Ping, Release, Status
+from broker.core.policy import Reason, client_refusal
+from broker.core.protocol import Command, GetWorker, ListAll, Malformed, Ping, Pools, Release, Status
 from broker.core.registry import BOOKED, USABLE
 from broker.core.settings import PoolSettings
-from broker.core.tags import rfc3339
+from broker.core.tags import protects, rfc3339
 from broker.core.warm import idle_since_at
 from broker.core.wish import ANYTHING, Wish
 from broker.waiting import Waiter
@@ -63,7 +64,8 @@ class WarmReply:
 
 class Service:
     """Answers commands. `prove` tries a worker's port now, `scan` lists the clouds now, `demand` tells that
-    somebody waits for a launch, and how many seconds at most, `reap` that somebody is to be terminated."""
+    somebody waits for a launch, and how many seconds at most, `reap` that somebody is to be terminated,
+    `pools` answers POOLS."""
 
     def __init__(
         self,
@@ -74,6 +76,7 @@ class Service:
         demand: Callable[[float], None],
         reap: Callable[[], None],
         new_id: Callable[[], str],
+        pools: Callable[[], list[dict[str, object]]],
     ) -> None:
         self._context = context
         self._registry = context.registry
@@ -82,6 +85,7 @@ class Service:
         self._demand = demand
         self._reap = reap
         self._new_id = new_id
+        self._pools = pools
         self._now = context.clock.monotonic
         self._warm: dict[str, WarmReply] = {}
         self._writing: dict[str, asyncio.Task[None]] = {}  # lease id → its way to the disk
@@ -112,6 +116,8 @@ class Service:
                     return self._release(command, command.client or peer)
                 case Status() if any(cloud.recovered for cloud in self._context.clouds.all):
                     return protocol.json_line([self._status(worker) for worker in self._known()])
+                case Pools():
+                    return protocol.json_line(self._pools())
                 case _:
                     return None
         except BrokerError as error:
@@ -199,8 +205,18 @@ class Service:
         raise CloudError("workers are lost as fast as they become ready")
 
     def _take(self, pool: str, client: str, exclusive: bool, wish: Wish) -> Lease | None:
-        """The client's hold on a worker that suits, decided and booked in one step; None when none does."""
+        """The client's hold on a worker that suits, decided and booked in one step; None when none does.
+
+        Raises LimitReached for one who holds as many as it may.
+        """
         worker = self._registry.available(pool, client, exclusive=exclusive, wish=wish.test())
+        own = self._registry.workers_held(pool, client)
+        if worker not in own:
+            refusal = client_refusal(self._registry, pool, self._context.pool(pool), client)
+            if refusal is not None and not any(one.state is WorkerState.BOOTING for one in own):
+                raise refusal
+            if refusal is not None:
+                return None  # after a restart its own is looked at again: it comes in a moment
         if worker is None:
             return None
         ttl_seconds = self._context.pool(pool).idle_timeout
@@ -266,7 +282,12 @@ class Service:
             kind = (waiter.exclusive, waiter.wish)
             if kind in hopeless:
                 continue
-            lease = self._take(pool, waiter.client, waiter.exclusive, waiter.wish)
+            try:
+                lease = self._take(pool, waiter.client, waiter.exclusive, waiter.wish)
+            except LimitReached as error:  # on another connection it has got what it waited for
+                waiter.served.set_exception(error)
+                waiter.served.exception()  # retrieved: the client may be gone before it hears it
+                continue
             if lease is None:
                 hopeless.add(kind)
             else:
@@ -305,6 +326,9 @@ class Service:
         if worker is None:
             raise WorkerNotFound
         pool = self._context.pool_of(worker)
+        refusal = client_refusal(self._registry, worker.pool, pool, client)
+        if refusal is not None:
+            raise refusal
         lease = Lease(self._new_id(), worker.id, client, pool.idle_timeout, pool.exclusive)
         await self._written(self._registry.grant(lease, self._now()))
         self._require_charge(self._context.cloud_of(worker))
@@ -316,14 +340,18 @@ class Service:
             return protocol.OK
         now = self._now()
         self._registry.expire_leases(worker.id, now)
-        if not command.force:
+        if not command.force or self._is_protected(worker):
             self._registry.end_lease(worker.id, client, "released", now)
-        if command.force or not self._registry.busy(
-            worker.id
-        ):  # it is busy when a waiting client just got it
+        # It is busy when a waiting client just got it. A protected one stays, whoever says what.
+        ends = command.force or not self._registry.busy(worker.id)
+        if ends and not self._is_protected(worker):
             self._registry.drain(worker.id, Reason.RELEASED, now)
             self._reap()
         return protocol.OK
+
+    def _is_protected(self, worker: Worker) -> bool:
+        current = self._registry.get(worker.id)
+        return current is not None and current.protected
 
     def _held_worker(self, address: str) -> Worker | None:
         """The worker at an address. Raises ReadOnly when it is another broker's, or may be."""
@@ -338,18 +366,20 @@ class Service:
     def _status(self, worker: Worker) -> dict[str, object]:
         now, pool = self._now(), self._context.pool_of(worker)
         idle_seconds = max(0.0, now - self._registry.used_at(worker.id))
-        usable = worker.state in (WorkerState.READY, WorkerState.SUSPECT)
+        ends = worker.state in (WorkerState.READY, WorkerState.SUSPECT) and not worker.protected
         idle_at: float | None = now - idle_seconds
         if not self._registry.busy(worker.id):
             idle_at = idle_since_at(self._registry, worker, pool, self._context.warmth(worker.pool), now)
         ends_in = float("inf") if idle_at is None else idle_at + pool.idle_timeout - now
         if not self._registry.busy(worker.id):
             ends_in = min(ends_in, worker.born_at + pool.max_lifetime - now)
+        if pool.hard_lifetime is not None:
+            ends_in = min(ends_in, worker.born_at + pool.hard_lifetime - now)
         return {
             "instance_id": worker.instance_id,
             "ip": worker.address,
             "idle_seconds": round(idle_seconds),
-            "will_terminate_in": round(max(0.0, ends_in)) if usable else None,
+            "will_terminate_in": round(max(0.0, ends_in)) if ends else None,
             "state": str(worker.state),
             "pool": worker.pool,
             "leases": len(self._registry.leases(worker.id)),
@@ -359,6 +389,8 @@ class Service:
             "price_assumed": worker.offering.price_assumed,
             "age_seconds": round(now - worker.born_at),
             "reason": worker.reason,
+            "protected": worker.protected,
+            "uses": self._registry.uses(worker.id),
         }
 
     # --- LIST_ALL, TERMINATE_ALL -------------------------------------------------------------------
@@ -379,7 +411,8 @@ class Service:
         return [i for i in found if i.state is not InstanceState.TERMINATED]
 
     async def _terminate_all(self) -> bytes:
-        """Whatever the cloud lists under our tag ends, known to the books or not; busy or not."""
+        """Whatever the cloud lists under our tag ends, known to the books or not; busy or not. What a person
+        protects is spared, and named."""
         unseen: BrokerError | None = None
         try:
             await self._scan()
@@ -394,13 +427,15 @@ class Service:
                 name, Draining("every worker is being terminated on request; ask again")
             )
         self._context.unwanted.update(w.id for w in self._registry.in_state(WorkerState.ORDERED))
-        ended = self._registry.in_state(*USABLE)
+        spared = [w.instance_id for w in self._registry.in_state(*BOOKED) if w.protected]
+        ended = [worker for worker in self._registry.in_state(*USABLE) if not worker.protected]
         for worker in ended:
             self._registry.drain(worker.id, Reason.TERMINATE_ALL, now)
         self._reap()
         if unseen is not None:
             raise unseen
-        return protocol.json_line({"terminated": [worker.instance_id for worker in ended]})
+        reply = {"terminated": [worker.instance_id for worker in ended]}
+        return protocol.json_line({**reply, "protected": spared} if spared else reply)
 
     # --- inside ------------------------------------------------------------------------------------
 
@@ -496,6 +531,7 @@ def _listed(instance: Instance) -> dict[str, object]:
         "state": str(instance.state),
         "zone": instance.zone,
         "market": str(instance.market),
+        "protected": protects(instance.tags),
     }
 
 

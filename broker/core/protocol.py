@@ -82,6 +82,11 @@ class Status:
 
 
 @dataclass(frozen=True, slots=True)
+class Pools:
+    """`POOLS`: each pool's workers, caps, breaker and budget."""
+
+
+@dataclass(frozen=True, slots=True)
 class ListAll:
     """`LIST_ALL`: what the cloud lists under the broker's tag."""
 
@@ -102,13 +107,14 @@ class Malformed:
 
 TOO_LONG = Malformed(BadRequest(f"a command is at most {LINE_BYTES_MAX} bytes"), fatal=True)
 
-Command = GetWorker | Ping | Release | Status | ListAll | TerminateAll | Malformed
+Command = GetWorker | Ping | Release | Status | Pools | ListAll | TerminateAll | Malformed
 
 NAMES: dict[type, str] = {
     GetWorker: "GET_WORKER",
     Ping: "PING",
     Release: "RELEASE",
     Status: "STATUS",
+    Pools: "POOLS",
     ListAll: "LIST_ALL",
     TerminateAll: "TERMINATE_ALL",
 }
@@ -283,6 +289,7 @@ PARSERS: dict[str, Callable[[list[str]], Command]] = {
     "PING": _ping,
     "RELEASE": _release,
     "STATUS": _bare(Status()),
+    "POOLS": _bare(Pools()),
     "LIST_ALL": _bare(ListAll()),
     "TERMINATE_ALL": _bare(TerminateAll()),
 }
@@ -325,7 +332,7 @@ CODELESS: dict[str, type[BrokerError]] = {
 }
 
 
-def encode(command: GetWorker | Ping | Release | Status | ListAll | TerminateAll) -> bytes:
+def encode(command: GetWorker | Ping | Release | Status | Pools | ListAll | TerminateAll) -> bytes:
     """A command as it goes over the wire; the inverse of `parse_line`. Raises BadRequest for a bad value."""
     words = [name_of(command)]
     for field in fields(command):

@@ -42,6 +42,7 @@ from broker.core.protocol import (
     ListAll,
     Malformed,
     Ping,
+    Pools,
     Release,
     Status,
     TerminateAll,
@@ -98,6 +99,7 @@ def heard(chunks: Sequence[bytes], *, eof: bool = True) -> list[object]:
         ("RELEASE 10.0.0.1 force", Release("10.0.0.1", force=True)),
         ("RELEASE 10.0.0.1 client=ann force", Release("10.0.0.1", True, "ann")),
         ("STATUS", Status()),
+        ("POOLS", Pools()),
         ("LIST_ALL \r", ListAll()),
         ("TERMINATE_ALL", TerminateAll()),
     ],
@@ -314,7 +316,7 @@ SENDABLE = st.one_of(
     ),
     st.builds(Ping, address=WORDS, client=CLIENTS),
     st.builds(Release, address=WORDS, force=st.booleans(), client=CLIENTS),
-    st.sampled_from([Status(), ListAll(), TerminateAll()]),
+    st.sampled_from([Status(), Pools(), ListAll(), TerminateAll()]),
 )
 ANYTHING: st.SearchStrategy[Any] = (
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=80)
