@@ -45,6 +45,7 @@ from broker.configuration import load, to_toml
 from broker.core.errors import BrokerError, SettingsError
 from broker.core.settings import schema as settings_schema
 from broker.errand import BrokerUnreachable
+from broker.pool_table import pool_table
 
 WATCH_SECONDS = 2.0
 GC_OBJECTS = (
@@ -219,6 +220,19 @@ def workers(
             _watch(asker, console)
 
 
+@app.command(epilog=EPILOG)
+def pools(config: ConfigOption = None, broker: BrokerOption = None, as_json: JsonOption = False) -> None:
+    """Show the pools: workers, caps, breaker, budget, and why clients wait."""
+    asker = client_of(config, broker, None)
+    console = Console(width=None if sys.stdout.isatty() else 160, markup=False, emoji=False)
+    with answers():
+        rows = asker.pools()
+        if as_json:
+            print(json.dumps(rows, indent=2))
+        else:
+            console.print(pool_table(rows))
+
+
 @app.command("terminate-all", epilog=EPILOG)
 def terminate_all(
     config: ConfigOption = None,
@@ -226,7 +240,7 @@ def terminate_all(
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """End every machine of this broker, busy or not."""
+    """End every machine of this broker, busy or not; protected ones are left running, and named on stderr."""
     asker = client_of(config, broker, None)
     with answers():
         if not yes:
@@ -235,7 +249,11 @@ def terminate_all(
                 f"End {running} workers at {asker.broker}, whoever uses them?", abort=True, err=True
             )
         ended = asker.terminate_all()
-    print(json.dumps(ended) if as_json else "\n".join(ended) or "nothing was running")
+        spared = [worker["instance_id"] for worker in asker.status() if worker.get("protected")]
+    if spared:
+        errors.print(f"protected by a tag and left running: {', '.join(spared)}")
+    nothing = "nothing else was running" if spared else "nothing was running"
+    print(json.dumps(ended) if as_json else "\n".join(ended) or nothing)
 
 
 # --- the simulator ---------------------------------------------------------------------------------------
@@ -388,13 +406,17 @@ def _table(rows: list[dict[str, Any]]) -> Table:
         table.add_column(column, justify="right")
     for row in rows:
         table.add_row(
-            row["state"], row["ip"] or "-", row["instance_id"] or "-", row["pool"], row["instance_type"],
+            _state(row), row["ip"] or "-", row["instance_id"] or "-", row["pool"], row["instance_type"],
             str(row["cores"] or "?"), str(row["leases"]), _duration(row["idle_seconds"]),
             _duration(row["will_terminate_in"]), _duration(row["age_seconds"]),
         )  # fmt: skip
     if not rows:
         table.caption = "no workers: nothing is running, nothing is billed"
     return table
+
+
+def _state(row: dict[str, Any]) -> str:
+    return f"{row['state']} (protected)" if row.get("protected") else str(row["state"])
 
 
 def _duration(seconds: int | None) -> str:

@@ -20,7 +20,7 @@ from broker import wire
 from broker.core import protocol
 from broker.core.errors import BadRequest, BrokerError
 from broker.core.lease_lines import Acquire, Granted, Notice, Version, parse_version
-from broker.core.protocol import GetWorker, ListAll, Ping, Release, Status, TerminateAll
+from broker.core.protocol import GetWorker, ListAll, Ping, Pools, Release, Status, TerminateAll
 from broker.errand import (
     Errand,
     Retry,
@@ -30,6 +30,7 @@ from broker.errand import (
     next_number,
     own_name,
     read_ok,
+    read_pools,
     read_terminated,
     read_workers,
 )
@@ -130,6 +131,10 @@ class Client(Asker):
     def status(self) -> list[dict[str, Any]]:
         """The workers in the broker's books."""
         return self._run(self._errand(Status(), read_workers))
+
+    def pools(self) -> list[dict[str, Any]]:
+        """Each pool's workers, caps, breaker and budget."""
+        return self._run(self._errand(Pools(), read_pools))
 
     def list_all(self) -> list[dict[str, Any]]:
         """The machines that the cloud lists under the broker's tag."""
@@ -250,6 +255,10 @@ class AsyncClient(Asker):
     async def status(self) -> list[dict[str, Any]]:
         """The workers in the broker's books."""
         return await self._run(self._errand(Status(), read_workers))
+
+    async def pools(self) -> list[dict[str, Any]]:
+        """Each pool's workers, caps, breaker and budget."""
+        return await self._run(self._errand(Pools(), read_pools))
 
     async def list_all(self) -> list[dict[str, Any]]:
         """The machines that the cloud lists under the broker's tag."""

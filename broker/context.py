@@ -6,6 +6,7 @@ A bag of references without behaviour of its own, except for the few questions t
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from broker.clock import Clock
@@ -63,6 +64,7 @@ class Context:
     obstacles: dict[str, BrokerError] = field(
         default_factory=dict
     )  # pool → why its clients wait without a launch
+    guard_changed: Callable[[str], None] = lambda pool: None  # told of a pool whose breaker has changed
     stored_leases: dict[str, list[StoredLease]] = field(
         default_factory=dict
     )  # by instance, until found again
@@ -126,7 +128,9 @@ class Context:
             raise error
 
     def guard(self, pool: str) -> LaunchGuard:
-        return self.guards.setdefault(pool, LaunchGuard())
+        if pool not in self.guards:
+            self.guards[pool] = LaunchGuard(changed=lambda: self.guard_changed(pool))
+        return self.guards[pool]
 
     def warmth(self, pool: str) -> Warmth:
         """The pool's warm target now, by the cloud's clock; its fall is remembered as of now.

@@ -24,12 +24,21 @@ from broker.clock import Clock, moment
 from broker.clouds import Cloud, Clouds
 from broker.context import Context
 from broker.core.errors import BrokerError, CloudUnreachable, SettingsError, StoreError
-from broker.core.model import Event, InstanceState, LeaseGranted, WorkerChanged, WorkerSeen, WorkerState
+from broker.core.model import (
+    Event,
+    InstanceState,
+    LeaseGranted,
+    ProtectionChanged,
+    WorkerChanged,
+    WorkerSeen,
+    WorkerState,
+)
 from broker.core.money import USD_MICROS
-from broker.core.policy import HOUR_SECONDS, Reason
+from broker.core.policy import HOUR_SECONDS
 from broker.core.registry import BOOKED, Registry
 from broker.core.settings import BrokerSettings, Settings, require_private, split_address
 from broker.ledger import Ledger
+from broker.limits import UseLimit
 from broker.logs import EventLog, Log
 from broker.loops.beat import BeatLoop
 from broker.loops.launch import LaunchLoop
@@ -41,9 +50,11 @@ from broker.loops.reconcile import ReconcileLoop
 from broker.loops.reload import Reloaded, ReloadLoop
 from broker.loops.runner import LoopRunner
 from broker.loops.tagging import TaggingLoop
+from broker.memory import Memory
 from broker.metering import Meter
 from broker.opening import open_provider
-from broker.orders import YIELDED, Orders
+from broker.orders import Orders
+from broker.overview import Overview
 from broker.places import LEFT, MakeProviders, make_providers, read_left, with_places
 from broker.prospects import Prospects
 from broker.providers.base import Provider
@@ -98,6 +109,7 @@ class Daemon:
         self.context = Context(settings, registry, clouds, store, clock)
         self.orders = Orders(self.context)
         self.ledger = Ledger(self.context, settings.broker.id)
+        self.memory = Memory(self.context)
         self.context.loaded_unix = clock.wall()
         self._wire(connect, new_id)
 
@@ -143,6 +155,7 @@ class Daemon:
             pending=lambda: self.pending.came(),
             prospects=prospects,
             new_id=lambda: f"lease-{new_id()}",
+            pools=Overview(context, self.ledger).pools,
         )
         self.pending = PendingLoop(
             context, prospects, serve=self.service.serve_groups, wake=lambda: self._wake("pending")
@@ -192,13 +205,14 @@ class Daemon:
             EventLog(self._log).heard,
             self.meter.heard,
             self.metrics.heard,
-            self._guard_heard,
+            self.memory.heard,
             self.launch.top_up.heard,
             prospects.boots.heard,
             self.orders.heard,
             self._reloading.heard,
             self._wake_heard,
-            self.service.heard,  # last: it may change the books, and the others shall hear that afterwards
+            self.service.heard,  # it may change the books, and the others shall hear that afterwards
+            UseLimit(context, wake_reap).heard,  # so may this
         ]
 
     def observe(self, observer: Callable[[Event], None]) -> None:
@@ -283,6 +297,7 @@ class Daemon:
         for stored in self.context.store.leases():
             self.context.stored_leases.setdefault(stored.instance_id, []).append(stored)
         self.ledger.recall()
+        self.memory.recall()
 
     def _look_at_left_places(self) -> None:
         """No pool of the file buys there any more, and an earlier run may have left machines."""
@@ -443,22 +458,12 @@ class Daemon:
     def _beat(self) -> None:
         self._notifier.watchdog()
 
-    def _guard_heard(self, event: Event) -> None:
-        """Failed boots in a row open the breaker."""
-        if not isinstance(event, WorkerChanged) or event.before is not WorkerState.BOOTING:
-            return
-        if event.worker.reason == YIELDED:
-            return
-        worker, guard = event.worker, self.context.guard(event.worker.pool)
-        if worker.state is WorkerState.READY:
-            guard.booted()
-        elif worker.state is WorkerState.GONE or worker.reason in (Reason.BOOT_TIMEOUT, Reason.BOOT_FAILED):
-            guard.boot_failed(self.context.pool(worker.pool), event.at)
-
     def _wake_heard(self, event: Event) -> None:
         """A loop that has something to do shall not wait for its next look."""
         if isinstance(event, WorkerSeen):
             self._wake("probe")
+        elif isinstance(event, ProtectionChanged):
+            self._wake("reap")
         elif isinstance(event, LeaseGranted):
             if event.first:
                 self._replace_spare(event.worker.pool)

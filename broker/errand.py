@@ -21,7 +21,7 @@ from broker import wire
 from broker.core import protocol
 from broker.core.errors import BadRequest, BrokerError
 from broker.core.lease_lines import Acquire, encode_acquire
-from broker.core.protocol import GetWorker, ListAll, Ping, Release, Status, TerminateAll
+from broker.core.protocol import GetWorker, ListAll, Ping, Pools, Release, Status, TerminateAll
 
 HOST = "127.0.0.1"
 PORT = 9000
@@ -32,8 +32,8 @@ NAME_CHARS_MAX = 64  # of client=
 REMEDY = "Is the broker running? `compute-broker serve` starts one; host= or COMPUTE_BROKER_HOST says where"
 
 T = TypeVar("T")
-Sendable = GetWorker | Ping | Release | Status | ListAll | TerminateAll | Acquire
-REPEATABLE = (GetWorker, Ping, Release, Status, ListAll)  # for a client with a name, twice is as good as once
+Sendable = GetWorker | Ping | Release | Status | Pools | ListAll | TerminateAll | Acquire
+REPEATABLE = (GetWorker, Ping, Release, Status, Pools, ListAll)  # with a name, twice is as good as once
 
 
 class BrokerUnreachable(BrokerError):
@@ -269,10 +269,18 @@ def read_ok(reply: str) -> None:
 
 
 def read_workers(reply: str) -> list[dict[str, Any]]:
-    workers = _read_json(reply)
-    if not isinstance(workers, list) or not all(isinstance(worker, dict) for worker in workers):
-        raise _Nonsense("a list of workers was expected")
-    return workers
+    return _read_rows(reply, "workers")
+
+
+def read_pools(reply: str) -> list[dict[str, Any]]:
+    return _read_rows(reply, "pools")
+
+
+def _read_rows(reply: str, what: str) -> list[dict[str, Any]]:
+    rows = _read_json(reply)
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise _Nonsense(f"a list of {what} was expected")
+    return rows
 
 
 def read_terminated(reply: str) -> list[str]:

@@ -11,8 +11,9 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from broker.context import Context
-from broker.core.errors import StoreError
+from broker.core.errors import LimitReached, StoreError
 from broker.core.model import Event, Lease, LeaseEnded, LeaseGranted, Worker, WorkerChanged, WorkerState
+from broker.core.policy import client_refusal, client_room
 from broker.core.registry import USABLE
 from broker.core.settings import PoolSettings
 from broker.core.wish import Wish
@@ -67,20 +68,35 @@ class Granting:
 
     def take(self, waiter: Waiter, least: int | None = None) -> list[Lease]:
         """The client's holds on workers that suit, decided and booked in one step: all that it wants, or at
-        least so many; otherwise none. What is kept for somebody else is not taken."""
+        least so many; otherwise none. What is kept for somebody else is not taken.
+
+        Raises LimitReached for one who would hold more workers than it may.
+        """
         if waiter.terms is None:
             lease = self._take_one(waiter)
             return [] if lease is None else [lease]
+        wanted = waiter.count if least is None else least
         places = self._places(waiter)
-        if len(places) < (waiter.count if least is None else least):
+        allowed = self._allowed(waiter, places)
+        if len(allowed) < wanted:
+            self._require_allowance(waiter, wanted, len(places))
             return []
+        places = allowed
         return [self._registry.grant(self._lease(waiter, one), self._now()) for one in places]
 
     def _take_one(self, waiter: Waiter) -> Lease | None:
-        """The hold of a GET_WORKER: the one that the client has, or a new one."""
+        """The hold of a GET_WORKER: the one that the client has, or a new one. Raises LimitReached."""
         worker = self._registry.available(
             waiter.pool, waiter.client, exclusive=waiter.exclusive, wish=self._test(waiter)
         )
+        own = self._registry.workers_held(waiter.pool, waiter.client)
+        if worker not in own:
+            pool = self._context.pool(waiter.pool)
+            refusal = client_refusal(self._registry, waiter.pool, pool, waiter.client)
+            if refusal is not None and not any(one.state is WorkerState.BOOTING for one in own):
+                raise refusal
+            if refusal is not None:
+                return None  # after a restart its own is looked at again: it comes in a moment
         if worker is None:
             return None
         return self._registry.grant(self._lease(waiter, worker.id), self._now())
@@ -104,6 +120,25 @@ class Granting:
         return self._registry.places(
             waiter.pool, waiter.count, exclusive=waiter.exclusive, wish=self._test(waiter)
         )
+
+    def _allowed(self, waiter: Waiter, places: list[str]) -> list[str]:
+        """Those of the places that the client may have: not more workers than workers_per_client_max."""
+        room = client_room(self._registry, waiter.pool, self._context.pool(waiter.pool), waiter.client)
+        if room is None:
+            return places
+        held = {worker.id for worker in self._registry.workers_held(waiter.pool, waiter.client)}
+        new = list(dict.fromkeys(one for one in places if one not in held))
+        return [one for one in places if one in held or one in new[:room]]
+
+    def _require_allowance(self, waiter: Waiter, wanted: int, found: int) -> None:
+        """Raises LimitReached when it is not for want of workers that the client goes without."""
+        pool = self._context.pool(waiter.pool)
+        room = client_room(self._registry, waiter.pool, pool, waiter.client)
+        if room is not None and (found >= wanted or (waiter.exclusive and wanted > room)):
+            raise client_refusal(self._registry, waiter.pool, pool, waiter.client) or LimitReached(
+                f"the client may have {room} more workers of pool '{waiter.pool}' at most, by its "
+                f"workers_per_client_max = {pool.workers_per_client_max}; ask for fewer, or release some"
+            )
 
     def _test(self, waiter: Waiter) -> Callable[[Worker], bool] | None:
         """What a worker must be: as the client wishes, and not kept for another one."""
@@ -192,7 +227,12 @@ class Granting:
             kind = (waiter.exclusive, waiter.wish, waiter.count)
             if kind in hopeless or waiter.served.done():
                 continue
-            leases = self.take(waiter)
+            try:
+                leases = self.take(waiter)
+            except LimitReached as error:  # on another connection it has got what it waited for
+                waiter.served.set_exception(error)
+                waiter.served.exception()  # retrieved: the client may be gone before it hears it
+                continue
             if leases:
                 waiter.served.set_result(leases)
                 continue

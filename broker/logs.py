@@ -13,7 +13,16 @@ from typing import Any, TextIO, cast
 
 import structlog
 
-from broker.core.model import Event, LeaseEnded, LeaseGranted, Worker, WorkerChanged, WorkerSeen, WorkerState
+from broker.core.model import (
+    Event,
+    LeaseEnded,
+    LeaseGranted,
+    ProtectionChanged,
+    Worker,
+    WorkerChanged,
+    WorkerSeen,
+    WorkerState,
+)
 
 LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 Log = structlog.typing.FilteringBoundLogger
@@ -101,6 +110,9 @@ class EventLog:
                 self._level(worker)(f"worker {worker.state}", **_who(worker), **known)
             case WorkerSeen(worker=worker):
                 self._log.debug("worker seen", **_who(worker), running=worker.running)
+            case ProtectionChanged(worker=worker):
+                change = "protected" if worker.protected else "not protected any more"
+                self._log.info(f"worker {change}", **_who(worker))
             case LeaseGranted(lease=lease, worker=worker):
                 self._log.info("lease granted", lease=lease.id, client=lease.client, **_who(worker))
             case LeaseEnded(lease=lease, worker=worker, reason=reason):
@@ -118,6 +130,7 @@ def _who(worker: Worker) -> dict[str, str]:
         "ip": worker.address,
         "type": worker.offering.instance_type,
         "reason": worker.reason,
+        "protected": "yes" if worker.protected else "",
     }
     return {key: value for key, value in values.items() if value}
 

@@ -12,7 +12,7 @@ from broker.core.errors import BrokerError, CloudError, Draining
 from broker.core.model import Instance, InstanceState, Worker, WorkerState
 from broker.core.policy import Reason
 from broker.core.registry import BOOKED, USABLE
-from broker.core.tags import rfc3339
+from broker.core.tags import protects, rfc3339
 from broker.core.warm import idle_since_at
 
 
@@ -38,7 +38,8 @@ class Operations:
         return protocol.json_line([_listed(i) for i in await self._listed()])
 
     async def terminate_all(self) -> bytes:
-        """Whatever the cloud lists under our tag ends, known to the books or not; busy or not."""
+        """Whatever the cloud lists under our tag ends, known to the books or not; busy or not. What a person
+        protects is spared, and named."""
         unseen: BrokerError | None = None
         try:
             await self._scan()
@@ -53,13 +54,15 @@ class Operations:
                 name, Draining("every worker is being terminated on request; ask again")
             )
         self._context.unwanted.update(w.id for w in self._registry.in_state(WorkerState.ORDERED))
-        ended = self._registry.in_state(*USABLE)
+        spared = [w.instance_id for w in self._registry.in_state(*BOOKED) if w.protected]
+        ended = [worker for worker in self._registry.in_state(*USABLE) if not worker.protected]
         for worker in ended:
             self._registry.drain(worker.id, Reason.TERMINATE_ALL, now)
         self._reap()
         if unseen is not None:
             raise unseen
-        return protocol.json_line({"terminated": [worker.instance_id for worker in ended]})
+        reply = {"terminated": [worker.instance_id for worker in ended]}
+        return protocol.json_line({**reply, "protected": spared} if spared else reply)
 
     # --- inside ------------------------------------------------------------------------------------
 
@@ -69,18 +72,20 @@ class Operations:
     def _status(self, worker: Worker) -> dict[str, object]:
         now, pool = self._now(), self._context.pool_of(worker)
         idle_seconds = max(0.0, now - self._registry.used_at(worker.id))
-        usable = worker.state in (WorkerState.READY, WorkerState.SUSPECT)
+        ends = worker.state in (WorkerState.READY, WorkerState.SUSPECT) and not worker.protected
         idle_at: float | None = now - idle_seconds
         if not self._registry.busy(worker.id):
             idle_at = idle_since_at(self._registry, worker, pool, self._context.warmth(worker.pool), now)
         ends_in = float("inf") if idle_at is None else idle_at + pool.idle_timeout - now
         if not self._registry.busy(worker.id):
             ends_in = min(ends_in, worker.born_at + pool.max_lifetime - now)
+        if pool.hard_lifetime is not None:
+            ends_in = min(ends_in, worker.born_at + pool.hard_lifetime - now)
         return {
             "instance_id": worker.instance_id,
             "ip": worker.address,
             "idle_seconds": round(idle_seconds),
-            "will_terminate_in": round(max(0.0, ends_in)) if usable else None,
+            "will_terminate_in": round(max(0.0, ends_in)) if ends else None,
             "state": str(worker.state),
             "pool": worker.pool,
             "leases": len(self._registry.leases(worker.id)),
@@ -90,6 +95,8 @@ class Operations:
             "price_assumed": worker.offering.price_assumed,
             "age_seconds": round(now - worker.born_at),
             "reason": worker.reason,
+            "protected": worker.protected,
+            "uses": self._registry.uses(worker.id),
         }
 
     async def _listed(self) -> list[Instance]:
@@ -122,4 +129,5 @@ def _listed(instance: Instance) -> dict[str, object]:
         "state": str(instance.state),
         "zone": instance.zone,
         "market": str(instance.market),
+        "protected": protects(instance.tags),
     }

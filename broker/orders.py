@@ -177,6 +177,8 @@ class Orders:
             return worker
         if worker.id != worker.instance_id or worker.state not in USABLE or registry.busy(worker.id):
             return worker  # one that has a place in the order is no surplus
+        if worker.protected:
+            return worker
         return registry.drain(worker.id, Reason.SURPLUS, self._context.now())
 
     def close(self, order: Order, outcome: str) -> None:

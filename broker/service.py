@@ -29,7 +29,7 @@ from broker.core.model import (
     LeaseEnded,
     Worker,
 )
-from broker.core.policy import Reason
+from broker.core.policy import Reason, client_refusal
 from broker.core.protocol import (
     Acquire,
     Command,
@@ -39,6 +39,7 @@ from broker.core.protocol import (
     ListAll,
     Malformed,
     Ping,
+    Pools,
     Quit,
     Release,
     Renew,
@@ -74,7 +75,7 @@ class WarmReply:
 class Service:
     """Answers commands. `prove` tries a worker's port now, `scan` lists the clouds now, `demand` tells that
     somebody waits for a launch, and how many seconds at most, `pending` that it wants to hear how it stands,
-    `reap` that somebody is to be terminated."""
+    `reap` that somebody is to be terminated, `pools` answers POOLS."""
 
     def __init__(
         self,
@@ -87,6 +88,7 @@ class Service:
         pending: Callable[[], None],
         prospects: Prospects,
         new_id: Callable[[], str],
+        pools: Callable[[], list[dict[str, object]]],
     ) -> None:
         self._context = context
         self._registry = context.registry
@@ -102,6 +104,7 @@ class Service:
         self._demand = demand
         self._reap = reap
         self._new_id = new_id
+        self._pools = pools
         self._now = context.clock.monotonic
         self._warm: dict[str, WarmReply] = {}
 
@@ -137,6 +140,8 @@ class Service:
                     return protocol.OK
                 case Status() if any(cloud.recovered for cloud in self._context.clouds.all):
                     return self._operations.status()
+                case Pools():
+                    return protocol.json_line(self._pools())
                 case _:
                     return None
         except BrokerError as error:
@@ -292,6 +297,9 @@ class Service:
         pool = self._context.pool_of(worker)
         if self._registry.full(worker.id):
             raise Denied(f"the worker has its leases_per_worker_max = {pool.leases_per_worker_max} clients")
+        refusal = client_refusal(self._registry, worker.pool, pool, client)
+        if refusal is not None:
+            raise refusal
         lease = Lease(self._new_id(), worker.id, client, pool.idle_timeout, pool.exclusive)
         await self._granting.written(self._registry.grant(lease, self._now()))
         self._context.require_charge(self._context.cloud_of(worker))
@@ -303,15 +311,19 @@ class Service:
             return protocol.OK
         now = self._now()
         self._registry.expire_leases(worker.id, now)
-        if not command.force:
+        if not command.force or self._is_protected(worker):
             for lease in self._registry.leases_of(worker.id, client):
                 self._registry.end_lease(worker.id, lease.key, "released", now)
-        if command.force or not self._registry.busy(
-            worker.id
-        ):  # it is busy when a waiting client just got it
+        # It is busy when a waiting client just got it. A protected one stays, whoever says what.
+        ends = command.force or not self._registry.busy(worker.id)
+        if ends and not self._is_protected(worker):
             self._registry.drain(worker.id, Reason.RELEASED, now)
             self._reap()
         return protocol.OK
+
+    def _is_protected(self, worker: Worker) -> bool:
+        current = self._registry.get(worker.id)
+        return current is not None and current.protected
 
     # --- RENEW, DONE, what ACQUIRE leaves behind -----------------------------------------------------
 

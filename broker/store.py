@@ -27,9 +27,11 @@ from broker.clock import Moment
 from broker.core.errors import StoreError
 from broker.core.ledger import Run
 from broker.core.model import Lease, Market, Offering, Order, Worker
+from broker.core.policy import Breaker, BreakerState
 
 CLOSED_ORDERS_MAX = 1000  # history for a person who asks what happened; older ones are dropped
 ENDED_MAX = 10_000  # ended machines that are remembered: EC2 shows each for about an hour
+NOTES_MAX = 10_000  # machines of which uses and protection are remembered: more than a broker ever has
 GAP_FILE = "leases-missing"  # "1": the disk did not take every lease
 RUNS_MAX = 10_000  # machines whose cost is remembered: weeks of a busy broker. Older ones are dropped,
 RUNS_KEPT_SECONDS = 2 * 86_400.0  # but none whose cost may count for today's budget
@@ -54,6 +56,13 @@ CREATE TABLE IF NOT EXISTS leases (
     id TEXT PRIMARY KEY, instance_id TEXT NOT NULL, pool TEXT NOT NULL, address TEXT NOT NULL,
     client TEXT NOT NULL, ttl_seconds REAL NOT NULL, exclusive INTEGER NOT NULL,
     acquired INTEGER NOT NULL DEFAULT 0
+) STRICT;
+CREATE TABLE IF NOT EXISTS machine_notes (
+    instance_id TEXT PRIMARY KEY, ready INTEGER NOT NULL, uses INTEGER NOT NULL, protected INTEGER NOT NULL
+) STRICT;
+CREATE TABLE IF NOT EXISTS breakers (
+    pool TEXT PRIMARY KEY, failures INTEGER NOT NULL, openings INTEGER NOT NULL,
+    boot TEXT NOT NULL, closes_at REAL NOT NULL, closes_unix REAL NOT NULL
 ) STRICT;
 CREATE TABLE IF NOT EXISTS runs (
     instance_id TEXT PRIMARY KEY, pool TEXT NOT NULL, market TEXT NOT NULL,
@@ -99,6 +108,16 @@ class LaunchedOrder:
     order: Order
     instance_id: str
     placed_at: float  # on the monotonic clock; below 0 for one of long ago
+
+
+@dataclass(frozen=True, slots=True)
+class MachineNote:
+    """What listings do not tell of a machine, or may not tell in time after a restart."""
+
+    instance_id: str
+    ready: bool = False  # it has come up once: that it answers again says nothing of its image
+    uses: int = 0
+    protected: bool = False
 
 
 @dataclass(slots=True)
@@ -289,6 +308,39 @@ class Store:
         rows = self._connections[True].execute("SELECT * FROM runs ORDER BY rowid")
         return [_run(*row) for row in rows]
 
+    # --- machines and breakers ---------------------------------------------------------------------
+
+    async def note_changed(self, machine: MachineNote) -> None:
+        """Returns when a broker that is killed now would find it again; with a lease, before the lease."""
+        values = (machine.instance_id, int(machine.ready), machine.uses, int(machine.protected))
+        await self._write(False, "INSERT OR REPLACE INTO machine_notes VALUES (?, ?, ?, ?)", values)
+
+    async def note_dropped(self, instance_id: str) -> None:
+        await self._write(False, "DELETE FROM machine_notes WHERE instance_id = ?", (instance_id,))
+
+    def notes(self) -> list[MachineNote]:
+        """Every machine that had not gone when the last broker stopped."""
+        rows = self._connections[False].execute(
+            "SELECT instance_id, ready, uses, protected FROM machine_notes ORDER BY rowid"
+        )
+        return [MachineNote(id_, bool(ready), uses, bool(kept)) for id_, ready, uses, kept in rows]
+
+    async def breaker_changed(self, pool: str, breaker: Breaker, moment: Moment) -> None:
+        """Returns when the pool's breaker is on disk as it is now."""
+        closes_at, closes_unix = moment.at + breaker.seconds_left, moment.unix + breaker.seconds_left
+        values = (pool, breaker.failures, breaker.openings, moment.boot, closes_at, closes_unix)
+        await self._write(True, "INSERT OR REPLACE INTO breakers VALUES (?, ?, ?, ?, ?, ?)", values)
+
+    def breakers(self, moment: Moment) -> dict[str, Breaker]:
+        """Pool → its breaker, as it would be by now. Time is counted as for `attempts`."""
+        rows = self._connections[True].execute("SELECT * FROM breakers ORDER BY rowid")
+        found = {}
+        for pool, failures, openings, boot, closes_at, closes_unix in rows:
+            left = closes_at - moment.at if boot == moment.boot else closes_unix - moment.unix
+            state = BreakerState.OPEN if left > 0 else BreakerState.CLOSED
+            found[pool] = Breaker(state, max(0.0, left), failures, openings)
+        return found
+
     # --- leases ------------------------------------------------------------------------------------
 
     async def lease_granted(self, lease: Lease, worker: Worker) -> None:
@@ -432,6 +484,10 @@ class Store:
         connection.execute("DELETE FROM attempts WHERE order_id NOT IN (SELECT id FROM orders)")
         connection.execute(
             "DELETE FROM ended WHERE rowid <= (SELECT max(rowid) FROM ended) - ?", (ENDED_MAX,)
+        )
+        connection.execute(
+            "DELETE FROM machine_notes WHERE rowid <= (SELECT max(rowid) FROM machine_notes) - ?",
+            (NOTES_MAX,),
         )
         connection.execute(DROP_OLD_RUNS, (RUNS_MAX, -RUNS_KEPT_SECONDS))
         for (finding,) in connection.execute("PRAGMA quick_check"):

@@ -253,6 +253,12 @@ class FakeCloud:
         address = machine.instance.address or _address(instance_id)
         machine.instance = replace(machine.instance, state=state, reason=reason, address=address)
 
+    def retag(self, instance_id: str, **new: str) -> None:
+        """Somebody edits its tags in the console: `retag(id, protect="yes")` sets compute-broker:protect."""
+        machine = self.machines[instance_id]
+        named = {f"compute-broker:{key}": value for key, value in new.items()}
+        machine.instance = replace(machine.instance, tags={**machine.instance.tags, **named})
+
     def running(self) -> list[str]:
         """The truth: ids of machines that are billed."""
         states = (InstanceState.PENDING, InstanceState.RUNNING)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pty
@@ -19,12 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from broker import cli, cli_base
 from broker.client import Client
 from broker.core.settings import parse
 from broker.errand import Retry
+from broker.pool_table import pool_table
 from tests.support.brokers import settings
 from tests.support.loop_thread import LoopThread
 from tests.transcripts.stage import PEER, Stage, stage
@@ -32,8 +35,8 @@ from tests.transcripts.stage import PEER, Stage, stage
 DONE, REFUSED, USAGE, UNREACHABLE = 0, 1, 2, 3
 INTERRUPTED = 130
 COMMANDS = (
-    "serve", "get", "ping", "release", "workers", "acquire", "renew", "done", "watch", "config check",
-    "config show", "config schema",
+    "serve", "get", "ping", "release", "workers", "pools", "acquire", "renew", "done", "watch",
+    "config check", "config show", "config schema",
 )  # fmt: skip
 ESCAPE = "\x1b"
 SECONDS_MAX = 20.0
@@ -76,6 +79,9 @@ class Lab:
 
     def boot(self) -> None:
         self._thread.call(self.on.boot())
+
+    def protect(self) -> None:
+        self._thread.call(self.on.protect())
 
 
 @contextmanager
@@ -252,6 +258,49 @@ def test_workers_is_a_table_for_people_and_json_for_scripts(live: Lab) -> None:
     assert " ".join(header.split()) == "STATE ADDRESS INSTANCE POOL TYPE CORES LEASES IDLE ENDS IN AGE"
     assert line.split()[:7] == ["ready", address, row["instance_id"], "default", "big", "64", "1"]
     assert ESCAPE not in out
+
+
+def test_pools_is_a_table_for_people_and_json_for_scripts(live: Lab) -> None:
+    assert live.run("get").code == DONE
+    (row,) = json.loads(live.run("pools", "--json").out)
+    assert (row["name"], row["workers"], row["breaker"]["state"]) == ("default", {"ready": 1}, "closed")
+    code, out, err = live.run("pools").said
+    assert (code, err) == (DONE, "")
+    header, line = out.splitlines()[:2]
+    assert header.split() == [
+        "POOL", "PROVIDER", "WORKERS", "LEASES", "WAITING", "LAUNCHES/H", "SPENT", "TODAY", "BREAKER", "WHY",
+        "CLIENTS", "WAIT",
+    ]  # fmt: skip
+    assert line.split() == [
+        "default", "local", "1", "ready", "of", "4", "1", "0", "1/20", "$0.00", "closed", "-",
+    ]  # fmt: skip
+
+
+def test_a_pool_in_trouble_shows_its_breaker_its_budget_and_why_clients_wait() -> None:
+    row = {
+        "name": "gpu", "provider": None, "workers": {"booting": 1, "ready": 2}, "protected": 1, "leases": 2,
+        "waiting": 3, "max_workers": 3, "launches_last_hour": 4, "launches_per_hour": 20,
+        "breaker": {"state": "open", "seconds_left": 90, "failures": 0, "openings": 1},
+        "obstacle": "full", "budget": {"spent_usd": 1.5, "limit_usd": 20.0},
+    }  # fmt: skip
+    closing = {**row, "breaker": {**row["breaker"], "state": "closed", "failures": 2}}  # type: ignore[dict-item]
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(pool_table([row, closing]))
+    first, second = console.export_text().splitlines()[1:3]
+    assert "1 booting, 2 ready of 3 (1 protected)" in first
+    assert "$1.50 of $20.00" in first
+    assert "open, 90 s left" in first
+    assert first.rstrip().endswith("full")
+    assert "closed, 2 failed in a row" in second
+
+
+def test_a_protected_worker_is_marked_and_terminate_all_says_that_it_was_spared(live: Lab) -> None:
+    assert live.run("get").code == DONE
+    live.protect()
+    assert "ready (protected)" in live.run("workers").out
+    code, out, err = live.run("terminate-all", "--yes").said
+    assert (code, out) == (DONE, "nothing else was running\n")
+    assert "protected by a tag and left running: i-" in err
 
 
 def test_a_machine_that_boots_has_gaps_in_its_line_and_no_none(tmp_path: Path) -> None:

@@ -72,6 +72,7 @@ def test_every_command_goes_out_as_the_protocol_has_it_and_its_answer_comes_back
 ) -> None:
     fake = opened(
         STATUS='[{"instance_id": "i-1", "ip": "10.0.0.1", "idle_seconds": 2}]',
+        POOLS='[{"name": "default"}]',
         LIST_ALL="[]",
         TERMINATE_ALL='{"terminated": ["i-1", "i-2"]}',
         VERSION="0.1.0",
@@ -82,6 +83,7 @@ def test_every_command_goes_out_as_the_protocol_has_it_and_its_answer_comes_back
     assert client.release("127.0.0.1") is None
     assert client.release("127.0.0.1", force=True) is None
     assert client.status() == [{"instance_id": "i-1", "ip": "10.0.0.1", "idle_seconds": 2}]
+    assert client.pools() == [{"name": "default"}]
     assert client.list_all() == []
     assert client.terminate_all() == ["i-1", "i-2"]
     assert client.request("VERSION") == "0.1.0"
@@ -91,6 +93,7 @@ def test_every_command_goes_out_as_the_protocol_has_it_and_its_answer_comes_back
         "RELEASE 127.0.0.1",
         "RELEASE 127.0.0.1 force",
         "STATUS",
+        "POOLS",
         "LIST_ALL",
         "TERMINATE_ALL",
         "VERSION",
@@ -139,6 +142,7 @@ def test_an_error_without_a_type_of_its_own_is_raised_all_the_same(
         ("get_worker", "GET_WORKER", "10.0.0.1 10.0.0.2"),
         ("status", "STATUS", "OK"),
         ("status", "STATUS", '{"ip": "10.0.0.1"}'),
+        ("pools", "POOLS", "[1]"),
         ("list_all", "LIST_ALL", "[1]"),
         ("terminate_all", "TERMINATE_ALL", "[]"),
         ("terminate_all", "TERMINATE_ALL", '{"terminated": 3}'),

@@ -21,7 +21,8 @@ from broker.clock import Moment
 from broker.core.errors import StoreError
 from broker.core.ledger import Run
 from broker.core.model import Lease, Market, Offering, Order, Worker, WorkerState
-from broker.store import CLOSED_ORDERS_MAX, RUNS_MAX, Store
+from broker.core.policy import Breaker, BreakerState
+from broker.store import CLOSED_ORDERS_MAX, RUNS_MAX, MachineNote, Store
 
 ROOT = Path(__file__).resolve().parents[1]
 OFFERING = Offering("us-east-1", "c7i.16xlarge", Market.SPOT, "us-east-1a", 64, 1_200_000)
@@ -720,6 +721,40 @@ def test_a_torn_log_of_a_crash_loses_what_was_not_committed_and_nothing_else(tmp
 
     within(copy, look)
     assert list(copy.glob("*.broken-*")) == []
+
+
+def test_what_is_known_of_a_machine_outlives_the_process_until_it_is_gone(tmp_path: Path) -> None:
+    async def write(store: Store) -> None:
+        await store.note_changed(MachineNote("i-1", ready=True, uses=1))
+        await store.note_changed(MachineNote("i-2", protected=True))
+        await store.note_changed(MachineNote("i-1", ready=True, uses=2))
+        await store.note_changed(MachineNote("i-3"))
+        await store.note_dropped("i-3")
+
+    async def look(store: Store) -> None:
+        assert store.notes() == [
+            MachineNote("i-2", protected=True),
+            MachineNote("i-1", ready=True, uses=2),
+        ]
+
+    within(tmp_path, write)
+    within(tmp_path, look)
+
+
+def test_a_breaker_keeps_its_time_when_the_wall_clock_is_set_and_when_the_machine_restarts(
+    tmp_path: Path,
+) -> None:
+    async def story(store: Store) -> None:
+        breaker = Breaker(BreakerState.OPEN, 600.0, failures=1, openings=2)
+        await store.breaker_changed("gpu", breaker, Moment("boot 1", at=100.0, unix=1000.0))
+        ahead = Moment("boot 1", at=110.0, unix=1010.0 + 7200.0)
+        assert store.breakers(ahead) == {"gpu": replace(breaker, seconds_left=590.0)}
+        machine_started_anew = Moment("boot 2", at=1.0, unix=1500.0)
+        assert store.breakers(machine_started_anew) == {"gpu": replace(breaker, seconds_left=100.0)}
+        (over,) = store.breakers(Moment("boot 1", at=701.0, unix=1601.0)).values()
+        assert over == Breaker(BreakerState.CLOSED, 0.0, failures=1, openings=2)
+
+    within(tmp_path, story)
 
 
 # --- files of an older version --------------------------------------------------------------------------

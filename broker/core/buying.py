@@ -161,6 +161,7 @@ def to_replace(
         if worker.pool == name
         and is_fallback(worker.offering, pool)
         and not registry.busy(worker.id)
+        and not worker.protected
         and now - registry.used_at(worker.id) >= FALLBACK_IDLE_SECONDS
         and any(_does_for(one, worker.offering) for one in spot)
     ]

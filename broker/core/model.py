@@ -135,6 +135,8 @@ class Worker:
     launched_unix: float = 0.0
     reason: str = ""  # why it entered its state
     standing_notice: str = ""  # a notice that probes cannot lift: it will not become READY again
+    protected: bool = False  # a person's tag keeps the broker from ending it
+    closed: str = ""  # why it gets no new clients although it may be READY; whoever holds it keeps it
 
     @property
     def cores(self) -> int | None:
@@ -181,6 +183,14 @@ class WorkerSeen:
 
 
 @dataclass(frozen=True, slots=True)
+class ProtectionChanged:
+    """The cloud's tags protect the worker from now on, or they do not any more."""
+
+    worker: Worker
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
 class LeaseGranted:
     """A client got hold of a worker; `first` when nobody else held it."""
 
@@ -201,4 +211,4 @@ class LeaseEnded:
     at: float
 
 
-Event = WorkerChanged | WorkerSeen | LeaseGranted | LeaseEnded
+Event = WorkerChanged | WorkerSeen | ProtectionChanged | LeaseGranted | LeaseEnded

@@ -8,9 +8,10 @@ Nothing in here acts, and nothing in here is remembered except in LaunchGuard, w
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from math import inf
 
 from broker.core.errors import BrokerError, LimitReached
 from broker.core.ledger import Budget
@@ -35,6 +36,8 @@ class Reason(StrEnum):
     IDLE = "idle"
     RELEASED = "released"
     MAX_LIFETIME = "max-lifetime"
+    HARD_LIFETIME = "hard-lifetime"
+    USED_UP = "used-up"
     BOOT_TIMEOUT = "boot-timeout"
     BOOT_FAILED = "boot-failed"
     ENDED_BEFORE = "ended-before"
@@ -53,7 +56,7 @@ class Verdict:
     """What `judge` decided. `next_look_at` is None only for a worker that has no deadline of its own."""
 
     drain: Reason | None = None
-    retire: bool = False  # too old for new clients, but somebody still holds it
+    retire: bool = False  # too old for new clients, but somebody still holds it or it is protected
     next_look_at: float | None = None
 
 
@@ -69,38 +72,99 @@ def judge(
     """One worker, after `registry.expire_leases`: must it go? Times are monotonic seconds.
 
     One that the warm target keeps is not idle, however long nobody has used it. One that is `leaving`,
-    because its pool was removed, goes as soon as nobody holds it.
+    because its pool was removed, goes as soon as nobody holds it. A protected one that has come up never
+    must; one that has not is drained, so that nobody waits for it. Draining alone ends no machine: `may_end`
+    has the last word.
     """
-    if leaving and worker.state in USABLE and not registry.busy(worker.id):
+    if leaving and worker.state in USABLE and not registry.busy(worker.id) and not worker.protected:
         return Verdict(drain=Reason.POOL_REMOVED)
     match worker.state:
         case WorkerState.BOOTING:
-            deadline_at = worker.since_at + pool.boot_deadline
-            if registry.busy(worker.id):  # taken over from before a restart: its clients decide how long
-                deadline_at = max(deadline_at, _last_lease_end(registry, worker))
-            return _drain_at(deadline_at, Reason.BOOT_TIMEOUT, now)
+            return _judge_booting(registry, worker, pool, now)
         case WorkerState.READY | WorkerState.SUSPECT:
             return _judge_usable(registry, worker, pool, now, warmth or Warmth())
         case _:
             return Verdict()
 
 
+def may_end(worker: Worker) -> bool:
+    """Whether Terminate may be sent for a worker that is drained, for whatever reason."""
+    return not worker.protected
+
+
+def used_up(registry: Registry, worker: Worker, pool: PoolSettings) -> bool:
+    """Whether it has been given to as many holders as it may."""
+    return pool.uses_max is not None and registry.uses(worker.id) >= pool.uses_max
+
+
+def client_refusal(registry: Registry, name: str, pool: PoolSettings, client: str) -> LimitReached | None:
+    """Why the client may not have one more worker of the pool beside those that it holds, or None.
+
+    One that does not answer, or is too old for new clients, does not count: it is none to work with.
+    """
+    if client_room(registry, name, pool, client) != 0:
+        return None
+    return LimitReached(
+        f"client {client} holds {_usable(registry, name, client)} of the workers of pool '{name}', and "
+        f"workers_per_client_max = {pool.workers_per_client_max} is reached; release one first"
+    )
+
+
+def client_room(registry: Registry, name: str, pool: PoolSettings, client: str) -> int | None:
+    """How many workers more the client may have; None: no limit."""
+    allowed = pool.workers_per_client_max
+    return None if allowed is None else max(0, allowed - _usable(registry, name, client))
+
+
+def _usable(registry: Registry, name: str, client: str) -> int:
+    held = registry.workers_held(name, client)
+    return sum(worker.state is not WorkerState.SUSPECT for worker in held)
+
+
+def room_overall(registry: Registry, max_workers: int | None) -> int | None:
+    """How many machines more the broker's `max_workers` allows in all pools together; None: no limit."""
+    return None if max_workers is None else max(0, max_workers - len(registry))
+
+
 def born_at(pool: PoolSettings, age_seconds: float, now: float) -> float:
     """When an adopted worker shall count as born: by its age in the cloud's words, but with an idle timeout
-    of life left, because whether it is busy is not known yet and the wall clock may be off."""
+    of life left, because whether it is busy is not known yet and the wall clock may be off.
+
+    A pool with a hard lifetime goes by the age alone: otherwise each restart would lengthen it.
+    """
+    if pool.hard_lifetime is not None:
+        return now - max(0.0, age_seconds)
     age_max = max(0.0, pool.max_lifetime - pool.idle_timeout)
     return now - min(max(0.0, age_seconds), age_max)
+
+
+def _judge_booting(registry: Registry, worker: Worker, pool: PoolSettings, now: float) -> Verdict:
+    deadline_at = worker.since_at + pool.boot_deadline
+    hard_at = _hard_at(worker, pool)
+    if not registry.busy(worker.id):
+        return _drain_at(deadline_at, Reason.BOOT_TIMEOUT, now)
+    # Taken over from before a restart: its clients decide how long.
+    deadline_at = max(deadline_at, _last_lease_end(registry, worker))
+    if hard_at < deadline_at:
+        return _drain_at(hard_at, Reason.HARD_LIFETIME, now)
+    return _drain_at(deadline_at, Reason.BOOT_TIMEOUT, now)
 
 
 def _judge_usable(
     registry: Registry, worker: Worker, pool: PoolSettings, now: float, warmth: Warmth
 ) -> Verdict:
-    retire_at = worker.born_at + pool.max_lifetime
+    retire_at, hard_at = worker.born_at + pool.max_lifetime, _hard_at(worker, pool)
     if registry.busy(worker.id):
         ends_at = min(registry.lease_ends_at(lease.id) or now for lease in registry.leases(worker.id))
+        if now >= hard_at:
+            return Verdict(drain=Reason.HARD_LIFETIME)
         if now >= retire_at:
-            return Verdict(retire=True, next_look_at=ends_at)
+            return Verdict(retire=True, next_look_at=min(ends_at, hard_at))
         return Verdict(next_look_at=min(ends_at, retire_at))
+    if worker.protected:  # it stays, but who is too old gets no new clients
+        return Verdict(retire=True) if now >= retire_at else Verdict(next_look_at=retire_at)
+    if used_up(registry, worker, pool) or worker.closed:
+        return Verdict(drain=Reason.USED_UP)
     limits = [(retire_at, Reason.MAX_LIFETIME)]
     idle_at = idle_since_at(registry, worker, pool, warmth, now)
     if idle_at is not None:
@@ -113,6 +177,12 @@ def _judge_usable(
     return _drain_at(deadline_at, reason, now)
 
 
+def _hard_at(worker: Worker, pool: PoolSettings) -> float:
+    if pool.hard_lifetime is None or worker.protected:
+        return inf
+    return worker.born_at + pool.hard_lifetime
+
+
 def _drain_at(deadline_at: float, reason: Reason, now: float) -> Verdict:
     return Verdict(drain=reason) if now >= deadline_at else Verdict(next_look_at=deadline_at)
 
@@ -121,14 +191,36 @@ def _last_lease_end(registry: Registry, worker: Worker) -> float:
     return max(registry.lease_ends_at(lease.id) or 0.0 for lease in registry.leases(worker.id))
 
 
+class BreakerState(StrEnum):
+    """Whether failed boots pause the launches of a pool. A breaker that is open lets nothing through."""
+
+    CLOSED = "closed"
+    OPEN = "open"
+
+
+@dataclass(frozen=True, slots=True)
+class Breaker:
+    """A pool's breaker at a moment: `failures` in a row since it closed or opened last, `openings` in a row
+    without a machine that came up between them."""
+
+    state: BreakerState = BreakerState.CLOSED
+    seconds_left: float = 0.0  # until it closes
+    failures: int = 0
+    openings: int = 0
+
+
 @dataclass(slots=True)
 class LaunchGuard:
-    """One pool's memory against runaway launches: attempts of the last hour, and the breaker."""
+    """One pool's memory against runaway launches: attempts of the last hour, and the breaker.
+
+    `changed` is called when the breaker is not any more what it was.
+    """
 
     attempts: deque[float] = field(default_factory=deque)
     boot_failures: int = 0
     opened: int = 0
     closed_until_at: float = 0.0
+    changed: Callable[[], None] = lambda: None
 
     def attempted(self, now: float) -> None:
         """Count an attempt before it is made, so that failed and pending ones count too."""
@@ -136,8 +228,10 @@ class LaunchGuard:
 
     def booted(self) -> None:
         """A machine became ready: the image works, whatever failed before."""
-        self.boot_failures = self.opened = 0
-        self.closed_until_at = 0.0
+        if self.boot_failures or self.opened:
+            self.boot_failures = self.opened = 0
+            self.closed_until_at = 0.0
+            self.changed()
 
     def boot_failed(self, pool: PoolSettings, now: float) -> None:
         """Count a failed boot; at `boot_failures_max` in a row launches pause, longer each time."""
@@ -148,6 +242,22 @@ class LaunchGuard:
             self.closed_until_at = now + pause_seconds
             self.opened += 1
             self.boot_failures = 0
+        self.changed()
+
+    def breaker(self, now: float) -> Breaker:
+        """Its state now."""
+        seconds_left = max(0.0, self.closed_until_at - now)
+        state = BreakerState.OPEN if seconds_left else BreakerState.CLOSED
+        return Breaker(state, seconds_left, self.boot_failures, self.opened)
+
+    def recall(self, breaker: Breaker, now: float) -> None:
+        """The breaker as it was before a restart. No clock makes it longer than it can be."""
+        self.boot_failures, self.opened = breaker.failures, breaker.openings
+        self.closed_until_at = now + min(breaker.seconds_left, BREAKER_SECONDS_MAX)
+
+    def launches_last_hour(self, now: float) -> int:
+        """How many attempts count against `launches_per_hour` at the moment."""
+        return sum(at > now - HOUR_SECONDS for at in self.attempts)
 
     def refusal(self, pool: PoolSettings, now: float) -> BrokerError | None:
         """Why no launch is allowed now, or None."""
@@ -180,11 +290,12 @@ def launch_room(
     *,
     budgets: Sequence[Budget] = (),
     price_usd_micros_per_hour: int = 0,
+    max_workers: int | None = None,
 ) -> Room:
     """How many machines the caps leave room for. Machines on order count as if they were there.
 
     `price_usd_micros_per_hour` is that of the dearest machine that might be ordered: each counts with it
-    before the next is allowed.
+    before the next is allowed. `max_workers` is the broker's, for all pools together.
     """
     refusal = guard.refusal(pool, now)
     if refusal is not None:
@@ -192,7 +303,10 @@ def launch_room(
     room = pool.max_workers - registry.count(name, *BOOKED)
     if room <= 0:
         return Room(0, LimitReached(f"the pool's max_workers = {pool.max_workers} is reached"))
-    room = min(room, pool.launches_per_hour - len(guard.attempts))
+    overall = room_overall(registry, max_workers)
+    if overall == 0:
+        return Room(0, LimitReached(f"the broker's max_workers = {max_workers} is reached"))
+    room = min(room, pool.launches_per_hour - len(guard.attempts), room if overall is None else overall)
     for budget in budgets:
         room = budget.launches(price_usd_micros_per_hour, room)
         if room <= 0:

@@ -122,6 +122,11 @@ class Status:
 
 
 @dataclass(frozen=True, slots=True)
+class Pools:
+    """`POOLS`: each pool's workers, caps, breaker and budget."""
+
+
+@dataclass(frozen=True, slots=True)
 class ListAll:
     """`LIST_ALL`: what the cloud lists under the broker's tag."""
 
@@ -166,6 +171,7 @@ Sayable = (
     | Release
     | Watch
     | Status
+    | Pools
     | ListAll
     | TerminateAll
     | Help
@@ -183,6 +189,7 @@ NAMES: dict[type, str] = {
     Release: "RELEASE",
     Watch: "WATCH",
     Status: "STATUS",
+    Pools: "POOLS",
     ListAll: "LIST_ALL",
     TerminateAll: "TERMINATE_ALL",
     Help: "HELP",
@@ -365,6 +372,7 @@ PARSERS: dict[str, Callable[[list[str]], Command]] = {
     "RELEASE": _release,
     "WATCH": _watch,
     "STATUS": _bare(Status()),
+    "POOLS": _bare(Pools()),
     "LIST_ALL": _bare(ListAll()),
     "TERMINATE_ALL": _bare(TerminateAll()),
     "HELP": _bare(Help()),

@@ -18,6 +18,7 @@ from dataclasses import replace
 from enum import StrEnum
 from heapq import heappop, heappush
 
+from broker.core import tags
 from broker.core.errors import Denied, IllegalStep, WorkerNotFound
 from broker.core.model import (
     UNKNOWN_CLIENT,
@@ -28,6 +29,7 @@ from broker.core.model import (
     LeaseGranted,
     Offering,
     Order,
+    ProtectionChanged,
     Worker,
     WorkerChanged,
     WorkerSeen,
@@ -37,6 +39,10 @@ from broker.core.money import Price
 
 FREE = Price()
 S = WorkerState
+
+# Listings may be a minute old (ledger.STALE_SECONDS_MAX) and take a minute (reconcile.SCAN_SECONDS_MAX): one
+# without the tag proves that somebody has taken it away only so long after the last one that showed it.
+UNPROTECTED_SECONDS = 120.0
 
 
 class Step(StrEnum):
@@ -102,9 +108,12 @@ class Registry:
         self._leases: dict[str, dict[str, Lease]] = {}  # worker id → key of the lease → lease
         self._by_lease: dict[str, Lease] = {}
         self._held: dict[tuple[str, str], dict[str, None]] = {}  # (pool, key) → worker ids
+        self._of_client: dict[tuple[str, str], dict[str, int]] = {}  # (pool, client) → worker → leases
         self._lease_ends_at: dict[str, float] = {}
         self._used_at: dict[str, float] = {}
         self._proved_at: dict[str, float] = {}
+        self._protected_at: dict[str, float] = {}  # when the protect tag was seen last
+        self._uses: dict[str, int] = {}
         self._free: dict[str, dict[str, None]] = {}  # pool → READY and held by nobody, last freed last
         self._open: dict[str, dict[str, None]] = {}  # pool → READY workers that one more client may share
         self._look_at: dict[str, float] = {}
@@ -188,6 +197,14 @@ class Registry:
         """When the worker last showed that it is ready: long ago when it never did."""
         return self._proved_at.get(worker_id, float("-inf"))
 
+    def uses(self, worker_id: str) -> int:
+        """To how many holders it has been given, over restarts: leases granted, renewals not counted."""
+        return self._uses.get(worker_id, 0)
+
+    def workers_held(self, pool: str, client: str) -> list[Worker]:
+        """The workers of the pool that the client holds, by whichever command."""
+        return [self._workers[worker_id] for worker_id in self._of_client.get((pool, client), ())]
+
     # --- the life of a worker ----------------------------------------------------------------------
 
     def order(self, order: Order, port: int, now: float, *, place: str | None = None) -> Worker:
@@ -238,7 +255,8 @@ class Registry:
             born_at=now if born_at is None else born_at,
             order_id=order_id,
         )
-        return self._enter(_with_instance(worker, instance), now)
+        worker = self._enter(_with_instance(worker, instance), now)
+        return self._tagged(worker, instance, now)
 
     def launched(
         self, worker_id: str, instance: Instance, now: float, *, price: Price | None = None
@@ -246,7 +264,8 @@ class Registry:
         """BOOTING: the order has its machine. `price` when it is not the one of the offering on order."""
         if instance.id in self._by_instance:
             raise IllegalStep(f"{instance.id} is in the books already")
-        return self._step(worker_id, Step.LAUNCH, now, instance=instance, price=price)
+        worker = self._step(worker_id, Step.LAUNCH, now, instance=instance, price=price)
+        return self._tagged(worker, instance, now)
 
     def refused(self, worker_id: str, reason: str, now: float) -> Worker:
         return self._step(worker_id, Step.REFUSE, now, reason)
@@ -256,7 +275,21 @@ class Registry:
         worker = self._workers[worker_id]
         if worker.instance_id != instance.id:
             raise IllegalStep(f"{worker_id} is not {instance.id}")
-        return self._seen(worker, instance, now)
+        return self._tagged(self._seen(worker, instance, now), instance, now)
+
+    def recall(self, worker_id: str, *, uses: int, protected: bool, now: float) -> Worker:
+        """What was known of the machine before a restart, before anything is decided about it."""
+        self._uses[worker_id] = max(uses, self.uses(worker_id))
+        return self._protect(self._workers[worker_id], protected or self._workers[worker_id].protected, now)
+
+    def close(self, worker_id: str, reason: str, now: float) -> Worker:
+        """No new clients; whoever holds it keeps it, also by asking again. There is no way back."""
+        worker = self._workers[worker_id]
+        if not worker.closed:
+            worker = self._workers[worker_id] = replace(worker, closed=reason)
+            self._reindex_holds(worker)
+            self._tell(WorkerSeen(worker, now))
+        return worker
 
     def ready(self, worker_id: str, now: float) -> Worker:
         """READY: readiness was just shown. Also renews the proof of a worker that is READY already."""
@@ -345,8 +378,11 @@ class Registry:
                 found += [worker_id] * min(room, count - len(found))
         return found
 
-    def grant(self, lease: Lease, now: float) -> Lease:
-        """Give `lease.client` its hold, or renew the hold it has. Raises Denied, WorkerNotFound."""
+    def grant(self, lease: Lease, now: float, *, counts: bool = True) -> Lease:
+        """Give `lease.client` its hold, or renew the hold it has. Raises Denied, WorkerNotFound.
+
+        `counts`: a new hold is one more use of the worker; one from before a restart has been counted.
+        """
         worker = self._workers.get(lease.worker_id)
         if worker is None or worker.state not in USABLE:
             raise WorkerNotFound
@@ -354,6 +390,8 @@ class Registry:
         held = holders.get(lease.key)
         if held is None or held.exclusive < lease.exclusive:
             self._require_no_conflict(holders, lease)
+        if held is None and counts and worker.closed:
+            _require_place(holders, lease)
         if held is not None:
             upgrade = held.exclusive < lease.exclusive
             if upgrade:
@@ -364,7 +402,11 @@ class Registry:
                 self._tell(LeaseGranted(held, worker, False, now))  # or a restart would share it again
             return held
         holders[lease.key] = self._by_lease[lease.id] = lease
+        if counts and lease.client != UNKNOWN_CLIENT:
+            self._uses[worker.id] = self.uses(worker.id) + 1
         self._held.setdefault((worker.pool, lease.key), {})[worker.id] = None
+        theirs = self._of_client.setdefault((worker.pool, lease.client), {})
+        theirs[worker.id] = theirs.get(worker.id, 0) + 1
         self.renew(lease, now)
         self._reindex_holds(worker)
         first = len(holders) == 1
@@ -390,11 +432,20 @@ class Registry:
         held.pop(worker_id)
         if not held:
             del self._held[(worker.pool, key)]
+        self._count_off(worker, lease.client)
         if not holders:
             del self._leases[worker_id]
         self._reindex_holds(worker)
         self._tell(LeaseEnded(lease, worker, not holders, reason, now))
         return lease
+
+    def _count_off(self, worker: Worker, client: str) -> None:
+        theirs = self._of_client[(worker.pool, client)]
+        theirs[worker.id] -= 1
+        if not theirs[worker.id]:
+            del theirs[worker.id]
+        if not theirs:
+            del self._of_client[(worker.pool, client)]
 
     def expire_leases(self, worker_id: str, now: float) -> None:
         """End the leases whose time is over, as of the moment it was over; bound ones begin anew instead."""
@@ -454,7 +505,7 @@ class Registry:
         self._by_state.setdefault((worker.pool, worker.state), {})[worker.id] = None
         self.look_again(worker.id, now)
         self._tell(WorkerChanged(worker, None, now))
-        return worker
+        return self._workers[worker.id]
 
     def _step(
         self,
@@ -484,7 +535,7 @@ class Registry:
             self._by_state.setdefault((after.pool, after.state), {})[worker_id] = None
             self.look_again(worker_id, now)
         self._tell(WorkerChanged(after, before.state, now))
-        return after
+        return self._workers.get(worker_id, after)
 
     def _seen(self, worker: Worker, instance: Instance, now: float) -> Worker:
         after = _with_instance(worker, instance)
@@ -495,7 +546,23 @@ class Registry:
                     del self._by_address[worker.address]
                 self._index(after)
             self._tell(WorkerSeen(after, now))
-        return after
+        return self._workers[worker.id]
+
+    def _tagged(self, worker: Worker, instance: Instance, now: float) -> Worker:
+        """Take in its tags. A machine of ours has some: where there are none, nobody has looked at them."""
+        return self._protect(worker, tags.protects(instance.tags), now) if instance.tags else worker
+
+    def _protect(self, worker: Worker, tagged: bool, now: float) -> Worker:
+        """Protection begins at the first sight of the tag, and ends when its absence is certain."""
+        if tagged:
+            self._protected_at[worker.id] = now
+        elif not worker.protected or now - self._protected_at[worker.id] < UNPROTECTED_SECONDS:
+            return worker
+        if tagged is not worker.protected:
+            worker = self._workers[worker.id] = replace(worker, protected=tagged)
+            self.look_again(worker.id, now)
+            self._tell(ProtectionChanged(worker, now))
+        return worker
 
     def _index(self, worker: Worker) -> None:
         if worker.instance_id:
@@ -507,6 +574,8 @@ class Registry:
         del self._workers[worker.id]
         del self._used_at[worker.id]
         self._proved_at.pop(worker.id, None)
+        self._protected_at.pop(worker.id, None)
+        self._uses.pop(worker.id, None)
         self._look_at.pop(worker.id, None)
         if worker.order_id is not None:
             del self._by_order[worker.order_id][worker.id]
@@ -534,13 +603,20 @@ class Registry:
         """Keep `_free` and `_open` true after a step or a change of holds."""
         free, shareable = self._free.setdefault(worker.pool, {}), self._open.setdefault(worker.pool, {})
         holders = self._leases.get(worker.id, {})
-        _put(free, worker.id, worker.state is S.READY and not holders)
+        offered = worker.state is S.READY and not worker.closed
+        _put(free, worker.id, offered and not holders)
         exclusive = len(holders) == 1 and next(iter(holders.values())).exclusive
-        _put(shareable, worker.id, worker.state is S.READY and not exclusive and not self.full(worker.id))
+        _put(shareable, worker.id, offered and not exclusive and not self.full(worker.id))
 
     def _seated(self, worker_id: str) -> int:
         """How many leases fill places. Who may hold a machine that was found takes none from who does."""
         return sum(key != UNKNOWN_CLIENT for key in self._leases.get(worker_id, ()))
+
+
+def _require_place(holders: dict[str, Lease], lease: Lease) -> None:
+    """A closed worker takes nobody new, except the client whose hold is known and whose name is not."""
+    if UNKNOWN_CLIENT not in {lease.client, *holders}:
+        raise Denied("the worker gets no new clients any more; ask for another one")
 
 
 def _put(index: dict[str, None], key: str, wanted: bool) -> None:

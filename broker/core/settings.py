@@ -153,6 +153,9 @@ class BrokerSettings(Section):
     reconcile_interval: PositiveSeconds = Field(
         30.0, le=300.0, description="How often the cloud is scanned; five minutes at most."
     )
+    max_workers: int | None = Field(
+        None, ge=0, description="At most this many machines in all pools together, those on order included."
+    )
     budget_usd_per_day: Budget = Field(
         None, description="Launches stop when all pools together have spent so much on one day (UTC)."
     )
@@ -198,11 +201,24 @@ class PoolSettings(Section):
     max_lifetime: PositiveSeconds = Field(
         28800.0, description="A worker this old gets no new clients and is terminated once nobody holds it."
     )
+    hard_lifetime: PositiveSeconds | None = Field(
+        None,
+        description="A worker this old is terminated even while clients hold it; max_lifetime or longer. "
+        "Without it no age ends a worker that somebody holds.",
+    )
+    uses_max: int | None = Field(
+        None,
+        ge=1,
+        description="A worker that was given to so many clients gets no new ones and ends with its last.",
+    )
     boot_deadline: PositiveSeconds = Field(
         600.0, description="A machine that is not ready this long after its launch is terminated."
     )
     wait: Seconds = Field(900.0, description="How long GET_WORKER waits when the client does not say.")
     max_workers: int = Field(4, ge=0, description="At most this many machines, the ones on order included.")
+    workers_per_client_max: int | None = Field(
+        None, ge=1, description="A client that holds so many workers of the pool is refused another one."
+    )
     launches_per_hour: int = Field(
         20, ge=0, description="At most this many launch attempts an hour, failed ones too."
     )
@@ -278,6 +294,14 @@ class PoolSettings(Section):
     )
 
     # Rules about two keys belong to the later one, so that they are said beside every other problem.
+
+    @field_validator("hard_lifetime")
+    @classmethod
+    def _hard_is_no_shorter(cls, seconds: float | None, info: ValidationInfo) -> float | None:
+        max_lifetime = info.data.get("max_lifetime")
+        if seconds is not None and max_lifetime is not None and seconds < max_lifetime:
+            raise ValueError(f"is shorter than max_lifetime ({max_lifetime:g} s): make it as long or longer")
+        return seconds
 
     @field_validator("image", "instance_types")
     @classmethod

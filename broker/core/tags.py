@@ -16,6 +16,8 @@ ORDER = "compute-broker:order"
 EXPIRES = "compute-broker:expires"
 LAST_USED = "compute-broker:last-used"
 EPOCH = "compute-broker:epoch"
+PROTECT = "compute-broker:protect"  # set by a person: the broker does not end this machine
+NO_PROTECTION = frozenset({"", "no", "false"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +58,11 @@ def read(tags: Mapping[str, str]) -> Identity:
         unix(tags.get(LAST_USED, "")),
         tags.get(EPOCH, ""),
     )
+
+
+def protects(tags: Mapping[str, str]) -> bool:
+    """Whether a person has asked the broker not to end the machine: any value but "", "no" and "false"."""
+    return tags.get(PROTECT, "").strip().lower() not in NO_PROTECTION
 
 
 def rfc3339(unix_seconds: float) -> str:

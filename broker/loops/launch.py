@@ -180,6 +180,7 @@ class LaunchLoop:
             context.now(),
             budgets=budgets,
             price_usd_micros_per_hour=max(prices, default=0),
+            max_workers=context.settings.broker.max_workers,
         )
 
     def _coming(self, name: str) -> dict[tuple[Offering, ...], int]:

@@ -2,7 +2,8 @@
 
 A worker is DRAINING, and so out of every client's reach, before Terminate is sent; it leaves the books only
 when the cloud says that it is gone. A Terminate that fails is sent again, and so is one that has been
-answered but not obeyed.
+answered but not obeyed. A worker that a person protects is drained like any other when its time has come,
+but no Terminate is sent for it while it is protected.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from broker.context import Context
 from broker.core.buying import is_fallback, to_replace
 from broker.core.errors import BrokerError
 from broker.core.model import Worker, WorkerState
-from broker.core.policy import RETIRED, Reason, judge
+from broker.core.policy import RETIRED, Reason, judge, may_end
+from broker.limits import close_when_used_up
 
 PAUSE_SECONDS_MIN = 2.0  # after a failed Terminate, doubling
 PAUSE_SECONDS_MAX = 60.0
@@ -89,6 +91,7 @@ class ReapLoop:
         current = self._registry.get(worker.id)
         if current is None:
             return
+        close_when_used_up(self._context, current)
         leaving, pool = current.id in self._context.leaving, self._context.pool_of(current)
         warmth = None if leaving else self._context.warmth(current.pool)
         verdict = judge(self._registry, current, pool, now, warmth, leaving=leaving)
@@ -101,18 +104,23 @@ class ReapLoop:
             self._registry.drain(worker.id, verdict.drain, now)
 
     def _to_terminate(self, now: float) -> list[Worker]:
-        draining = self._registry.in_state(WorkerState.DRAINING)
-        terminating = self._registry.in_state(WorkerState.TERMINATING)
+        draining, terminating = self._ending(WorkerState.DRAINING), self._ending(WorkerState.TERMINATING)
         ids = {worker.id for worker in terminating}
         self._sent_at = {id_: at for id_, at in self._sent_at.items() if id_ in ids}
         return draining + [
             w for w in terminating if self._sent_at.get(w.id, w.since_at) + AGAIN_SECONDS <= now
         ]
 
+    def _ending(self, state: WorkerState) -> list[Worker]:
+        return [worker for worker in self._registry.in_state(state) if may_end(worker)]
+
     async def _terminate(self, cloud: Cloud, workers: list[Worker]) -> None:
-        ids = [worker.instance_id for worker in workers if worker.instance_id]
         key = id(cloud)
-        await self._decided(ids)
+        await self._decided([worker.instance_id for worker in workers if worker.instance_id])
+        workers = [worker for worker in workers if self._still_ends(worker)]
+        ids = [worker.instance_id for worker in workers if worker.instance_id]
+        if not ids:
+            return
         try:
             await cloud.provider.terminate(ids)
         except BrokerError as error:
@@ -128,6 +136,11 @@ class ReapLoop:
         for worker in workers:
             self._sent(worker, now)
         self._terminated()
+
+    def _still_ends(self, worker: Worker) -> bool:
+        """Whether nobody has protected it while its end was written to disk."""
+        current = self._registry.get(worker.id)
+        return current is None or may_end(current)
 
     async def _decided(self, ids: list[str]) -> None:
         """Returns when the end of these machines is on disk. A Terminate can arrive long after its broker has
@@ -149,8 +162,8 @@ class ReapLoop:
         moments = [at for at in (self._registry.next_look_at(), look_at) if at is not None]
         # No sooner than that, or a Terminate that fails again keeps this loop spinning through its pause.
         floor = max(self._context.now() + PAUSE_SECONDS_MIN, *self._not_before.values(), 0.0)
-        if self._registry.in_state(WorkerState.DRAINING):
+        if self._ending(WorkerState.DRAINING):
             moments.append(floor)
-        terminating = self._registry.in_state(WorkerState.TERMINATING)
+        terminating = self._ending(WorkerState.TERMINATING)
         moments += [max(floor, self._sent_at.get(w.id, w.since_at) + AGAIN_SECONDS) for w in terminating]
         return min(moments, default=None)

@@ -298,7 +298,7 @@ class ReconcileLoop:
         for stored in self._context.stored_leases.pop(worker.instance_id or "", ()):
             lease = replace(stored.lease, worker_id=worker.id)
             self._context.restored.add(lease.id)
-            self._registry.grant(lease, self._context.now())
+            self._registry.grant(lease, self._context.now(), counts=False)
 
     def _count_forgotten_clients(self, worker: Worker, *, known: bool) -> None:
         """A machine may have clients of which the store does not tell: it knows nothing of the machine (it
@@ -396,16 +396,21 @@ class ReconcileLoop:
             market=offering.market,
             cores=offering.cores,
         )
-        self._enter_unseen(cloud, unseen, order.pool, order)
+        ages = self._context.pool(order.pool).hard_lifetime is not None
+        self._enter_unseen(cloud, unseen, order.pool, order, launched.placed_at if ages else None)
 
-    def _enter_unseen(self, cloud: Cloud, unseen: Instance, pool: str, order: Order | None) -> None:
+    def _enter_unseen(
+        self, cloud: Cloud, unseen: Instance, pool: str, order: Order | None, born_at: float | None = None
+    ) -> None:
         self._context.home[unseen.id] = cloud
         if order is not None and self._orders.get(order.id) is not None:  # others of its machines are awaited
             worker = self._orders.launched(order, unseen)
         else:
             port, price = self._context.pool(pool).worker_port, self._context.price(pool, unseen)
             now, order_id = self._context.now(), None if order is None else order.id
-            worker = self._registry.adopt(unseen, pool, port, now, order_id=order_id, price=price)
+            worker = self._registry.adopt(
+                unseen, pool, port, now, order_id=order_id, born_at=born_at, price=price
+            )
         if unseen.id in self._context.ended:
             self._end_again(worker)
         else:

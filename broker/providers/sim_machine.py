@@ -90,9 +90,10 @@ class Machine:
     def changed(self, at: float) -> None:
         self.changed_at, self.shape = at, None
 
-    def retag(self, new: Mapping[str, str], at: float) -> None:
+    def retag(self, new: Mapping[str, str | None], at: float) -> None:
+        """None takes a tag away."""
         self.tags_before, self.tagged_at = self.tags, at
-        self.tags = {**self.tags, **new}
+        self.tags = {key: value for key, value in {**self.tags, **new}.items() if value is not None}
         self.changed(at)
 
     @property

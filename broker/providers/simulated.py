@@ -270,6 +270,10 @@ class SimEC2:
         """Somebody terminates the machine in the console."""
         self._world.end_by_operator(self.machine(instance_id))
 
+    def tag_by_operator(self, instance_id: str, new: Mapping[str, str | None]) -> None:
+        """Somebody edits its tags there; None takes one away."""
+        self.machine(instance_id).retag(new, self._world.sky.at)
+
     def stop_by_operator(self, instance_id: str) -> None:
         """Somebody stops it there."""
         self._world.stop(self.machine(instance_id))

@@ -10,6 +10,7 @@ from typing import Any
 from broker.core import tags
 from broker.core.errors import SettingsError, StoreError
 from broker.core.model import WorkerState
+from broker.core.tags import protects
 from broker.providers.ec2_api import LAUNCHING
 from broker.providers.ec2_wire import tag_list
 from broker.providers.sim_weather import Fault
@@ -23,6 +24,7 @@ from broker.simulation.history import (
     Noise,
     Operator,
     Outage,
+    Protect,
     Reload,
     SecondHost,
     SilentPort,
@@ -134,6 +136,7 @@ class Accidents:
         def perhaps_commit(durable: bool, batch: Any) -> None:
             if self._world.now < self._disk_full_until:
                 self._world.witness.saw("write failed on a full disk")
+                self._world.referee.uses_lost()
                 raise sqlite3.OperationalError("database or disk is full")
             commit(durable, batch)
 
@@ -146,6 +149,7 @@ class Accidents:
         with path.open("r+b") as file:
             file.write(bytes(4096))
         self._world.referee.store_lost()
+        self._world.referee.uses_lost()
 
     # --- the sky ---------------------------------------------------------------------------------------
 
@@ -212,6 +216,24 @@ class Accidents:
         settings = world.host.settings
         pool = settings.pool["default"].model_copy(update=dict(entry.changes))
         world.host.reload(settings.model_copy(update={"pool": {"default": pool}}))
+
+    async def protect(self, entry: Protect) -> None:
+        """It ends with the history at the latest: what is protected never rests."""
+        world = self._world
+        running = [one for one in world.ours() if one.runs and not protects(one.tags)]
+        if not running:
+            return
+        machine = running[0]
+        world.say(f"operator: protects {machine.id} for {entry.seconds:.0f} s")
+        world.sky.tag_by_operator(machine.id, {tags.PROTECT: "yes"})
+        world.referee.tagged(machine)
+        tagged_at, until_at = world.now, min(world.now + entry.seconds, world.closing_at)
+        while world.now < until_at:
+            await asyncio.sleep(min(LOOK_SECONDS, max(0.0, until_at - world.now)))
+            world.check_protection(machine, tagged_at)
+        world.say(f"operator: protects {machine.id} no longer")
+        world.sky.tag_by_operator(machine.id, {tags.PROTECT: entry.word or None})
+        world.referee.untagged(machine)
 
     async def _terminate_all(self) -> None:
         world = self._world

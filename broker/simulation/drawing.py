@@ -30,6 +30,7 @@ from broker.simulation.history import (
     Noise,
     Operator,
     Outage,
+    Protect,
     Reload,
     SecondHost,
     SilentPort,
@@ -72,7 +73,8 @@ Session = tuple[float, float]
 def draw(seed: int, hours: float) -> History:
     """The history that this seed stands for: everything may go wrong."""
     rng = random.Random(seed)  # noqa: S311 (a simulation, no secret)
-    settings = _settings(rng)
+    limits = random.Random(f"limits of {seed}")  # noqa: S311 (of its own: whoever adds a limit moves no seed)
+    settings = _limited(limits, _settings(rng))
     weather = replace(swarm(rng, STORM), stranger_answers=0.0, address_rest_seconds=90.0)
     sessions = _sessions(rng, hours)
     entries = _work(rng, sessions, settings)
@@ -81,6 +83,7 @@ def draw(seed: int, hours: float) -> History:
     entries += silences
     entries += _accidents(rng, hours, sessions)
     entries += _reloads(seed, entries)
+    entries += _protections(limits, sessions)
     history = _in_order(seed, hours, settings, weather, entries)
     warm = random.Random(f"warm {seed}")  # noqa: S311 (of its own: the other histories stay as they are)
     return _keeping_warm(warm, history) if warm.random() < WARM_PROBABILITY else history
@@ -179,6 +182,19 @@ def _window(rng: random.Random, zone: str) -> str:
     end = (begin + rng.randint(1, 12 * 4)) % (24 * 4)
     days = rng.choice(["daily", "Fri-Sun", "Sun"])
     return f"{days} {begin // 4:02}:{begin % 4 * 15:02}-{end // 4:02}:{end % 4 * 15:02} {zone}"
+
+
+def _limited(rng: random.Random, settings: Settings) -> Settings:
+    """Each limit of a worker's life and of a client in about a fifth of the histories."""
+    pool = settings.pool["default"]
+    limits: dict[str, Any] = {}
+    if rng.random() < 0.2:
+        limits["uses_max"] = rng.choice([1, 2, 5, 20])
+    if rng.random() < 0.2:
+        limits["hard_lifetime"] = pool.max_lifetime + rng.choice([0.0, 600.0, 3600.0])
+    if rng.random() < 0.2:
+        limits["workers_per_client_max"] = rng.choice([1, 1, 2])
+    return settings.model_copy(update={"pool": {"default": pool.model_copy(update=limits)}})
 
 
 # --- work --------------------------------------------------------------------------------------------------
@@ -341,6 +357,15 @@ def _changes(rng: random.Random) -> tuple[tuple[str, object], ...] | None:
             None,
         ]
     )
+
+
+def _protections(rng: random.Random, sessions: list[Session]) -> list[Entry]:
+    """While something runs, and mostly for longer than it would live."""
+    moments = [rng.uniform(*rng.choice(sessions)) for _ in range(rng.choice([0, 0, 0, 1, 3]))]
+    return [
+        Protect(at, rng.choice([60.0, 900.0, 7200.0, 36_000.0]), rng.choice(["", "no", "False"]))
+        for at in moments
+    ]
 
 
 def _second_host(rng: random.Random, at: float) -> list[Entry]:

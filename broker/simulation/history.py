@@ -131,6 +131,18 @@ class SilentPort:
 
 
 @dataclass(frozen=True, slots=True)
+class Protect:
+    """An operator puts the protect tag on a machine that runs, and takes it away again after so long.
+
+    `word`: to which value it is set then; empty: the key itself goes.
+    """
+
+    at: float
+    seconds: float
+    word: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Noise:
     """Connections that are nobody's client: port scans, health checks, half a line."""
 
@@ -172,6 +184,7 @@ Entry = (
     | Outage
     | BrokenImage
     | SilentPort
+    | Protect
     | Noise
     | Idlers
     | SecondHost

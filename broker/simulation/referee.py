@@ -19,6 +19,9 @@ from broker.simulation.rules import Rules
 CLOCK_SLACK_SECONDS = 1.0  # between the broker's decision and the client's reading of it
 PROOF_SLACK_SECONDS = 0.5
 GRANT_SECONDS = 60.0  # from a lease's grant to the client's reading of it: a silent port, a slow disk
+SENT_SECONDS_MAX = 31.0  # a Terminate that was decided may wait so long for our own pace before it leaves
+AGE_SLACK_SECONDS = 2.0  # the cloud names the whole second of a launch
+AGE_SLACK_SECONDS = 2.0  # the cloud names the whole second of a launch
 USES_KEPT = 16  # of a hold: the cloud tells what it did a moment later, and was it in use *then*?
 STRAY = "stray-"  # how the tokens of machines begin that no order of the broker's explains
 
@@ -77,6 +80,9 @@ class Referee:
         self._given_more: set[str] = set()  # tokens for which the cloud gave one machine more than was asked
         self._placed_at: dict[str, float] = {}
         self._forgiven: frozenset[str] = frozenset()  # tokens that a damaged store has made the broker forget
+        self._tagged: dict[str, None] = {}  # machines that a person protects
+        self._protected: dict[str, float] = {}  # of these, when the broker knew it
+        self._uses_known = True
         self._accused: set[tuple[str, str]] = set()
 
     @property
@@ -176,11 +182,18 @@ class Referee:
             hold.used_at.append(at)
             self._current[client, address] = hold
             self._by_machine[machine.id].append(hold)
+            self._check_uses(at, machine)
         for other in self._by_machine[machine.id]:
             both = other is not hold and (other.exclusive or hold.exclusive)
             if both and other.client != client and other.live_at(at):
                 facts = f"{machine.id} is held by {other.client} and was given to {client}"
                 self.broken(at, "never two leases on an exclusive worker", facts)
+
+    def _check_uses(self, at: float, machine: Machine) -> None:
+        holders, uses_max = len(self._by_machine[machine.id]), self._pool.uses_max
+        if uses_max is not None and holders > uses_max and self._uses_known:
+            facts = f"{machine.id} has had {holders} holders, uses_max is {uses_max}"
+            self.broken(at, "no worker is given to more clients than it may be", facts)
 
     @property
     def proof_seconds(self) -> float:
@@ -210,7 +223,38 @@ class Referee:
             self._forced[machine.id].append(at)
 
     def excused(self, machine: Machine, at: float) -> bool:
-        return any(asked_at <= at for asked_at in self._forced[machine.id])
+        """Whether somebody has asked for its end, or it is so old that it ends although it is held."""
+        return any(asked_at <= at for asked_at in self._forced[machine.id]) or self._too_old(machine, at)
+
+    def _too_old(self, machine: Machine, at: float) -> bool:
+        hard_lifetime = self._pool.hard_lifetime
+        born_at = min(machine.launched_at, self._placed_at.get(machine.token, machine.launched_at))
+        return hard_lifetime is not None and at - born_at >= hard_lifetime - AGE_SLACK_SECONDS
+
+    def tagged(self, machine: Machine) -> None:
+        """A person protects this machine."""
+        self._tagged[machine.id] = None
+
+    def untagged(self, machine: Machine) -> None:
+        """And now not any more."""
+        self._tagged.pop(machine.id, None)
+        self._protected.pop(machine.id, None)
+
+    def protected(self, at: float, machine: Machine) -> None:
+        """The broker knows that a person protects it."""
+        if machine.id in self._tagged:
+            self._protected.setdefault(machine.id, at)
+
+    def protected_is_ended(self, at: float, machine: Machine) -> None:
+        """The broker sends a Terminate for a machine that carries the tag at this moment."""
+        known_at = self._protected.get(machine.id)
+        if known_at is not None and at - known_at > SENT_SECONDS_MAX:
+            facts = f"{machine.id}, known to be protected for {at - known_at:.0f} s"
+            self.broken(at, "no protected machine is ended", facts)
+
+    def uses_lost(self) -> None:
+        """The disk has lost or not taken how often each worker was given to somebody."""
+        self._uses_known = False
 
     def terminated(self, at: float, machine: Machine) -> None:
         """The broker's Terminate was carried out on a machine that was running."""

@@ -33,6 +33,7 @@ from broker.simulation.history import (
     Noise,
     Operator,
     Outage,
+    Protect,
     Reload,
     SecondHost,
     SilentPort,
@@ -166,6 +167,8 @@ class Stage:
                 await self.accidents.broken_image(entry)
             case Reload():
                 self.accidents.reload(entry)
+            case Protect():
+                await self.accidents.protect(entry)
             case Operator():
                 await self.accidents.operate(entry)
             case Noise():

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from broker.core import schedule
-from broker.core.model import Event, WorkerChanged, WorkerState
+from broker.core.ledger import STALE_SECONDS_MAX
+from broker.core.model import Event, ProtectionChanged, WorkerChanged, WorkerState
 from broker.core.planning import SEATS_MAX
 from broker.core.settings import PoolSettings
+from broker.core.tags import protects
 from broker.core.warm import expiring
 from broker.daemon import Daemon
 from broker.providers.sim_machine import Machine
@@ -172,6 +174,25 @@ class World:
 
         self.referee.known(self.now, self.ours(), explains)
 
+    def check_protection(self, machine: Machine, tagged_at: float) -> None:
+        """Does the broker know the tag that a person has put on, as soon as a listing must have shown it?"""
+        daemon = self.daemon()
+        if daemon is None or not _is_in_charge(daemon):
+            return
+        worker = daemon.context.registry.by_instance(machine.id)
+        shown = any(
+            (cloud.scanned_at or 0.0) > tagged_at + STALE_SECONDS_MAX and machine.id in cloud.instance_ids
+            for cloud in daemon.context.clouds.all
+        )
+        if worker is None or not shown:
+            return
+        if worker.protected:
+            self.witness.saw("protected")
+            self.referee.protected(self.now, machine)
+        elif machine.alive:
+            facts = f"{machine.id} was tagged {self.now - tagged_at:.0f} s ago, and the broker does not know"
+            self.referee.broken_once(self.now, "a protect tag is seen in time", machine.id, facts)
+
     # --- who listens -----------------------------------------------------------------------------------
 
     def _cloud_reports(self, at: float, what: str, details: str) -> None:
@@ -198,10 +219,21 @@ class World:
             self.referee.launched(self.now, token, self.host.on_disk(token), count)
             for kind in _kinds(parameters):
                 self.referee.bought(self.now, token, kind)
+        elif method == "terminate_instances":
+            self._check_terminate(parameters)
+
+    def _check_terminate(self, parameters: Any) -> None:
+        """A Terminate leaves a broker: does it name a machine that the broker knows to be protected?"""
+        named = frozenset(parameters["InstanceIds"])
+        for machine in self.ours():
+            if machine.id in named and protects(machine.tags):
+                self.referee.protected_is_ended(self.now, machine)
 
     def _heard(self, event: Event) -> None:
         """The broker's books have changed."""
         self.witness.broker_told(event)
+        if isinstance(event, ProtectionChanged) and event.worker.protected:
+            self.referee.protected(self.now, self.sky.machine(event.worker.instance_id or ""))
         if not isinstance(event, WorkerChanged):
             return
         if event.worker.state is WorkerState.ORDERED:
@@ -243,6 +275,8 @@ class World:
         """A call leaves the broker on the other host, of which no client knows."""
         if method in ("run_instances", "create_fleet") and not self.keeps_warm:
             self.referee.broken(self.now, "nobody asked it for a worker", parameters["ClientToken"])
+        if method == "terminate_instances":
+            self._check_terminate(parameters)
         if method not in ("terminate_instances", "create_tags"):
             return
         if self.other is not self._took_over:

@@ -210,6 +210,38 @@ class Metrics(Collector):
             utilization.add_metric([pool], self._meter.totals(pool, now).utilization_ratio)
             breaker.add_metric([pool], float(now < self._context.guard(pool).closed_until_at))
         yield from (workers, leases, utilization, breaker, warm)
+        yield from self._limits()
+
+    def _limits(self) -> Iterator[Metric]:
+        """What keeps workers alive, and what keeps launches from being made."""
+        registry, now = self._context.registry, self._context.now()
+        protected = GaugeMetricFamily(
+            "compute_broker_protected_workers",
+            "Workers that a compute-broker:protect tag keeps alive.",
+            labels=["pool"],
+        )
+        seconds_left = GaugeMetricFamily(
+            "compute_broker_launch_breaker_seconds_left",
+            "How long launches pause yet after failed boots.",
+            labels=["pool"],
+        )
+        openings = GaugeMetricFamily(
+            "compute_broker_launch_breaker_openings",
+            "How often the breaker has opened since a machine last came up.",
+            labels=["pool"],
+        )
+        failures = GaugeMetricFamily(
+            "compute_broker_launch_breaker_boot_failures",
+            "Failed boots in a row since the breaker last opened or a machine came up.",
+            labels=["pool"],
+        )
+        for pool in self._pools():
+            breaker = self._context.guard(pool).breaker(now)
+            protected.add_metric([pool], sum(one.protected for one in registry.in_state(*BOOKED, pool=pool)))
+            seconds_left.add_metric([pool], breaker.seconds_left)
+            openings.add_metric([pool], breaker.openings)
+            failures.add_metric([pool], breaker.failures)
+        yield from (protected, seconds_left, openings, failures)
 
     def _money(self) -> Iterator[Metric]:
         ledger, settings = self._ledger, self._context.settings

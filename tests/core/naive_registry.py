@@ -11,7 +11,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from broker.core.errors import Denied, IllegalStep, WorkerNotFound
-from broker.core.model import Event, Lease, LeaseEnded, LeaseGranted, WorkerChanged, WorkerSeen
+from broker.core.model import (
+    UNKNOWN_CLIENT,
+    Event,
+    Lease,
+    LeaseEnded,
+    LeaseGranted,
+    ProtectionChanged,
+    WorkerChanged,
+    WorkerSeen,
+)
 
 LIFE_ROWS = """
     from         on                                         to
@@ -49,6 +58,8 @@ def told(event: Event) -> Told:
             return ("changed", worker.id, before and str(before), str(worker.state), worker.reason, at)
         case WorkerSeen(worker=worker, at=at):
             return ("seen", worker.id, worker.address, worker.running, at)
+        case ProtectionChanged(worker=worker, at=at):
+            return ("protection", worker.id, worker.protected, at)
         case LeaseGranted(lease=lease, worker=worker, first=first, at=at):
             return ("granted", lease, worker.id, first, at)
         case LeaseEnded(lease=lease, worker=worker, last=last, reason=reason, at=at):
@@ -70,18 +81,22 @@ class Entry:
     running: bool = False
     reason: str = ""
     notice: str = ""
+    closed: str = ""
+    uses: int = 0
+    protected: bool = False
+    tag_seen_at: float = float("-inf")
     proved_at: float = float("-inf")
     holds: dict[str, tuple[Lease, float]] = field(default_factory=dict)
 
     @property
     def free(self) -> bool:
-        return self.state == "ready" and not self.holds
+        return self.state == "ready" and not self.closed and not self.holds
 
     @property
     def open(self) -> bool:
         full = self.pool in SEATS and len(self.holds) >= SEATS[self.pool]
         alone = any(lease.exclusive for lease, _ in self.holds.values())
-        return self.state == "ready" and not alone and not full
+        return self.state == "ready" and not self.closed and not alone and not full
 
 
 class NaiveRegistry:
@@ -175,6 +190,23 @@ class NaiveRegistry:
             self._claim(entry)
         self.told.append(("seen", entry.id, address, running, now))
 
+    def tagged(self, worker_id: str, protects: bool, now: float) -> None:
+        """What a listing shows; one without the tag may be two minutes behind."""
+        entry = self.entries[worker_id]
+        if protects:
+            entry.tag_seen_at = now
+        protected = now - entry.tag_seen_at < 120.0 if entry.protected else protects
+        if protected is not entry.protected:
+            entry.protected, entry.look_at = protected, now
+            self.told.append(("protection", entry.id, protected, now))
+
+    def close(self, worker_id: str, reason: str, now: float) -> None:
+        entry = self.entries[worker_id]
+        if not entry.closed:
+            entry.closed = reason
+            self._line_up()
+            self.told.append(("seen", entry.id, entry.address, entry.running, now))
+
     def ready(self, worker_id: str, now: float) -> None:
         entry = self.entries[worker_id]
         if entry.notice or entry.address is None:
@@ -217,6 +249,10 @@ class NaiveRegistry:
             if others and (lease.exclusive or any(held.exclusive for held in others)):
                 raise Denied
             granted = lease
+            if mine is None and entry.closed and UNKNOWN_CLIENT not in entry.holds:
+                raise Denied
+            if mine is None:
+                entry.uses += 1
             if mine is not None:
                 granted = Lease(mine[0].id, entry.id, lease.client, mine[0].ttl_seconds, exclusive=True)
             else:

@@ -11,9 +11,23 @@ from hypothesis import strategies as st
 from broker.core.errors import BudgetReached, LimitReached
 from broker.core.ledger import Budget
 from broker.core.model import Worker
-from broker.core.policy import LaunchGuard, Reason, Room, Verdict, born_at, judge, launch_room
+from broker.core.policy import (
+    Breaker,
+    BreakerState,
+    LaunchGuard,
+    Reason,
+    Room,
+    Verdict,
+    born_at,
+    client_refusal,
+    judge,
+    launch_room,
+    may_end,
+    room_overall,
+)
 from broker.core.registry import Registry
 from broker.core.settings import PoolSettings
+from broker.core.tags import BROKER, PROTECT
 from tests.core.generated import FEW
 from tests.core.make import PORT, instance, lease, order, pool
 
@@ -192,6 +206,161 @@ def test_a_wall_clock_that_is_behind_makes_no_machine_younger_than_now() -> None
     assert born_at(pool(max_lifetime="5m", idle_timeout="15m"), age_seconds=900.0, now=0.0) == 0.0
 
 
+def test_with_a_hard_lifetime_a_restart_makes_no_machine_younger() -> None:
+    settings = pool(max_lifetime="8h", hard_lifetime="10h", idle_timeout="15m")
+    assert born_at(settings, age_seconds=9 * 3600.0, now=50_000.0) == 50_000.0 - 9 * 3600.0
+    assert born_at(settings, age_seconds=-5.0, now=50_000.0) == 50_000.0
+
+
+HARD = pool(idle_timeout="15m", max_lifetime="8h", hard_lifetime="9h", boot_deadline="10m")
+HARD_SECONDS = 32_400.0
+
+
+def test_at_the_hard_lifetime_a_worker_goes_although_somebody_holds_it() -> None:
+    registry = Registry()
+    worker = ready(registry, 0.0)
+    hold(registry, worker, HARD_SECONDS - 100.0)
+    assert verdict(registry, worker, HARD_SECONDS - 1.0, HARD) == Verdict(
+        retire=True, next_look_at=HARD_SECONDS
+    )
+    assert verdict(registry, worker, HARD_SECONDS, HARD) == Verdict(drain=Reason.HARD_LIFETIME)
+
+
+def test_without_a_hard_lifetime_no_age_ends_a_worker_that_somebody_holds() -> None:
+    registry = Registry()
+    worker = ready(registry, 0.0)
+    hold(registry, worker, 1e9, ttl=100.0)
+    assert verdict(registry, worker, 1e9) == Verdict(retire=True, next_look_at=1e9 + 100.0)
+
+
+def test_a_machine_taken_over_that_never_comes_up_ends_at_the_hard_lifetime_under_its_clients() -> None:
+    registry = Registry()
+    worker = registry.adopt(instance(), "default", PORT, 0.0, born_at=-HARD_SECONDS + 1000.0)
+    hold(registry, worker, 0.0, ttl=5000.0)
+    assert verdict(registry, worker, 999.0, HARD) == Verdict(next_look_at=1000.0)
+    assert verdict(registry, worker, 1000.0, HARD) == Verdict(drain=Reason.HARD_LIFETIME)
+
+
+USED = pool(idle_timeout="15m", uses_max=2)
+
+
+def test_a_worker_that_was_given_to_as_many_as_it_may_ends_with_the_last_of_them() -> None:
+    registry = Registry()
+    worker = ready(registry, 0.0)
+    hold(registry, worker, 0.0, "ann")
+    registry.end_lease(worker.id, "ann", "released", 1.0)
+    assert verdict(registry, worker, 1.0, USED).drain is None
+    hold(registry, worker, 2.0, "ann")
+    assert verdict(registry, worker, 3.0, USED).drain is None, "it is still held"
+    registry.end_lease(worker.id, "ann", "released", 4.0)
+    assert verdict(registry, worker, 4.0, USED) == Verdict(drain=Reason.USED_UP)
+
+
+def test_renewing_is_no_use_and_an_exclusive_hold_is_not_counted_twice() -> None:
+    registry = Registry()
+    worker = ready(registry, 0.0)
+    for number in range(5):
+        registry.grant(lease(worker.id, "ann", exclusive=number == 4), float(number))
+    assert registry.uses(worker.id) == 1
+
+
+def protected(registry: Registry, worker: Worker, now: float, value: str = "yes") -> Worker:
+    shown = instance(worker.instance_id or "", worker.address, tags={BROKER: "lab", PROTECT: value})
+    return registry.observed(worker.id, shown, now)
+
+
+def test_a_protected_worker_is_never_idle_never_too_old_and_never_used_up() -> None:
+    registry = Registry()
+    settings = pool(idle_timeout="15m", max_lifetime="8h", hard_lifetime="8h", uses_max=1)
+    worker = ready(registry, 0.0)
+    hold(registry, worker, 0.0)
+    protected(registry, worker, 0.0)
+    assert verdict(registry, worker, 5 * IDLE, settings) == Verdict(next_look_at=LIFETIME)
+    assert verdict(registry, worker, LIFETIME, settings) == Verdict(retire=True), "but it gets no new clients"
+    hold(registry, worker, LIFETIME + 1.0)
+    assert verdict(registry, worker, LIFETIME + 2.0, settings).drain is None, "not under its client either"
+
+
+def test_a_protected_worker_that_stopped_answering_is_kept() -> None:
+    registry = Registry()
+    worker = protected(registry, ready(registry, 0.0), 0.0)
+    registry.suspect(worker.id, "no answer", 50.0)
+    assert verdict(registry, worker, 51.0 + SILENCE).drain is None
+
+
+def test_a_protected_machine_that_does_not_come_up_is_drained_and_may_not_end() -> None:
+    registry = Registry()
+    worker = protected(registry, booting(registry, 0.0), 0.0)
+    assert verdict(registry, worker, BOOT) == Verdict(drain=Reason.BOOT_TIMEOUT)
+    assert not may_end(registry.drain(worker.id, Reason.BOOT_TIMEOUT, BOOT))
+
+
+@pytest.mark.parametrize("value", ["", "no", "No", "FALSE", " no "])
+def test_a_tag_that_says_no_protects_nothing(value: str) -> None:
+    registry = Registry()
+    worker = protected(registry, ready(registry, 0.0), 0.0, value)
+    assert may_end(worker)
+    assert verdict(registry, worker, IDLE) == Verdict(drain=Reason.IDLE)
+
+
+def test_one_listing_without_the_tag_is_no_proof_that_somebody_has_taken_it_away() -> None:
+    registry = Registry()
+    worker = protected(registry, ready(registry, 0.0), 100.0)
+    assert not may_end(protected(registry, worker, 219.0, value="")), "it may be two minutes behind"
+    assert may_end(protected(registry, worker, 220.0, value=""))
+
+
+def test_a_look_that_shows_no_tags_at_all_says_nothing_about_protection() -> None:
+    registry = Registry()
+    worker = protected(registry, ready(registry, 0.0), 0.0)
+    assert not may_end(registry.observed(worker.id, instance("i-1"), 1e6))
+
+
+# --- caps of a client and of the broker -------------------------------------------------------------------
+
+
+def test_a_client_may_hold_as_many_workers_as_its_pool_allows_and_no_more() -> None:
+    registry, settings = Registry(), pool(workers_per_client_max=2)
+    first, second = (ready(registry, 0.0, number) for number in (1, 2))
+    hold(registry, first, 0.0)
+    assert client_refusal(registry, "default", settings, "ann") is None
+    hold(registry, second, 0.0)
+    refusal = client_refusal(registry, "default", settings, "ann")
+    assert isinstance(refusal, LimitReached)
+    assert "workers_per_client_max = 2" in refusal.message
+    assert client_refusal(registry, "default", settings, "bob") is None
+    assert client_refusal(registry, "default", POOL, "ann") is None, "without the setting there is no limit"
+    assert client_refusal(registry, "gpu", settings, "ann") is None, "other pools do not count"
+
+
+def test_a_worker_that_does_not_answer_does_not_keep_its_client_from_another_one() -> None:
+    registry, settings = Registry(), pool(workers_per_client_max=1)
+    worker = ready(registry, 0.0)
+    hold(registry, worker, 0.0)
+    registry.suspect(worker.id, "no answer", 1.0)
+    assert client_refusal(registry, "default", settings, "ann") is None
+
+
+def test_the_brokers_cap_counts_the_machines_of_all_pools_in_every_state() -> None:
+    registry = Registry()
+    registry.order(order("o-1", pool="gpu"), PORT, 0.0)
+    registry.drain(ready(registry, 0.0, 2).id, "idle", 0.0)
+    assert room_overall(registry, 5) == 3
+    assert room_overall(registry, 1) == 0
+    assert room_overall(registry, None) is None
+
+
+def test_no_more_is_ordered_than_all_pools_together_may_have() -> None:
+    registry = Registry()
+    for number in (1, 2):
+        registry.order(order(f"o-{number}", pool="gpu"), PORT, 0.0)
+    assert launch_room(registry, "default", POOL, LaunchGuard(), 0.0, max_workers=5) == Room(3)
+    assert launch_room(registry, "default", POOL, LaunchGuard(), 0.0, max_workers=9) == Room(4)
+    full = launch_room(registry, "default", POOL, LaunchGuard(), 0.0, max_workers=2)
+    assert isinstance(full.why, LimitReached)
+    assert (full.machines, full.why.message) == (0, "the broker's max_workers = 2 is reached")
+
+
 # --- the guard against runaway launches -----------------------------------------------------------------
 
 
@@ -244,6 +413,46 @@ def test_each_further_pause_is_twice_as_long_up_to_a_maximum() -> None:
     guard.booted()
     failing(guard, POOL.boot_failures_max, 0.0)
     assert guard.closed_until_at == 600.0
+
+
+def test_a_breaker_says_whether_it_is_open_for_how_long_and_how_often() -> None:
+    guard = LaunchGuard()
+    assert guard.breaker(0.0) == Breaker()
+    failing(guard, POOL.boot_failures_max + 1, 0.0)
+    assert guard.breaker(100.0) == Breaker(BreakerState.OPEN, 500.0, failures=1, openings=1)
+    assert guard.breaker(600.0) == Breaker(BreakerState.CLOSED, 0.0, failures=1, openings=1)
+
+
+def test_a_breaker_that_is_remembered_goes_on_where_it_was() -> None:
+    guard = LaunchGuard()
+    guard.recall(Breaker(BreakerState.OPEN, 250.0, failures=1, openings=2), now=1000.0)
+    assert guard.breaker(1000.0) == Breaker(BreakerState.OPEN, 250.0, failures=1, openings=2)
+    failing(guard, 2, 1300.0)
+    assert guard.breaker(1300.0).seconds_left == 2400.0, "the third pause in a row"
+
+
+def test_no_clock_makes_a_remembered_pause_longer_than_a_pause_can_be() -> None:
+    guard = LaunchGuard()
+    guard.recall(Breaker(BreakerState.OPEN, 1e6, openings=1), now=0.0)
+    assert guard.breaker(0.0).seconds_left == 14_400.0
+
+
+def test_whoever_keeps_the_breaker_hears_of_every_change_and_of_nothing_else() -> None:
+    heard: list[None] = []
+    guard = LaunchGuard(changed=lambda: heard.append(None))
+    guard.booted()
+    guard.attempted(0.0)
+    assert heard == []
+    failing(guard, 2, 0.0)
+    guard.booted()
+    assert len(heard) == 3
+
+
+def test_launches_of_the_last_hour_can_be_counted_at_any_moment() -> None:
+    guard = LaunchGuard()
+    for at in (0.0, 10.0, 20.0):
+        guard.attempted(at)
+    assert [guard.launches_last_hour(now) for now in (20.0, 3605.0, 3620.0)] == [3, 2, 0]
 
 
 def test_an_image_that_stays_broken_for_a_year_does_not_break_the_broker() -> None:
@@ -354,4 +563,5 @@ def test_why_a_worker_is_drained_is_a_closed_list_of_short_words() -> None:
     assert {str(reason) for reason in Reason} == {
         "idle", "released", "max-lifetime", "boot-timeout", "boot-failed", "unresponsive", "terminate-all",
         "reclaimed", "stopped", "surplus", "ended-before", "wrong-market", "replaced", "pool-removed",
+        "hard-lifetime", "used-up",
     }  # fmt: skip

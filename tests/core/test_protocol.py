@@ -43,6 +43,7 @@ from broker.core.protocol import (
     ListAll,
     Malformed,
     Ping,
+    Pools,
     Quit,
     Release,
     Renew,
@@ -115,6 +116,7 @@ def heard(chunks: Sequence[bytes], *, eof: bool = True) -> list[object]:
         ("RELEASE 10.0.0.1 force", Release("10.0.0.1", force=True)),
         ("RELEASE 10.0.0.1 client=ann force", Release("10.0.0.1", True, "ann")),
         ("STATUS", Status()),
+        ("POOLS", Pools()),
         ("LIST_ALL \r", ListAll()),
         ("TERMINATE_ALL", TerminateAll()),
     ],
@@ -362,7 +364,7 @@ SENDABLE = st.one_of(
     st.builds(Renew, lease=WORDS),
     st.builds(Done, lease=WORDS),
     st.builds(Watch, client=CLIENTS),
-    st.sampled_from([Status(), ListAll(), TerminateAll(), Help(), Version(), Quit()]),
+    st.sampled_from([Status(), Pools(), ListAll(), TerminateAll(), Help(), Version(), Quit()]),
 )
 ANYTHING: st.SearchStrategy[Any] = (
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=80)

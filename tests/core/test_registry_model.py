@@ -15,6 +15,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from broker.core import tags
 from broker.core.errors import Denied, IllegalStep, WorkerNotFound
 from broker.core.model import Event, InstanceState, Lease, LeaseEnded, LeaseGranted, Worker, WorkerState
 from broker.core.registry import BOOKED, USABLE, Registry, Step
@@ -129,6 +130,25 @@ class TwoRegistries(RuleBasedStateMachine):
         self.both(
             lambda: self.naive.observed(worker_id, machine, address, running, self.now),
             lambda: self.real.observed(worker_id, described(machine, address, running), self.now),
+        )
+
+    @rule(worker_id=known, protects=st.booleans())
+    def look_at_tags(self, worker_id: str, protects: bool) -> None:
+        entry = self.naive.entries.get(worker_id)
+        if entry is None or entry.instance_id is None:
+            return
+        its_tags = {tags.BROKER: "lab", **({tags.PROTECT: "yes"} if protects else {})}
+        shown = replace(described(entry.instance_id, entry.address, entry.running), tags=its_tags)
+        self.both(
+            lambda: self.naive.tagged(worker_id, protects, self.now),
+            lambda: self.real.observed(worker_id, shown, self.now),
+        )
+
+    @rule(worker_id=known, reason=st.sampled_from(["used-up", "too old"]))
+    def close(self, worker_id: str, reason: str) -> None:
+        self.both(
+            lambda: self.naive.close(worker_id, reason, self.now),
+            lambda: self.real.close(worker_id, reason, self.now),
         )
 
     @rule(worker_id=known)
@@ -273,11 +293,12 @@ class TwoRegistries(RuleBasedStateMachine):
             assert worker is not None
             assert (
                 worker.pool, str(worker.state), worker.instance_id, worker.address, worker.running,
-                worker.reason, worker.standing_notice, worker.since_at,
+                worker.reason, worker.standing_notice, worker.since_at, worker.closed, worker.protected,
             ) == (
                 entry.pool, entry.state, entry.instance_id, entry.address, entry.running,
-                entry.reason, entry.notice, entry.since_at,
+                entry.reason, entry.notice, entry.since_at, entry.closed, entry.protected,
             )  # fmt: skip
+            assert self.real.uses(worker_id) == entry.uses
             assert self.real.used_at(worker_id) == entry.used_at
             assert self.real.proved_at(worker_id) == entry.proved_at
             assert self.real.leases(worker_id) == [lease for lease, _ in entry.holds.values()]
@@ -310,6 +331,8 @@ class TwoRegistries(RuleBasedStateMachine):
             inside = [entry for entry in self.naive.entries.values() if entry.pool == pool]
             assert self.real.lease_count(pool) == sum(len(entry.holds) for entry in inside)
             for client in CLIENTS:
+                held = {e.id for e in inside if any(one.client == client for one, _ in e.holds.values())}
+                assert {worker.id for worker in self.real.workers_held(pool, client)} == held
                 ids = {entry.holds[client][0].id for entry in inside if client in entry.holds}
                 assert self.real.held_leases(pool, client) == ids
             for exclusive in (False, True):

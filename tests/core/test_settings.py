@@ -592,3 +592,16 @@ def test_a_schedule_can_come_from_the_environment_as_json() -> None:
     assert '{"Mon-Fri 08:00-19:00 Europe/Berlin": 2}' in problem
     [problem] = problems({}, {variable: "[2]"})
     assert problem == "pool.default.warm_schedule: input should be a valid dictionary"
+
+
+def test_a_hard_lifetime_is_no_shorter_than_the_ordinary_one() -> None:
+    (problem,) = problems({"pool": {"default": {"max_lifetime": "8h", "hard_lifetime": "7h"}}}, {})
+    assert problem.startswith("pool.default.hard_lifetime: is shorter than max_lifetime (28800 s)")
+    equal = parse({"pool": {"default": {"max_lifetime": "8h", "hard_lifetime": "8h"}}}, {})
+    assert equal.pool["default"].hard_lifetime == 28_800.0
+
+
+@pytest.mark.parametrize("key", ["uses_max", "workers_per_client_max"])
+def test_a_limit_of_nobody_is_a_mistake(key: str) -> None:
+    (problem,) = problems({"pool": {"default": {key: 0}}}, {})
+    assert problem.startswith(f"pool.default.{key}: ")

@@ -82,3 +82,12 @@ def test_the_ends_of_the_calendar_do_no_harm(text: str) -> None:
 def test_tags_that_anybody_edited_never_raise(written: dict[str, str]) -> None:
     identity = tags.read(written)
     assert identity.broker == written.get(tags.BROKER, "")
+
+
+@pytest.mark.parametrize(
+    ("value", "kept"),
+    [("yes", True), ("until Friday, ann", True), ("1", True), ("", False), ("no", False), ("False", False)],
+)
+def test_the_protect_tag_protects_unless_it_says_no(value: str, kept: bool) -> None:
+    assert tags.protects({tags.PROTECT: value}) is kept
+    assert not tags.protects({})

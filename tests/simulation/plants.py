@@ -287,12 +287,46 @@ def idle_without_looking_at_leases() -> Iterator[Any]:
     yield patch.object(Registry, "busy", lambda self, worker_id: False)
 
 
+@planted
+def the_protect_tag_is_ignored() -> Iterator[Any]:
+    """It is read and shown, and whoever ends machines does not ask for it."""
+    judge = policy.judge
+
+    def blind(registry: Registry, worker: Worker, pool: PoolSettings, now: float) -> policy.Verdict:
+        return judge(registry, replace(worker, protected=False), pool, now)
+
+    yield patch.object(reap, "judge", blind)
+    yield patch.object(reap, "may_end", lambda worker: True)
+    yield patch.object(service.Service, "_is_protected", lambda self, worker: False)
+
+
+@planted
+def the_protect_tag_is_not_read() -> Iterator[Any]:
+    yield patch.object(Registry, "_tagged", lambda self, worker, instance, now: worker)
+
+
+@planted
+def max_lifetime_ends_busy_workers() -> Iterator[Any]:
+    """As if every pool had a hard lifetime of that length."""
+    yield patch.object(policy, "_hard_at", lambda worker, pool: worker.born_at + pool.max_lifetime)
+
+
 # --- hand-outs and leases ----------------------------------------------------------------------------------
 
 
 @planted
 def leases_are_lost_at_a_restart() -> Iterator[Any]:
     yield patch.object(store.Store, "leases", lambda self: [])
+
+
+@planted
+def uses_are_not_counted() -> Iterator[Any]:
+    yield patch.object(Registry, "uses", lambda self, worker_id: 0)
+
+
+@planted
+def uses_are_forgotten_at_a_restart() -> Iterator[Any]:
+    yield patch.object(store.Store, "notes", lambda self: [])
 
 
 @planted

@@ -14,7 +14,16 @@ from broker.core.settings import parse
 from broker.providers.sim_weather import CLEAR
 from broker.simulation.awaits import Point, points, struck
 from broker.simulation.drawing import draw
-from broker.simulation.history import BROKER_ID, Crowd, History, Operator, Reload, Stop, Visit
+from broker.simulation.history import (
+    BROKER_ID,
+    BrokenImage,
+    Crowd,
+    History,
+    Operator,
+    Reload,
+    Stop,
+    Visit,
+)
 from broker.simulation.stage import play
 from broker.simulation.strikes import first_rounds, play_with_kill
 
@@ -116,6 +125,8 @@ def written() -> History:
         Operator(130.0, "unclassified"),
         Crowd(400.0, "crowd", 60, 20.0),
         Operator(500.0, "TERMINATE_ALL"),
+        BrokenImage(600.0, 300.0),
+        Visit(610.0, "dan", 30.0, 10.0, "release", wait=60.0),
     )
     return History(
         1, 0.3, parse({"broker": {"id": BROKER_ID}, "pool": {"default": pool}}, {}), CLEAR, entries

@@ -21,11 +21,14 @@ FOUND_WITHIN = {
     "handed-out-without-a-proof": 7,
     "idle-without-looking-at-leases": 1,
     "launches-of-the-hour-are-not-counted": 1,
+    "max-lifetime-ends-busy-workers": 10,
     "no-grace": 3,
     "no-token-reuse": 1,
     "order-written-after-the-call": 1,
     "spares-ignore-machines-on-their-way": 10,
     "strangers-are-claimed": 1,
+    "the-protect-tag-is-ignored": 1,
+    "uses-are-not-counted": 3,
     "waits-never-end": 1,
 }
 

@@ -100,6 +100,8 @@ class Stage:
                 await asyncio.sleep(direction.amount)
             case "boot":
                 await self.boot()
+            case "protect":
+                await self.protect()
             case "stop":
                 self.stop.set()
 
@@ -108,6 +110,12 @@ class Stage:
         await self.until(self._pending)
         for instance_id in self._pending():
             self.cloud.boot(instance_id)
+
+    async def protect(self) -> None:
+        """A person puts the tag on every machine that runs, and the broker lists them once more."""
+        for instance_id in self.cloud.running():
+            self.cloud.retag(instance_id, protect="yes")
+        await self.daemon.reconcile.scan()
 
     def _pending(self) -> list[str]:
         machines = self.cloud.machines.items()

@@ -20,6 +20,7 @@ DIRECTIONS = {
     "booting": True,
     "seconds": True,
     "boot": False,
+    "protect": False,
     "stop": False,
 }  # verb → whether it has a number
 PLACEHOLDER = re.compile(r"\{(?P<kind>[a-z]+)(?P<number>\d*)\}")

@@ -41,6 +41,11 @@ NAMES_AND_LABELS = {  # fixed: dashboards and alerts hold on to them
     "compute_broker_cost_usd_per_hour": {"pool"},
     "compute_broker_cost_usd_today": {"pool"},
     "compute_broker_price_assumed": {"pool"},
+    "compute_broker_protected_workers": {"pool"},
+    "compute_broker_launch_breaker_open": {"pool"},
+    "compute_broker_launch_breaker_seconds_left": {"pool"},
+    "compute_broker_launch_breaker_openings": {"pool"},
+    "compute_broker_launch_breaker_boot_failures": {"pool"},
 }
 TYPES = {
     "compute_broker_workers": "gauge",
@@ -59,6 +64,11 @@ TYPES = {
     "compute_broker_cost_usd_per_hour": "gauge",
     "compute_broker_cost_usd_today": "gauge",
     "compute_broker_price_assumed": "gauge",
+    "compute_broker_protected_workers": "gauge",
+    "compute_broker_launch_breaker_open": "gauge",
+    "compute_broker_launch_breaker_seconds_left": "gauge",
+    "compute_broker_launch_breaker_openings": "gauge",
+    "compute_broker_launch_breaker_boot_failures": "gauge",
 }
 
 
@@ -391,7 +401,11 @@ def test_the_breaker_and_failing_loops_can_be_seen(tmp_path: Path) -> None:
     async def story(broker: RunningBroker) -> None:
         assert Page(broker).value("compute_broker_launch_breaker_open", pool="default") == 0
         await broker.ask("GET_WORKER wait=3600")
-        assert Page(broker).value("compute_broker_launch_breaker_open", pool="default") == 1
+        page = Page(broker)
+        assert page.value("compute_broker_launch_breaker_open", pool="default") == 1
+        assert 0 < page.value("compute_broker_launch_breaker_seconds_left", pool="default") <= 600
+        assert page.value("compute_broker_launch_breaker_openings", pool="default") == 1
+        assert page.value("compute_broker_launch_breaker_boot_failures", pool="default") == 0
         broker.daemon._loop_failed("reap", ZeroDivisionError(), 1.0)
         assert Page(broker).value("compute_broker_loop_failures_total", loop="reap") == 1
 
@@ -405,6 +419,17 @@ def test_the_warm_target_is_what_the_schedule_says_now(tmp_path: Path) -> None:
         assert Page(broker).value("compute_broker_warm_target", pool="default") == 1
 
     live(tmp_path, story, chosen=settings(warm=1, warm_schedule={"daily 06:00-12:00": 2}))
+
+
+def test_protected_workers_can_be_seen(tmp_path: Path) -> None:
+    async def story(broker: RunningBroker) -> None:
+        await broker.ask("GET_WORKER")
+        assert Page(broker).value("compute_broker_protected_workers", pool="default") == 0
+        broker.cloud.retag(*broker.cloud.running(), protect="yes")
+        await asyncio.sleep(31)
+        assert Page(broker).value("compute_broker_protected_workers", pool="default") == 1
+
+    live(tmp_path, story)
 
 
 def test_machines_of_a_pool_that_the_configuration_has_dropped_are_still_seen(tmp_path: Path) -> None:

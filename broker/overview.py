@@ -1,0 +1,63 @@
+"""What an operator wants to know of each pool, as the rows of POOLS. Reads the books; changes nothing."""
+
+from __future__ import annotations
+
+from broker.context import Context
+from broker.core.money import USD_MICROS
+from broker.core.registry import BOOKED
+from broker.ledger import Ledger
+
+
+class Overview:
+    """See the module."""
+
+    def __init__(self, context: Context, ledger: Ledger) -> None:
+        self._context = context
+        self._ledger = ledger
+
+    def pools(self) -> list[dict[str, object]]:
+        """One row for each pool: the configured ones, then those that only machines remember."""
+        configured = self._context.settings.pool
+        remembered = {worker.pool for worker in self._context.registry} - configured.keys()
+        return [self._row(name) for name in (*configured, *sorted(remembered))]
+
+    def _row(self, name: str) -> dict[str, object]:
+        context, now = self._context, self._context.now()
+        registry, pool, guard = context.registry, context.pool(name), context.guard(name)
+        breaker = guard.breaker(now)
+        counts = {str(state): registry.count(name, state) for state in sorted(BOOKED)}
+        return {
+            "name": name,
+            "provider": pool.provider if name in context.settings.pool else None,
+            "workers": {state: count for state, count in counts.items() if count},
+            "protected": sum(worker.protected for worker in registry.in_state(*BOOKED, pool=name)),
+            "leases": registry.lease_count(name),
+            "waiting": len(context.waiting.of(name)),
+            "max_workers": pool.max_workers,
+            "launches_last_hour": guard.launches_last_hour(now),
+            "launches_per_hour": pool.launches_per_hour,
+            "breaker": {
+                "state": str(breaker.state),
+                "seconds_left": round(breaker.seconds_left),
+                "failures": breaker.failures,
+                "openings": breaker.openings,
+            },
+            "obstacle": self._obstacle(name),
+            "budget": {
+                "spent_usd": round(self._ledger.cost_usd_micros_today(name) / USD_MICROS, 2),
+                "limit_usd": pool.budget_usd_per_day,
+            },
+        }
+
+    def _obstacle(self, name: str) -> str:
+        """Why clients wait, or are refused: as far as it is known without one who asks."""
+        cloud = self._context.cloud(name)
+        if cloud is None:
+            return "the pool is not configured any more"
+        refusal = cloud.read_only() or cloud.refusal(name)
+        if refusal is not None:
+            return refusal.message
+        if not cloud.recovered:
+            return f"{cloud.provider.name} has not been listed yet"
+        obstacle = self._context.obstacles.get(name)
+        return obstacle.message if obstacle is not None else ""

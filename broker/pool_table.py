@@ -1,0 +1,45 @@
+"""POOLS as a table for people: a line for each pool, and below it why its clients wait, if they do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.table import Table
+
+Row = dict[str, Any]
+
+
+def pool_table(rows: list[Row]) -> Table:
+    """The rows of POOLS, as the broker answered them."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("POOL", "PROVIDER", "WORKERS"):
+        table.add_column(column, overflow="fold")
+    for column in ("LEASES", "WAITING", "LAUNCHES/H", "SPENT TODAY"):
+        table.add_column(column, justify="right")
+    for column in ("BREAKER", "WHY CLIENTS WAIT"):
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(
+            row["name"], row["provider"] or "-", _workers(row), str(row["leases"]), str(row["waiting"]),
+            f"{row['launches_last_hour']}/{row['launches_per_hour']}", _spent(row["budget"]),
+            _breaker(row["breaker"]), row["obstacle"] or "-",
+        )  # fmt: skip
+    return table
+
+
+def _workers(row: Row) -> str:
+    states = [f"{count} {state}" for state, count in row["workers"].items()]
+    protected = [f"({row['protected']} protected)"] if row["protected"] else []
+    return f"{', '.join(states) or 'none'} of {row['max_workers']} {' '.join(protected)}".rstrip()
+
+
+def _spent(budget: Row) -> str:
+    limit = "" if budget["limit_usd"] is None else f" of ${budget['limit_usd']:.2f}"
+    return f"${budget['spent_usd']:.2f}{limit}"
+
+
+def _breaker(breaker: Row) -> str:
+    if breaker["state"] == "open":
+        return f"open, {breaker['seconds_left']} s left"
+    failures = breaker["failures"]
+    return f"closed, {failures} failed in a row" if failures else "closed"
