@@ -190,6 +190,9 @@ class Service:
     def reloaded(self) -> None:
         """The settings have changed: no reply is given by the old ones."""
         self._warm.clear()
+        self._registry.seats_changed()
+        for name in self._context.settings.pool:
+            self._granting.serve(name)
 
     def closed(self, session: Session) -> None:
         """The connection is over, and with it the leases that live as long as it does; but not when it is the

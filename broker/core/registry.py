@@ -458,6 +458,12 @@ class Registry:
             else:
                 self.end_lease(worker_id, lease.key, "expired", ends_at)
 
+    def seats_changed(self) -> None:
+        """`seats` says something else from now on."""
+        for worker in self._workers.values():
+            self._reindex_holds(worker)
+        self.generation += 1
+
     # --- deadlines ---------------------------------------------------------------------------------
 
     def look_again(self, worker_id: str, at: float) -> None:
@@ -610,7 +616,8 @@ class Registry:
 
     def _seated(self, worker_id: str) -> int:
         """How many leases fill places. Who may hold a machine that was found takes none from who does."""
-        return sum(key != UNKNOWN_CLIENT for key in self._leases.get(worker_id, ()))
+        holders = self._leases.get(worker_id, {})
+        return len(holders) - (UNKNOWN_CLIENT in holders)
 
 
 def _require_place(holders: dict[str, Lease], lease: Lease) -> None:

@@ -535,6 +535,17 @@ def test_a_full_worker_is_passed_over_until_somebody_leaves() -> None:
     assert books.places("default", 9, exclusive=False) == ["o-2", "o-2", "o-1"]
 
 
+def test_when_a_pool_allows_more_leases_a_full_worker_takes_clients_again() -> None:
+    most = {"default": 1}
+    books = Registry(seats=most.get)
+    ready(books, 1)
+    books.grant(lease("o-1", "ann"), NOW)
+    assert books.places("default", 9, exclusive=False) == []
+    most["default"] = 3
+    books.seats_changed()
+    assert books.places("default", 9, exclusive=False) == ["o-1", "o-1"]
+
+
 def test_who_may_hold_a_machine_that_was_found_takes_no_place_from_who_does() -> None:
     books = Registry(seats=lambda pool: 1)
     ready(books, 1)
