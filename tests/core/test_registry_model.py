@@ -361,7 +361,8 @@ class TwoRegistries(RuleBasedStateMachine):
     def nothing_is_kept_of_those_who_are_gone(self) -> None:
         machines = {entry.instance_id for entry in self.naive.entries.values()}
         gone = {*self.seen, *MACHINES} - set(self.naive.entries) - machines
-        gone |= set(CLIENTS) - {one.client for e in self.naive.entries.values() for one, _ in e.holds.values()}
+        holds = [lease for entry in self.naive.entries.values() for lease, _ in entry.holds.values()]
+        gone |= set(CLIENTS) - {lease.client for lease in holds}
         live = {lease.id for worker in self.real for lease in self.real.leases(worker.id)}
         for name, index in vars(self.real).items():
             if isinstance(index, dict):
