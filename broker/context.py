@@ -14,10 +14,11 @@ from broker.clouds import Cloud, Clouds
 from broker.core import prices
 from broker.core.claim import Claim
 from broker.core.errors import BadRequest, BrokerError
+from broker.core.life import BOOKED
 from broker.core.model import Instance, Order, Worker
 from broker.core.money import Price
 from broker.core.policy import LaunchGuard
-from broker.core.registry import BOOKED, Registry
+from broker.core.registry import Registry
 from broker.core.schedule import target
 from broker.core.settings import PoolSettings, Settings
 from broker.core.warm import Warmth

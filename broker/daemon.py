@@ -24,6 +24,7 @@ from broker.clock import Clock, moment
 from broker.clouds import Cloud, Clouds
 from broker.context import Context
 from broker.core.errors import BrokerError, CloudUnreachable, SettingsError, StoreError
+from broker.core.life import BOOKED
 from broker.core.model import (
     Event,
     InstanceState,
@@ -35,7 +36,7 @@ from broker.core.model import (
 )
 from broker.core.money import USD_MICROS
 from broker.core.policy import HOUR_SECONDS
-from broker.core.registry import BOOKED, Registry
+from broker.core.registry import Registry
 from broker.core.settings import BrokerSettings, Settings, require_private, split_address
 from broker.ledger import Ledger
 from broker.limits import UseLimit

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 from broker.context import Context
 from broker.core.errors import LimitReached, StoreError
+from broker.core.life import USABLE
 from broker.core.model import Event, Lease, LeaseEnded, LeaseGranted, Worker, WorkerChanged, WorkerState
 from broker.core.policy import client_refusal, client_room
-from broker.core.registry import USABLE
 from broker.core.settings import PoolSettings
 from broker.core.wish import Wish
 from broker.waiting import Waiter

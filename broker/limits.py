@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from broker.context import Context
+from broker.core.life import USABLE
 from broker.core.model import Event, LeaseEnded, LeaseGranted, Worker
 from broker.core.policy import Reason, used_up
-from broker.core.registry import USABLE
 
 
 def close_when_used_up(context: Context, worker: Worker) -> None:

@@ -9,9 +9,9 @@ from typing import Any
 from broker.context import Context
 from broker.core import protocol
 from broker.core.errors import BrokerError, CloudError, Draining
+from broker.core.life import BOOKED, USABLE
 from broker.core.model import Instance, InstanceState, Worker, WorkerState
 from broker.core.policy import Reason
-from broker.core.registry import BOOKED, USABLE
 from broker.core.tags import protects, rfc3339
 from broker.core.warm import idle_since_at
 

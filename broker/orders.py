@@ -24,10 +24,10 @@ from broker.core.errors import (
     StoreError,
     Throttled,
 )
+from broker.core.life import USABLE
 from broker.core.model import Bought, Event, Instance, Offering, Order, Worker, WorkerChanged, WorkerState
 from broker.core.money import Price
 from broker.core.policy import Reason
-from broker.core.registry import USABLE
 
 LAUNCHED = "launched"
 NEVER_LAUNCHED = "never-launched"

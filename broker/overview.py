@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from broker.context import Context
+from broker.core.life import BOOKED
 from broker.core.money import USD_MICROS
-from broker.core.registry import BOOKED
 from broker.ledger import Ledger
 
 

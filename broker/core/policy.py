@@ -15,8 +15,9 @@ from math import inf
 
 from broker.core.errors import BrokerError, LimitReached
 from broker.core.ledger import Budget
+from broker.core.life import BOOKED, USABLE
 from broker.core.model import Worker, WorkerState
-from broker.core.registry import BOOKED, USABLE, Registry
+from broker.core.registry import Registry
 from broker.core.settings import PoolSettings
 from broker.core.warm import LOOK_SECONDS, Warmth, idle_since_at
 

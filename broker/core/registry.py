@@ -1,25 +1,24 @@
 """What every worker is doing right now, and who holds it.
 
-The life of a worker is the literal table LIFE: an illegal step raises IllegalStep and changes nothing.
+The life of a worker is the table in life.py: an illegal step raises IllegalStep and changes nothing.
 A worker is handed out only from READY, and DRAINING has no way back; both are decided here, in one table
 that one thread uses, so no client is ever given a worker that is being killed.
 
 The clocks that every hand-out moves (when a lease ends, when a worker was last used) live in plain
-dictionaries beside the frozen values, so that renewing is O(1). Deadlines wait in a heap of "look again
-at" times: a use only postpones a deadline, so the heap is not touched by a use. Whoever looks at a due
-worker says when to look next. Every operation is O(log n) or better; only `available` with a wish
-walks the candidates of one pool.
+dictionaries beside the frozen values, so that renewing is O(1); a use only postpones a deadline, so it does
+not touch deadlines.py either. Whoever looks at a due worker says when to look next. Every operation is
+O(log n) or better; only `available` with a wish walks the candidates of one pool.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from enum import StrEnum
-from heapq import heappop, heappush
 
 from broker.core import tags
+from broker.core.deadlines import Deadlines
 from broker.core.errors import Denied, IllegalStep, WorkerNotFound
+from broker.core.life import BOOKED, LIFE, USABLE, Step
 from broker.core.model import (
     UNKNOWN_CLIENT,
     Event,
@@ -43,45 +42,6 @@ S = WorkerState
 # Listings may be a minute old (ledger.STALE_SECONDS_MAX) and take a minute (reconcile.SCAN_SECONDS_MAX): one
 # without the tag proves that somebody has taken it away only so long after the last one that showed it.
 UNPROTECTED_SECONDS = 120.0
-
-
-class Step(StrEnum):
-    """What can happen to a worker."""
-
-    ORDER = "order is on disk"
-    ADOPT = "a machine with our tag has no entry"
-    LAUNCH = "instance id known"
-    REFUSE = "refused, or never launched"
-    SHOW_READY = "address known and readiness shown"
-    DOUBT = "probe failed, or a notice"
-    DRAIN = "reap, release, boot failed"
-    TERMINATE = "Terminate sent"
-    GO = "the cloud says terminated"
-
-
-# A booting worker may be drained for any reason, not only for a failed boot: an operator who says
-# TERMINATE_ALL means the machine that is still starting as well.
-LIFE: dict[tuple[WorkerState | None, Step], WorkerState] = {
-    (None, Step.ORDER): S.ORDERED,
-    (None, Step.ADOPT): S.BOOTING,
-    (S.ORDERED, Step.LAUNCH): S.BOOTING,
-    (S.ORDERED, Step.REFUSE): S.GONE,
-    (S.BOOTING, Step.SHOW_READY): S.READY,
-    (S.BOOTING, Step.DRAIN): S.DRAINING,
-    (S.BOOTING, Step.GO): S.GONE,
-    (S.READY, Step.DOUBT): S.SUSPECT,
-    (S.READY, Step.DRAIN): S.DRAINING,
-    (S.READY, Step.GO): S.GONE,
-    (S.SUSPECT, Step.SHOW_READY): S.READY,
-    (S.SUSPECT, Step.DRAIN): S.DRAINING,
-    (S.SUSPECT, Step.GO): S.GONE,
-    (S.DRAINING, Step.TERMINATE): S.TERMINATING,
-    (S.DRAINING, Step.GO): S.GONE,
-    (S.TERMINATING, Step.GO): S.GONE,
-}
-
-USABLE = frozenset({S.BOOTING, S.READY, S.SUSPECT})  # states in which a client's hold on a worker counts
-BOOKED = frozenset(S) - {S.GONE}
 
 
 class Registry:
@@ -116,8 +76,7 @@ class Registry:
         self._uses: dict[str, int] = {}
         self._free: dict[str, dict[str, None]] = {}  # pool → READY and held by nobody, last freed last
         self._open: dict[str, dict[str, None]] = {}  # pool → READY workers that one more client may share
-        self._look_at: dict[str, float] = {}
-        self._looks: list[tuple[float, str]] = []
+        self._deadlines = Deadlines()
 
     # --- looking things up -------------------------------------------------------------------------
 
@@ -468,25 +427,15 @@ class Registry:
 
     def look_again(self, worker_id: str, at: float) -> None:
         """Have `due` name this worker at `at`; replaces what was asked before."""
-        if self._look_at.get(worker_id) != at:
-            self._look_at[worker_id] = at
-            heappush(self._looks, (at, worker_id))
+        self._deadlines.set(worker_id, at)
 
     def due(self, now: float) -> list[Worker]:
         """The workers whose deadline has come. Each must be asked for again with `look_again`."""
-        found = []
-        while self._looks and self._looks[0][0] <= now:
-            at, worker_id = heappop(self._looks)
-            if self._look_at.get(worker_id) == at:
-                del self._look_at[worker_id]
-                found.append(self._workers[worker_id])
-        return found
+        return [self._workers[worker_id] for worker_id in self._deadlines.due(now)]
 
     def next_look_at(self) -> float | None:
         """When `due` will have something, or None."""
-        while self._looks and self._look_at.get(self._looks[0][1]) != self._looks[0][0]:
-            heappop(self._looks)  # an entry that a later look_again replaced
-        return self._looks[0][0] if self._looks else None
+        return self._deadlines.next_at()
 
     # --- inside ------------------------------------------------------------------------------------
 
@@ -582,7 +531,7 @@ class Registry:
         self._proved_at.pop(worker.id, None)
         self._protected_at.pop(worker.id, None)
         self._uses.pop(worker.id, None)
-        self._look_at.pop(worker.id, None)
+        self._deadlines.drop(worker.id)
         if worker.order_id is not None:
             del self._by_order[worker.order_id][worker.id]
             if not self._by_order[worker.order_id]:

@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 from broker.clouds import Cloud
 from broker.context import Context
 from broker.core import claim, tags
+from broker.core.life import BOOKED, USABLE
 from broker.core.model import Instance, InstanceState, WorkerState
-from broker.core.registry import BOOKED, USABLE
 from broker.orders import YIELDED, Orders
 
 DEAD = frozenset({InstanceState.SHUTTING_DOWN, InstanceState.TERMINATED})

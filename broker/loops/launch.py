@@ -26,10 +26,10 @@ from broker.core.errors import (
     StoreError,
     Throttled,
 )
+from broker.core.life import BOOKED
 from broker.core.model import Bought, Market, Offering, Order, WorkerState
 from broker.core.planning import SEATS_MAX, Purchase, plan
 from broker.core.policy import Room, launch_room
-from broker.core.registry import BOOKED
 from broker.core.wish import Wish
 from broker.ledger import Ledger
 from broker.loops.top_up import TopUp

@@ -11,8 +11,8 @@ import asyncio
 from broker.clouds import Cloud
 from broker.context import Context
 from broker.core.errors import BrokerError, CloudUnreachable, PermanentRefusal
+from broker.core.life import BOOKED
 from broker.core.model import Market
-from broker.core.registry import BOOKED
 from broker.loops.reap import Report
 
 REFRESH_SECONDS = 600.0  # prices move over hours, and a decision about cents needs no fresher one

@@ -21,9 +21,9 @@ from broker.clouds import Cloud
 from broker.context import Context
 from broker.core import tags
 from broker.core.errors import BrokerError, CloudUnreachable, SettingsError, StoreError
+from broker.core.life import BOOKED, USABLE
 from broker.core.model import UNKNOWN_CLIENT, Instance, InstanceState, Lease, Order, Worker, WorkerState
 from broker.core.policy import Reason, born_at
-from broker.core.registry import BOOKED, USABLE
 from broker.ledger import Ledger
 from broker.loops.charge import DEAD, Charge
 from broker.opening import open_provider

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from broker.clouds import Cloud
 from broker.context import Context
 from broker.core.errors import BrokerError, CloudUnreachable, LimitReached, SettingsError, StoreError
+from broker.core.life import USABLE
 from broker.core.model import Event, LeaseEnded, Worker, WorkerChanged, WorkerState
-from broker.core.registry import USABLE
 from broker.core.settings import BrokerSettings, PoolSettings, Settings
 from broker.ledger import Ledger
 from broker.loops.reap import Report

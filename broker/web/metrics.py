@@ -21,9 +21,9 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 
 from broker.context import Context
+from broker.core.life import BOOKED
 from broker.core.model import Event, WorkerChanged, WorkerState
 from broker.core.money import USD_MICROS
-from broker.core.registry import BOOKED
 from broker.core.settings import Settings
 from broker.ledger import Ledger
 from broker.metering import Meter

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 from broker.core.errors import Denied, IllegalStep, WorkerNotFound
+from broker.core.life import BOOKED, LIFE, USABLE, Step
 from broker.core.model import (
     UNKNOWN_CLIENT,
     Event,
@@ -21,7 +22,7 @@ from broker.core.model import (
     WorkerState,
 )
 from broker.core.money import Price
-from broker.core.registry import BOOKED, LIFE, USABLE, Registry, Step
+from broker.core.registry import Registry
 from tests.core import naive_registry
 from tests.core.make import MOON, PORT, instance, lease, order
 

@@ -17,8 +17,9 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from broker.core import tags
 from broker.core.errors import Denied, IllegalStep, WorkerNotFound
+from broker.core.life import BOOKED, USABLE, Step
 from broker.core.model import Event, InstanceState, Lease, LeaseEnded, LeaseGranted, Worker, WorkerState
-from broker.core.registry import BOOKED, USABLE, Registry, Step
+from broker.core.registry import Registry
 from tests.core.generated import FEW
 from tests.core.make import PORT, instance, order
 from tests.core.naive_registry import HOLDABLE, SEATS, NaiveRegistry, told
@@ -364,7 +365,7 @@ class TwoRegistries(RuleBasedStateMachine):
         holds = [lease for entry in self.naive.entries.values() for lease, _ in entry.holds.values()]
         gone |= set(CLIENTS) - {lease.client for lease in holds}
         live = {lease.id for worker in self.real for lease in self.real.leases(worker.id)}
-        for name, index in vars(self.real).items():
+        for name, index in {**vars(self.real), **vars(self.real._deadlines)}.items():
             if isinstance(index, dict):
                 words = set(words_of(index))
                 assert not words & gone, f"{name} still knows of {words & gone}"
