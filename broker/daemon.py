@@ -210,6 +210,7 @@ class Daemon:
             self.launch.top_up.heard,
             prospects.boots.heard,
             self.orders.heard,
+            self.probe.heard,
             self._reloading.heard,
             self._wake_heard,
             self.service.heard,  # it may change the books, and the others shall hear that afterwards

@@ -12,6 +12,9 @@ class Deadlines:
         self._at: dict[str, float] = {}
         self._heap: list[tuple[float, str]] = []
 
+    def __contains__(self, key: str) -> bool:
+        return key in self._at
+
     def set(self, key: str, at: float) -> None:
         """Have `due` name the key at `at`; replaces what was set before."""
         if self._at.get(key) != at:

@@ -257,7 +257,9 @@ class PoolSettings(Section):
         validate_default=True,
         description="ec2: an AMI id, or the name of an SSM parameter that holds one.",
     )
-    instance_types: Names = Field((), validate_default=True, description="ec2: what may be bought; on demand in this order.")
+    instance_types: Names = Field(
+        (), validate_default=True, description="ec2: what may be bought; on demand in this order."
+    )
     market: Literal["spot", "on-demand", "spot-then-on-demand"] = Field(
         "spot", description="ec2: how machines are bought; with the last, on-demand where spot has none."
     )

@@ -11,8 +11,9 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
 from broker.context import Context
+from broker.core.deadlines import Deadlines
 from broker.core.errors import LimitReached
-from broker.core.model import Worker, WorkerState
+from broker.core.model import Event, Worker, WorkerChanged, WorkerSeen, WorkerState
 
 CONNECT_SECONDS_MAX = 4.0  # a SYN lost twice still gets through (1 s + 2 s retransmission)
 PROBES_AT_ONCE_MAX = 50  # sockets, not machines, are what runs out first
@@ -22,6 +23,8 @@ SUSPECT_INTERVAL_SHARE = 0.05  # of its silence: one that has been silent for lo
 SUSPECT_INTERVAL_MIN, SUSPECT_INTERVAL_MAX = 2.0, 30.0
 READY_INTERVAL = 30.0
 TRIES = 2  # one lost packet must not cost a second machine
+
+WATCHED = (WorkerState.BOOTING, WorkerState.READY, WorkerState.SUSPECT)
 
 Connect = Callable[[str, int], Awaitable[bool]]
 
@@ -55,24 +58,38 @@ class ProbeLoop:
         self._registry = context.registry
         self._wake = wake
         self._connect = connect
-        self._due_at: dict[tuple[str, WorkerState], float] = {}  # a new state, a new pace
+        self._deadlines = Deadlines()  # of those that are not being looked at
+        self._all_at = context.now()  # when to make sure that nobody was forgotten
         self._places = asyncio.Semaphore(PROBES_AT_ONCE_MAX)
         self._looking: dict[str, asyncio.Task[None]] = {}
         self._proving: dict[str, asyncio.Task[bool]] = {}
 
     async def tick(self) -> float | None:
         now = self._context.now()
-        watched = self._registry.in_state(WorkerState.BOOTING, WorkerState.READY, WorkerState.SUSPECT)
-        workers = [w for w in watched if _can_be_ready(w) and w.id not in self._looking]
-        self._due_at = {
-            key: self._due_at.get(key, self._first_look_at(w)) for w in workers for key in [_key(w)]
-        }
-        for worker in workers:
-            if self._due_at[_key(worker)] <= now:
-                del self._due_at[_key(worker)]
-                task = self._looking[worker.id] = asyncio.create_task(self._look(worker))
+        if now >= self._all_at:
+            self._all_at = now + READY_INTERVAL
+            for worker in self._registry.in_state(*WATCHED):
+                self._watch(worker)
+        for worker_id in self._deadlines.due(now):
+            due = self._registry.get(worker_id)
+            if due is not None and _is_watched(due):
+                task = self._looking[due.id] = asyncio.create_task(self._look(due))
                 task.add_done_callback(lambda done: self._wake())
-        return min(self._due_at.values(), default=None)
+        next_at = self._deadlines.next_at()
+        return next_at if next_at is None else min(next_at, self._all_at)
+
+    def heard(self, event: Event) -> None:
+        """A new state, a new pace; and whoever has just got an address can be looked at."""
+        match event:
+            case WorkerChanged(worker=worker):
+                self._deadlines.drop(worker.id)
+                self._watch(worker)
+            case WorkerSeen(worker=worker):
+                self._watch(worker)
+
+    def _watch(self, worker: Worker) -> None:
+        if _is_watched(worker) and worker.id not in self._looking and worker.id not in self._deadlines:
+            self._deadlines.set(worker.id, self._first_look_at(worker))
 
     async def prove(self, worker: Worker) -> bool:
         """Try the worker now. A worker that fails becomes SUSPECT. Shared by everybody who asks meanwhile."""
@@ -90,8 +107,8 @@ class ProbeLoop:
         finally:
             del self._looking[worker.id]
             after = self._registry.get(worker.id)
-            if after is not None:
-                self._due_at[_key(after)] = self._context.now() + self._interval(after)
+            if after is not None and _is_watched(after):
+                self._deadlines.set(after.id, self._context.now() + self._interval(after))
 
     def _first_look_at(self, worker: Worker) -> float:
         """A booting worker is looked at at once; the others were, when they came into their state."""
@@ -131,8 +148,8 @@ class ProbeLoop:
         return False
 
 
-def _key(worker: Worker) -> tuple[str, WorkerState]:
-    return worker.id, worker.state
+def _is_watched(worker: Worker) -> bool:
+    return worker.state in WATCHED and _can_be_ready(worker)
 
 
 def _can_be_ready(worker: Worker) -> bool:
