@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         CloudError,
         Denied,
         Draining,
+        LeaseHasEnded,
         LimitReached,
         NoCapacity,
         Refusal,
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
         WaitTimedOut,
         WorkerNotFound,
     )
-    from broker.core.lease_lines import Granted, Notice, Pending
+    from broker.core.replies import Granted, Notice, Pending
     from broker.dserv import RemoteError, RemoteTclError, aremote_eval, remote_eval
     from broker.errand import BrokerUnreachable, Retry, Wish
     from broker.held_lease import aacquire, acquire
@@ -44,6 +45,7 @@ __all__ = [
     "Granted",
     "HeldLease",
     "HeldWorker",
+    "LeaseHasEnded",
     "LimitReached",
     "NoCapacity",
     "Notice",
@@ -66,7 +68,7 @@ __all__ = [
 
 _HOMES = (  # the lightest first
     "broker.core.errors",
-    "broker.core.lease_lines",
+    "broker.core.replies",
     "broker.errand",
     "broker.dserv",
     "broker.client",

@@ -13,8 +13,10 @@ from collections.abc import Callable
 from broker.admission import HAND_OUT_ATTEMPTS_MAX, Admission
 from broker.context import Context
 from broker.core.errors import BrokerError, CloudError, Draining, LimitReached, WaitTimedOut
-from broker.core.model import Lease
+from broker.core.model import Lease, Worker
+from broker.core.money import USD_MICROS
 from broker.core.protocol import Acquire
+from broker.core.replies import Granted
 from broker.core.settings import PoolSettings
 from broker.core.wish import Wish
 from broker.granting import Granting
@@ -32,6 +34,25 @@ def timed_out(waiter: Waiter, prospects: Prospects, now: float) -> WaitTimedOut:
     sentence = f"{who} became ready within {now - waiter.asked_at:.0f} s"
     why = prospects.why(waiter)
     return WaitTimedOut(f"{sentence}: {why}" if why else sentence)
+
+
+def granted(lease: Lease, worker: Worker, expires_unix: float, of: int) -> Granted:
+    """What one of `of` lines that answer an ACQUIRE says. The worker was confirmed: it has an address."""
+    assert worker.address is not None
+    offering = worker.offering
+    price = offering.price_usd_micros_per_hour
+    return Granted(
+        lease.id,
+        worker.address,
+        worker.port,
+        worker.pool,
+        offering.instance_type or None,
+        worker.cores,
+        offering.market,
+        price / USD_MICROS if price else None,
+        expires_unix,
+        of,
+    )
 
 
 class Acquiring:

@@ -23,6 +23,8 @@ EPILOG = "Exit codes: 0 done, 1 the broker refused, 2 wrong usage or configurati
 
 # markup and emoji: "[::a:b]" is an address, and no letter in a box
 errors = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
+# The same for a line that is shown in place: it must be wrapped, or its end is cut off.
+terminal = Console(stderr=True, highlight=False, markup=False, emoji=False)
 
 ConfigOption = Annotated[
     Path | None,

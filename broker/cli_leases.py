@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict
-from datetime import UTC, datetime
 from typing import Annotated, Any
 
 import typer
@@ -28,10 +27,12 @@ from broker.cli_base import (
     client_of,
     errors,
     fail,
+    terminal,
 )
 from broker.client import Client
 from broker.core.errors import BrokerError
-from broker.core.lease_lines import Granted, Notice, Pending
+from broker.core.replies import Granted, Notice, Pending
+from broker.core.tags import rfc3339
 from broker.held_lease import acquire as acquire_block
 from broker.lease_errands import Wanted
 from broker.lease_keeper import HeldLease
@@ -194,7 +195,7 @@ def _waiting() -> Iterator[Callable[[Pending], None]]:
 
             def show(pending: Pending) -> None:
                 if not status:
-                    status.append(stack.enter_context(errors.status("waiting for a worker")))
+                    status.append(stack.enter_context(terminal.status("waiting for a worker")))
                 status[0].update(waiting_line(pending))
 
             yield show
@@ -219,31 +220,28 @@ class Seldom:
 
 def waiting_line(pending: Pending) -> str:
     """One line for a person who waits."""
-    eta = "" if pending.eta_seconds is None else f", about {pending.eta_seconds} s"
+    eta = "" if pending.eta_seconds is None else f", about {pending.eta_seconds:.0f} s"
     why = f": {pending.reason}" if pending.reason else ""
     return f"waiting for a worker, number {pending.position} in the queue{eta}{why} [{pending.code}]"
 
 
 def _line_of(lease: Granted) -> str:
+    kind = "" if lease.type is None else f" {lease.type}"
     cores = "" if lease.cores is None else f" {lease.cores} cores"
     price = "" if lease.price_usd_per_hour is None else f" ${lease.price_usd_per_hour:g}/h"
     place = wire.place(lease.address, lease.port)
-    return f"{lease.id} {place} {lease.type}{cores} {lease.market}{price} until {_moment(lease.expires_unix)}"
+    return f"{lease.id} {place}{kind}{cores} {lease.market}{price} until {rfc3339(lease.expires_unix)}"
 
 
 def _json_of(lease: Granted) -> dict[str, Any]:
     shown = asdict(lease)
-    expires = _moment(shown.pop("expires_unix"))
+    expires = rfc3339(shown.pop("expires_unix"))
     del shown["of"]
     return {**shown, "expires": expires}
 
 
-def _moment(unix_seconds: float) -> str:
-    return datetime.fromtimestamp(unix_seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
 def _sentence_of(notice: Notice) -> str:
-    when = f" in {notice.in_seconds} s" if notice.in_seconds else ""
+    when = f" in {notice.in_seconds:.0f} s" if notice.in_seconds else ""
     why = f": {notice.reason}" if notice.reason else ""
     instead = f"; {notice.replacement} replaces it" if notice.replacement else ""
-    return f"{notice.what} {notice.address} ({notice.lease}){when}{why}{instead}"
+    return f"{notice.what} {notice.address or 'a worker'} ({notice.lease}){when}{why}{instead}"

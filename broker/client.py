@@ -19,12 +19,25 @@ from typing import Any, TypeVar, Unpack
 from broker import wire
 from broker.core import protocol
 from broker.core.errors import BadRequest, BrokerError
-from broker.core.lease_lines import Acquire, Granted, Notice, Version, parse_version
-from broker.core.protocol import GetWorker, ListAll, Ping, Pools, Release, Status, TerminateAll
+from broker.core.protocol import (
+    Acquire,
+    Done,
+    GetWorker,
+    ListAll,
+    Ping,
+    Pools,
+    Release,
+    Renew,
+    Sayable,
+    Status,
+    TerminateAll,
+    Version,
+    Watch,
+)
+from broker.core.replies import Granted, Notice, Versions, parse_versions
 from broker.errand import (
     Errand,
     Retry,
-    Sendable,
     Wish,
     endpoint,
     next_number,
@@ -72,8 +85,8 @@ class Asker:
         return self._client or own_name(self._number)
 
     def watch_line(self) -> bytes:
-        """What makes a connection tell what happens to this client's workers."""
-        return f"WATCH client={self.name}\n".encode("ascii")
+        """What makes a connection that is there tell what happens to this client's workers."""
+        return protocol.encode(Watch(self.name))
 
     def _get_worker(self, wish: Wish) -> Errand[str]:
         command = GetWorker(**wish, client=self.name)
@@ -88,23 +101,23 @@ class Asker:
 
     def _acquire(self, count: int | None, wanted: Wanted, hold: str | None = None) -> AcquireErrand:
         keys = {key: value for key, value in wanted.items() if key != "on_pending"}
-        command = Acquire(**keys, count=count, hold=hold, client=self.name)  # type: ignore[arg-type]
+        number = 1 if count is None else count
+        command = Acquire(**keys, count=number, hold=hold, client=self.name)  # type: ignore[arg-type]
         wait = WAIT_SECONDS if command.wait is None else command.wait
         seconds = wait + self.timeout
         return AcquireErrand(command, wanted.get("on_pending"), self.broker, seconds, self._retry)
 
-    def _each(self, verb: str, lease_ids: Sequence[str]) -> EachErrand:
+    def _each(self, verb: type[Renew | Done], lease_ids: Sequence[str]) -> EachErrand:
         return EachErrand(verb, lease_ids, self.broker, self.timeout, self._retry)
 
     def _watch(self) -> Errand[None]:
-        line = self.watch_line().decode("ascii").removesuffix("\n")
-        return Errand(line, read_ok, self.broker, self.timeout, self._retry, repeatable=True)
+        return self._errand(Watch(self.name), read_ok)
 
-    def _version(self) -> Errand[Version]:
-        return Errand("VERSION", parse_version, self.broker, self.timeout, self._retry, repeatable=True)
+    def _version(self) -> Errand[Versions]:
+        return self._errand(Version(), parse_versions)
 
     def _errand(
-        self, command: Sendable | str, read: Callable[[str], T], seconds: float | None = None
+        self, command: Sayable | str, read: Callable[[str], T], seconds: float | None = None
     ) -> Errand[T]:
         return Errand(command, read, self.broker, self.timeout if seconds is None else seconds, self._retry)
 
@@ -176,7 +189,7 @@ class Client(Asker):
 
     def renew_all(self, lease_ids: Sequence[str]) -> list[BrokerError | None]:
         """`renew` for up to 1000 leases on one connection: for each None, or why not."""
-        return self._run(self._each("RENEW", lease_ids)) if lease_ids else []
+        return self._run(self._each(Renew, lease_ids)) if lease_ids else []
 
     def done(self, lease_id: str) -> None:
         """End the lease; the worker stays warm for whoever comes next. Raises Denied when it has ended."""
@@ -184,7 +197,7 @@ class Client(Asker):
 
     def done_all(self, lease_ids: Sequence[str]) -> list[BrokerError | None]:
         """`done` for up to 1000 leases on one connection: for each None, or why not."""
-        return self._run(self._each("DONE", lease_ids)) if lease_ids else []
+        return self._run(self._each(Done, lease_ids)) if lease_ids else []
 
     def watch(self) -> Iterator[Notice]:
         """What happens to the workers that this client's name holds, as it happens, for ever.
@@ -193,17 +206,21 @@ class Client(Asker):
         Raises BrokerUnreachable when it does not come back.
         """
         while True:  # the caller ends it
-            _, sock = self._stay(errand := self._watch())
+            data, sock = self.watch_and_stay()
             with sock, suppress(OSError):
                 sock.settimeout(None)
                 reader = NoticeReader()
-                data = errand.surplus()
                 yield from reader.receive(data) if data else ()
                 while True:  # the end of the connection ends it
                     yield from reader.receive(sock.recv(wire.CHUNK_BYTES_MAX))
             time.sleep(self._retry.pause_seconds_max)
 
-    def version(self) -> Version:
+    def watch_and_stay(self) -> tuple[bytes, socket.socket]:
+        """A connection that tells notices from now on, for the caller to close, and its first bytes."""
+        _, sock = self._stay(errand := self._watch())
+        return errand.surplus(), sock
+
+    def version(self) -> Versions:
         """Which broker this is, and which protocol it speaks."""
         return self._run(self._version())
 
@@ -300,7 +317,7 @@ class AsyncClient(Asker):
 
     async def renew_all(self, lease_ids: Sequence[str]) -> list[BrokerError | None]:
         """`renew` for up to 1000 leases on one connection: for each None, or why not."""
-        return await self._run(self._each("RENEW", lease_ids)) if lease_ids else []
+        return await self._run(self._each(Renew, lease_ids)) if lease_ids else []
 
     async def done(self, lease_id: str) -> None:
         """End the lease; the worker stays warm for whoever comes next. Raises Denied when it has ended."""
@@ -308,7 +325,7 @@ class AsyncClient(Asker):
 
     async def done_all(self, lease_ids: Sequence[str]) -> list[BrokerError | None]:
         """`done` for up to 1000 leases on one connection: for each None, or why not."""
-        return await self._run(self._each("DONE", lease_ids)) if lease_ids else []
+        return await self._run(self._each(Done, lease_ids)) if lease_ids else []
 
     async def watch(self) -> AsyncIterator[Notice]:
         """What happens to the workers that this client's name holds, as it happens, for ever.
@@ -318,17 +335,22 @@ class AsyncClient(Asker):
         """
         loop = asyncio.get_running_loop()
         while True:  # the caller ends it
-            _, sock = await self._stay(errand := self._watch())
+            data, sock = await self.watch_and_stay()
             with sock, suppress(OSError):
                 reader = NoticeReader()
-                data = errand.surplus() or await loop.sock_recv(sock, wire.CHUNK_BYTES_MAX)
+                data = data or await loop.sock_recv(sock, wire.CHUNK_BYTES_MAX)
                 while True:  # the end of the connection ends it
                     for notice in reader.receive(data):
                         yield notice
                     data = await loop.sock_recv(sock, wire.CHUNK_BYTES_MAX)
             await asyncio.sleep(self._retry.pause_seconds_max)
 
-    async def version(self) -> Version:
+    async def watch_and_stay(self) -> tuple[bytes, socket.socket]:
+        """A connection that tells notices from now on, for the caller to close, and its first bytes."""
+        _, sock = await self._stay(errand := self._watch())
+        return errand.surplus(), sock
+
+    async def version(self) -> Versions:
         """Which broker this is, and which protocol it speaks."""
         return await self._run(self._version())
 

@@ -20,8 +20,20 @@ from typing import Any, Generic, TypedDict, TypeVar
 from broker import wire
 from broker.core import protocol
 from broker.core.errors import BadRequest, BrokerError
-from broker.core.lease_lines import Acquire, encode_acquire
-from broker.core.protocol import GetWorker, ListAll, Ping, Pools, Release, Status, TerminateAll
+from broker.core.protocol import (
+    Acquire,
+    Done,
+    GetWorker,
+    ListAll,
+    Ping,
+    Pools,
+    Release,
+    Renew,
+    Sayable,
+    Status,
+    Version,
+    Watch,
+)
 
 HOST = "127.0.0.1"
 PORT = 9000
@@ -32,8 +44,8 @@ NAME_CHARS_MAX = 64  # of client=
 REMEDY = "Is the broker running? `compute-broker serve` starts one; host= or COMPUTE_BROKER_HOST says where"
 
 T = TypeVar("T")
-Sendable = GetWorker | Ping | Release | Status | Pools | ListAll | TerminateAll | Acquire
-REPEATABLE = (GetWorker, Ping, Release, Status, Pools, ListAll)  # with a name, twice is as good as once
+# For a client with a name, twice is as good as once; of a second DONE, EachErrand knows what to think.
+REPEATABLE = (GetWorker, Ping, Release, Renew, Done, Watch, Status, Pools, ListAll, Version)
 
 
 class BrokerUnreachable(BrokerError):
@@ -152,21 +164,18 @@ class Errand(Generic[T]):
 
     def __init__(
         self,
-        command: Sendable | str,
+        command: Sayable | str,
         read: Callable[[str], T],
         broker: Endpoint,
         seconds: float,
         retry: Retry,
-        repeatable: bool | None = None,
     ) -> None:
-        """`repeatable`: whether twice is as good as once; without it, what the command's kind says."""
         self._command = command
         self._read = read
         self._broker = broker
         self._seconds = seconds
         self._retry = retry
         self._outgoing = _encode(command)
-        self._repeatable = isinstance(command, REPEATABLE) if repeatable is None else repeatable
         self._wait = command.wait if isinstance(command, GetWorker | Acquire) else None
         self._started_at: float | None = None
         self._attempts = 0
@@ -224,7 +233,7 @@ class Errand(Generic[T]):
         return b"\n" in data
 
     def _may_repeat(self) -> bool:
-        return self._repeatable
+        return isinstance(self._command, REPEATABLE)
 
     def _patience_ends_at(self) -> float:
         """When no new try may begin: the caller's own wait counts, without the margin for the answer."""
@@ -233,8 +242,6 @@ class Errand(Generic[T]):
     def _verb(self) -> str:
         if isinstance(self._command, str):
             return self._command.partition(" ")[0][:40]
-        if isinstance(self._command, Acquire):
-            return "ACQUIRE"
         return protocol.name_of(self._command)
 
     def _answered(self) -> str:
@@ -253,9 +260,7 @@ class _Nonsense(Exception):
     """An answer that is none to this command; says what it should have been."""
 
 
-def _encode(command: Sendable | str) -> bytes:
-    if isinstance(command, Acquire):
-        return encode_acquire(command)
+def _encode(command: Sayable | str) -> bytes:
     if not isinstance(command, str):
         return protocol.encode(command)
     if not command.isascii() or not command.isprintable() or len(command) > protocol.LINE_BYTES_MAX:

@@ -35,9 +35,10 @@ class Holding(Wanted, total=False):
     """How `acquire` asks and holds, beside what it wants. Durations are in seconds.
 
     `hold`: "connection" ties the leases to a connection of the block's own; with "renew" they outlive a
-    broken network, and this program by their `ttl` (without it, the pool's idle_timeout). `on_notice` is
-    called with each `Notice` about these leases, with hold="connection" only. `client` replaces the block's
-    own name; `timeout` and `retry` are those of `Client`.
+    broken network, and this program by their `ttl` (without it, the pool's idle_timeout). RENEW goes every
+    `renew_seconds`, more often where a lease does not last that long. `on_notice` is called with each
+    `Notice` about these leases, with hold="connection" only. `client` replaces the block's own name;
+    `timeout` and `retry` are those of `Client`.
     """
 
     client: str | None
@@ -201,7 +202,7 @@ async def _aheld(
         granted = await asker.acquire(count=count, **wanted)
     keeper = AsyncKeeper(asker, granted, sock, renew_seconds, on_lost, on_notice)
     try:
-        keeper.start()
+        await keeper.start()
         yield keeper.leases
     except BaseException as failure:
         await keeper.leave(failure)

@@ -9,17 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from broker.core import protocol
-from broker.core.errors import BrokerError, Denied
-from broker.core.lease_lines import (
-    Acquire,
-    Granted,
-    Notice,
-    Pending,
-    encode_about,
-    parse_granted,
-    parse_notice,
-    parse_pending,
-)
+from broker.core.errors import BrokerError, LeaseHasEnded
+from broker.core.protocol import Acquire, Done, Renew
+from broker.core.replies import Granted, Notice, Pending, parse_granted, parse_notice, parse_pending
 from broker.errand import Endpoint, Errand, Retry, Wish, read_ok
 
 LINE_BYTES_MAX = 8192  # of a line that has no end yet; the longest there is, an error, is a tenth of it
@@ -93,15 +85,14 @@ class AcquireErrand(Errand[list[Granted]]):
             reply = protocol.read_reply(self._last)
             raise BrokerError(f"{self._answered()} with {reply[:80]!r}: leases were expected")
         ids = {lease.id for lease in self._leases}
-        count = 1 if self._wanted.count is None else self._wanted.count
-        if len(ids) < len(self._leases) or len(ids) > count:
+        if len(ids) < len(self._leases) or len(ids) > self._wanted.count:
             raise BrokerError(
                 f"{self._answered()} with {len(self._leases)} leases, {len(ids)} different ones"
             )
         return self._leases
 
     def _may_repeat(self) -> bool:
-        return self._wanted.ends_with_connection or not self._begun
+        return self._wanted.hold is not None or not self._begun
 
 
 class EachErrand(Errand[list[BrokerError | None]]):
@@ -111,12 +102,17 @@ class EachErrand(Errand[list[BrokerError | None]]):
     """
 
     def __init__(
-        self, verb: str, lease_ids: Sequence[str], broker: Endpoint, seconds: float, retry: Retry
+        self,
+        verb: type[Renew | Done],
+        lease_ids: Sequence[str],
+        broker: Endpoint,
+        seconds: float,
+        retry: Retry,
     ) -> None:
-        super().__init__(f"{verb} {lease_ids[0]}", self._all, broker, seconds, retry, repeatable=True)
-        self._outgoing = b"".join(encode_about(verb, lease_id) for lease_id in lease_ids)
+        super().__init__(verb(lease_ids[0]), self._all, broker, seconds, retry)
+        self._outgoing = b"".join(protocol.encode(verb(lease_id)) for lease_id in lease_ids)
         self._count = len(lease_ids)
-        self._is_done = verb == "DONE"
+        self._is_done = verb is Done
         self._may_have_ended = False
 
     def attempt(self, now: float) -> float:
@@ -133,7 +129,7 @@ class EachErrand(Errand[list[BrokerError | None]]):
     def _one(self, line: str) -> BrokerError | None:
         try:
             read_ok(line)
-        except Denied as ended:
+        except LeaseHasEnded as ended:
             return None if self._may_have_ended else ended
         except BrokerError as error:
             return error

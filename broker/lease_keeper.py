@@ -2,7 +2,9 @@
 
 On the connection that leases are tied to, a keeper watches, and so hears what happens to them. Every minute,
 at once when the connection breaks, and when a notice says that a worker goes, RENEW asks what is still held:
-a broker that was started again knows its leases but not the connection, and then RENEW alone keeps them.
+a broker that was started again knows its leases but not the connection, and then RENEW alone keeps them. The
+keeper then watches on a connection that no lease is tied to. WATCH comes before RENEW: what happened before
+the one shows in the answer to the other.
 """
 
 from __future__ import annotations
@@ -13,18 +15,22 @@ import socket
 import sys
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Generic, TypeVar
 
 from broker import dserv, wire
 from broker.client import Asker, AsyncClient, Client
-from broker.core.errors import BrokerError, Denied
-from broker.core.lease_lines import Granted, Notice
+from broker.core.errors import BrokerError, LeaseHasEnded
+from broker.core.replies import Granted, Notice
 from broker.lease_errands import NoticeReader
 from broker.lost import AsyncLost, Lost
 
 RENEW_AGAIN_SECONDS = 10.0  # after a renewal that failed
+WATCH_AGAIN_SECONDS = 10.0  # after having watched again: something may close each connection at once
+RENEWALS_PER_TTL = 3  # at least: one may fail and the next be late
+RENEW_SECONDS_MIN = 1.0  # the shortest ttl there is; a clock that is off must not make it a hot loop
 ENDING = ("drain", "lost")  # the notices after which a lease may have ended: RENEW tells
 
 T = TypeVar("T")
@@ -76,12 +82,23 @@ class AsyncHeldLease(_Held):
         return await dserv.aremote_eval(self.address, script, self.port, timeout)
 
 
+def often_enough(renew_seconds: float, granted: Granted, now_unix: float) -> float:
+    """Seconds between renewals: as asked for, or fewer where the lease does not last that long.
+
+    How long it lasts is its broker's word and this machine's clock: one that is far off counts for nothing.
+    """
+    left_seconds = granted.expires_unix - now_unix
+    if left_seconds <= 0:
+        return renew_seconds
+    return min(renew_seconds, max(left_seconds / RENEWALS_PER_TTL, RENEW_SECONDS_MIN))
+
+
 # --- what keeps them ----------------------------------------------------------------------
 
 L = TypeVar("L", bound=_Held)
 
 
-class _Keeping(Generic[L]):
+class _Keeping(ABC, Generic[L]):
     """What both keepers know: which leases are still held, and what a notice or a renewal says of them."""
 
     def __init__(
@@ -94,38 +111,62 @@ class _Keeping(Generic[L]):
     ) -> None:
         self.leases = leases
         self._sock = sock
-        self._renew_seconds = renew_seconds
+        self._renew_seconds = often_enough(renew_seconds, leases[0].granted, time.time())
         self._on_lost = on_lost
         self._on_notice = on_notice
         self._reader = NoticeReader()
+        self._watches = sock is not None
+        self._watch_again_at = float("-inf")
+        self._ending = False
         self._pid = os.getpid()
 
     def _held(self) -> list[L]:
         return [lease for lease in self.leases if not lease.lost]
 
-    def _heard(self, data: bytes) -> tuple[list[Notice], bool]:
-        """The notices about these leases in `data`, and whether one of them may have ended.
+    def _tell(self, data: bytes) -> bool:
+        """Tell the notices about these leases in `data`. Returns whether one of them may have ended.
 
         Raises OSError and BrokerError when the connection is of no more use.
         """
         ids = {lease.id for lease in self.leases}
         notices = [notice for notice in self._reader.receive(data) if notice.lease in ids]
-        return notices, any(notice.what in ENDING for notice in notices)
+        for notice in notices:
+            self._call(self._on_notice, notice)
+        return any(notice.what in ENDING for notice in notices)
+
+    @abstractmethod
+    def _call(self, function: Callable[[T], object] | None, argument: T) -> None:
+        """Call a function of the caller's. What it raises is shown, and does not end the keeping."""
 
     def _renewed(self, held: list[L], outcomes: list[BrokerError | None]) -> list[L]:
         """Take in how a renewal went. Returns the leases that are lost."""
         lost = []
         for lease, error in zip(held, outcomes, strict=True):
             lease.renew_error = error
-            if isinstance(error, Denied):
+            if isinstance(error, LeaseHasEnded):
                 lease.lost.set()
                 lost.append(lease)
         return lost
 
     def _pause(self) -> float:
-        """Seconds until the next renewal."""
+        """Seconds until the next renewal, and the next attempt to watch."""
         failed = any(lease.renew_error for lease in self._held())
-        return min(self._renew_seconds, RENEW_AGAIN_SECONDS) if failed else self._renew_seconds
+        blind = self._watches and self._sock is None
+        again_seconds = (
+            RENEW_AGAIN_SECONDS if failed else WATCH_AGAIN_SECONDS if blind else self._renew_seconds
+        )
+        return min(self._renew_seconds, again_seconds)
+
+    def _is_to_watch_again(self) -> bool:
+        """Whether it is time for a new connection that tells notices."""
+        return self._watches and self._sock is None and time.monotonic() >= self._watch_again_at
+
+    def _watches_again(self, data: bytes, sock: socket.socket) -> None:
+        """Take in such a connection, and its first bytes. A RENEW follows: what has ended shows there."""
+        self._watch_again_at = time.monotonic() + WATCH_AGAIN_SECONDS
+        self._reader, self._sock = NoticeReader(), sock
+        if data:
+            self._tell(data)
 
     def _drop(self) -> None:
         """The connection is of no more use; closed, it ends the leases that are tied to it."""
@@ -157,15 +198,20 @@ class Keeper(_Keeping[HeldLease]):
         self._thread = threading.Thread(target=self._keep, name=f"keep {leases[0].id}", daemon=True)
 
     def start(self) -> None:
+        """Returns when notices are told: whatever happens to the leases in the block is heard."""
         if self._sock is not None:
-            with suppress(OSError):  # the thread hears of it too
+            with suppress(OSError, BrokerError):  # the thread hears of it too
+                self._sock.settimeout(self._asker.timeout)
                 self._sock.sendall(self._asker.watch_line())
+                self._ending = self._tell(self._sock.recv(wire.CHUNK_BYTES_MAX))
         self._thread.start()
 
     def _keep(self) -> None:
-        seconds = self._renew_seconds
+        seconds = 0.0 if self._ending else self._renew_seconds
         while self._held() and not self._over.is_set():
             self._listen(seconds)
+            if not self._over.is_set():
+                self._watch_again()
             if not self._over.is_set():
                 self._renew()
                 seconds = self._pause()
@@ -176,17 +222,19 @@ class Keeper(_Keeping[HeldLease]):
         while self._sock is not None and (left := ends_at - time.monotonic()) > 0:
             try:
                 self._sock.settimeout(left)
-                notices, ending = self._heard(self._sock.recv(wire.CHUNK_BYTES_MAX))
+                if self._tell(self._sock.recv(wire.CHUNK_BYTES_MAX)):
+                    return
             except (OSError, BrokerError) as trouble:
                 if not wire.is_over(trouble) and not self._over.is_set():
                     self._drop()
                 return
-            for notice in notices:
-                self._call(self._on_notice, notice)
-            if ending:
-                return
         if self._sock is None and seconds > 0:
             self._over.wait(max(0.0, ends_at - time.monotonic()))
+
+    def _watch_again(self) -> None:
+        if self._is_to_watch_again():
+            with suppress(BrokerError):  # a renewal fails as well and says why; later is time enough
+                self._watches_again(*self._asker.watch_and_stay())
 
     def _renew(self) -> None:
         held = self._held()
@@ -217,7 +265,7 @@ class Keeper(_Keeping[HeldLease]):
         try:
             _raise_unless_ended(self._asker.done_all([lease.id for lease in self._held()]))
         except BrokerError as error:
-            _tell(error, failure)
+            _raise_or_note(error, failure)
         finally:
             self._hang_up()
 
@@ -248,16 +296,21 @@ class AsyncKeeper(_Keeping[AsyncHeldLease]):
         self._asker = asker
         self._task: asyncio.Task[None] | None = None
 
-    def start(self) -> None:
+    async def start(self) -> None:
+        """Returns when notices are told: whatever happens to the leases in the block is heard."""
+        if self._sock is not None:
+            loop = asyncio.get_running_loop()
+            with suppress(OSError, BrokerError):  # the task hears of it too; a TimeoutError is an OSError
+                async with asyncio.timeout(self._asker.timeout):
+                    await loop.sock_sendall(self._sock, self._asker.watch_line())
+                    self._ending = self._tell(await loop.sock_recv(self._sock, wire.CHUNK_BYTES_MAX))
         self._task = asyncio.create_task(self._keep(), name=f"keep {self.leases[0].id}")
 
     async def _keep(self) -> None:
-        if self._sock is not None:
-            with suppress(OSError):  # `_listen` hears of it too
-                await asyncio.get_running_loop().sock_sendall(self._sock, self._asker.watch_line())
-        seconds = self._renew_seconds
+        seconds = 0.0 if self._ending else self._renew_seconds
         while self._held():  # `leave` cancels it
             await self._listen(seconds)
+            await self._watch_again()
             await self._renew()
             seconds = self._pause()
 
@@ -271,13 +324,15 @@ class AsyncKeeper(_Keeping[AsyncHeldLease]):
         try:
             async with asyncio.timeout(seconds):
                 while not ending:
-                    data = await loop.sock_recv(self._sock, wire.CHUNK_BYTES_MAX)
-                    notices, ending = self._heard(data)
-                    for notice in notices:
-                        self._call(self._on_notice, notice)
+                    ending = self._tell(await loop.sock_recv(self._sock, wire.CHUNK_BYTES_MAX))
         except (OSError, BrokerError) as trouble:
             if not wire.is_over(trouble):
                 self._drop()
+
+    async def _watch_again(self) -> None:
+        if self._is_to_watch_again():
+            with suppress(BrokerError):  # a renewal fails as well and says why; later is time enough
+                self._watches_again(*await self._asker.watch_and_stay())
 
     async def _renew(self) -> None:
         held = self._held()
@@ -302,7 +357,7 @@ class AsyncKeeper(_Keeping[AsyncHeldLease]):
         try:  # a second cancellation ends the waiting, not the giving back
             await asyncio.shield(asyncio.create_task(self._close()))
         except BrokerError as error:
-            _tell(error, failure)
+            _raise_or_note(error, failure)
 
     async def _close(self) -> None:
         if self._task is not None:
@@ -317,11 +372,11 @@ class AsyncKeeper(_Keeping[AsyncHeldLease]):
 def _raise_unless_ended(outcomes: list[BrokerError | None]) -> None:
     """Raise the first error, but for a lease that had ended before it was given back."""
     for error in outcomes:
-        if error is not None and not isinstance(error, Denied):
+        if error is not None and not isinstance(error, LeaseHasEnded):
             raise error
 
 
-def _tell(error: BrokerError, failure: BaseException | None) -> None:
+def _raise_or_note(error: BrokerError, failure: BaseException | None) -> None:
     """Raise the error of a DONE; if the block itself failed, note it there instead."""
     if failure is None:
         raise error

@@ -39,21 +39,25 @@ class Notices:
         match event:
             case WorkerChanged(worker=worker) if worker.state is WorkerState.SUSPECT and self._sessions:
                 for lease in self._registry.leases(worker.id):
-                    self._tell(_doubt(worker, lease))
+                    self._tell(lease.client, _doubt(worker, lease))
             case LeaseEnded(lease=lease, worker=worker) if worker.state is WorkerState.DRAINING:
-                self._tell(Notice("drain", worker, lease, reason=worker.reason))
+                self._tell(lease.client, _notice("drain", worker, lease, reason=worker.reason))
             case LeaseEnded(lease=lease, worker=worker) if worker.state is WorkerState.GONE:
-                self._tell(Notice("lost", worker, lease))
+                self._tell(lease.client, _notice("lost", worker, lease))
 
-    def _tell(self, notice: Notice) -> None:
-        for session in tuple(self._sessions.get(notice.lease.client, ())):
+    def _tell(self, client: str, notice: Notice) -> None:
+        for session in tuple(self._sessions.get(client, ())):
             session.say(notice.line())
 
 
 def _doubt(worker: Worker, lease: Lease) -> Notice:
     """A worker that is not handed out any more: for its age, on the cloud's notice, or for its silence."""
     if worker.standing_notice == RETIRED:
-        return Notice("retire", worker, lease)
+        return _notice("retire", worker, lease)
     if worker.standing_notice:
-        return Notice("interrupt", worker, lease, RECLAIM_SECONDS)
-    return Notice("lost", worker, lease)
+        return _notice("interrupt", worker, lease, RECLAIM_SECONDS)
+    return _notice("lost", worker, lease)
+
+
+def _notice(what: str, worker: Worker, lease: Lease, in_seconds: float = 0.0, reason: str = "") -> Notice:
+    return Notice(what, worker.address, lease.id, in_seconds, reason=reason)

@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 
-from broker.acquiring import Acquiring, timed_out
+from broker.acquiring import Acquiring, granted, timed_out
 from broker.admission import HAND_OUT_ATTEMPTS_MAX, Admission
 from broker.context import Context
 from broker.core import protocol
@@ -21,6 +21,7 @@ from broker.core.errors import (
     CloudError,
     Denied,
     Draining,
+    LeaseHasEnded,
     WorkerNotFound,
 )
 from broker.core.model import (
@@ -47,7 +48,7 @@ from broker.core.protocol import (
     Version,
     Watch,
 )
-from broker.core.replies import lease_line
+from broker.core.replies import Versions
 from broker.core.settings import PoolSettings
 from broker.core.wish import ANYTHING, Wish
 from broker.granting import Granting, Prove
@@ -58,7 +59,7 @@ from broker.sessions import Session
 from broker.waiting import Waiter
 
 HELP = protocol.line(f"commands: {', '.join(protocol.PARSERS)}; docs/protocol.md has what they say")
-VERSION = protocol.line(f"compute-broker {version('compute-broker')} protocol {protocol.VERSION}")
+VERSION = Versions(version("compute-broker"), protocol.VERSION).line()
 WARM_REPLIES_MAX = 10_000  # remembered replies; for a client beyond them the answer only takes the longer way
 
 
@@ -339,14 +340,14 @@ class Service:
         return protocol.OK
 
     def _living(self, lease_id: str) -> Lease:
-        """The lease of that id. An id that has ended, or never was, touches nobody's worker. Raises Denied,
-        ReadOnly."""
+        """The lease of that id. An id that has ended, or never was, touches nobody's worker. Raises
+        LeaseHasEnded, ReadOnly."""
         lease = self._registry.lease(lease_id)
         worker = None if lease is None else self._registry.get(lease.worker_id)
         for cloud in self._context.clouds.all if worker is None else (self._context.cloud_of(worker),):
             self._context.require_charge(cloud)
         if lease is None:
-            raise Denied("that lease has ended")
+            raise LeaseHasEnded
         return lease
 
     def _certain_of_lease(self, lease_id: str) -> bool:
@@ -361,7 +362,7 @@ class Service:
             worker = self._registry.get(lease.worker_id)
             assert worker is not None, "confirmed in this instant"
             self._registry.renew(lease, now)  # it begins when the client hears of it
-            lines.append(lease_line(lease, worker, now_unix + lease.ttl_seconds, len(leases)))
+            lines.append(granted(lease, worker, now_unix + lease.ttl_seconds, len(leases)).line())
             if lease.bound:
                 session.leases[lease.id], self._bound[lease.id] = None, session
         if session.leases:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,13 +16,16 @@ import pytest
 import broker
 from broker import BrokerUnreachable, Client, Notice, Pending, Retry
 from broker.core import errors
-from broker.core.lease_lines import Acquire, Version
+from broker.core.protocol import Acquire
+from broker.core.replies import Versions, parse_granted
 from broker.errand import Endpoint
 from broker.lease_errands import AcquireErrand
+from broker.lease_keeper import often_enough
 from tests.support.fake_broker import SECONDS_MAX, FakeBroker, Looped, Scene, answer, line_from, reset
 
 AT_ONCE = Retry(pause_seconds=0.0, pause_seconds_max=0.0)
 ENDED = "ERROR: that lease has ended [DENIED]"
+READ_ONLY = errors.ReadOnly().wire()
 BOOTING = "PENDING eta=42 position=3 code=BOOTING reason=a machine has been booting for 31 s"
 
 Open = Callable[..., FakeBroker]
@@ -83,6 +87,18 @@ class Held:
         assert self.watched.wait(SECONDS_MAX)
         assert self._connection is not None
         self._connection.shutdown(socket.SHUT_RDWR)
+
+
+class Watched(Held):
+    """A connection on which nothing is said but WATCH."""
+
+    def __call__(self, fake: FakeBroker, connection: socket.socket) -> None:
+        self._connection = connection
+        line_from(fake, connection)
+        connection.sendall(b"OK\n")
+        self.watched.set()
+        while connection.recv(1024):
+            pass
 
 
 @pytest.fixture
@@ -284,7 +300,7 @@ def test_renew_and_done_name_the_lease_and_an_ended_one_is_denied(client_of: Cli
     client.renew("lease-1")
     client.done("lease-1")
     for command in (client.renew, client.done):
-        with pytest.raises(errors.Denied, match="that lease has ended"):
+        with pytest.raises(errors.LeaseHasEnded, match="that lease has ended"):
             command("lease-2")
     assert fake.heard == ["RENEW lease-1", "DONE lease-1", "RENEW lease-2", "DONE lease-2"]
 
@@ -294,7 +310,7 @@ def test_many_leases_are_renewed_on_one_connection_and_each_has_its_answer(
 ) -> None:
     fake = opened(**{"RENEW lease-2": ENDED})
     outcomes = client_of(fake.port).renew_all(["lease-1", "lease-2", "lease-3"])
-    assert [type(outcome) for outcome in outcomes] == [type(None), errors.Denied, type(None)]
+    assert [type(outcome) for outcome in outcomes] == [type(None), errors.LeaseHasEnded, type(None)]
     assert client_of(fake.port).renew_all([]) == []
 
 
@@ -306,7 +322,7 @@ def test_a_done_whose_answer_was_lost_has_ended_the_lease(client_of: ClientOf, o
 
 def test_the_version_of_the_broker_is_told(client_of: ClientOf, opened: Open) -> None:
     fake = opened(VERSION="compute-broker 0.1.0 protocol 1")
-    assert client_of(fake.port).version() == Version("0.1.0", 1)
+    assert client_of(fake.port).version() == Versions("0.1.0", 1)
 
 
 # --- watching ---------------------------------------------------------------------------------------------
@@ -418,6 +434,37 @@ def test_after_a_restart_of_the_broker_the_lease_is_renewed_without_the_connecti
 
     hold(fake, use, renew_seconds=0.05)
     assert "DONE lease-1" in fake.heard
+    assert fake.heard.count("WATCH") == 2, "the second connection was closed at once: the third is later"
+
+
+def test_when_the_connection_has_broken_notices_come_on_another_one(hold: Hold, opened: Open) -> None:
+    held, watched = Held(lease_line("lease-1")), Watched()
+    fake = opened(held, watched)
+    told = threading.Event()
+
+    def use(lease: Any) -> None:
+        held.break_off()
+        watched.say(NOTICE)
+        assert told.wait(SECONDS_MAX)
+        assert fake.heard_within(1, "RENEW lease-1")
+        assert not lease.lost
+
+    hold(fake, use, on_notice=lambda notice: told.set())
+    assert fake.heard[1:] == ["WATCH", "WATCH", "RENEW lease-1", "DONE lease-1"]
+
+
+def test_a_broker_that_is_read_only_has_not_ended_the_lease(hold: Hold, opened: Open) -> None:
+    held = Held(lease_line("lease-1"))
+    fake = opened(held, RENEW=READ_ONLY, DONE=READ_ONLY)
+
+    def use(lease: Any) -> None:
+        held.break_off()
+        assert fake.heard_within(2, "RENEW lease-1")
+        assert not lease.lost
+        assert lease.renew_error is not None
+
+    with pytest.raises(errors.Denied, match="another broker"):
+        hold(fake, use, renew_seconds=0.05)
 
 
 def test_a_lease_that_did_not_outlive_its_connection_is_lost(hold: Hold, opened: Open) -> None:
@@ -454,6 +501,24 @@ def test_a_notice_is_told_and_one_that_may_end_the_lease_is_checked(hold: Hold, 
     ]
     assert "DONE lease-1" in fake.heard
     assert "DONE lease-2" not in fake.heard
+
+
+@pytest.mark.parametrize(
+    ("asked", "expires_unix", "seconds"),
+    [
+        (60.0, 1900.0, 60.0),
+        (60.0, 1060.0, 20.0),
+        (0.5, 1060.0, 0.5),
+        (60.0, 1001.0, 1.0),
+        (60.0, 900.0, 60.0),
+    ],
+    ids=["long", "short", "short, but asked for more often", "the shortest", "a clock that is off"],
+)
+def test_a_lease_is_renewed_at_least_thrice_in_its_time(
+    asked: float, expires_unix: float, seconds: float
+) -> None:
+    granted = replace(parse_granted(lease_line("lease-1")), expires_unix=expires_unix)
+    assert often_enough(asked, granted, now_unix=1000.0) == seconds
 
 
 def test_a_lease_may_be_kept_by_renewals_alone(hold: Hold, opened: Open) -> None:
@@ -507,7 +572,7 @@ def test_a_forked_child_leaves_the_block_and_the_lease_to_its_parent(opened: Ope
         ({"renew_seconds": 0}, "renew_seconds is a number of seconds above 0"),
         ({"hold": "renew", "on_notice": print}, "on_notice needs hold='connection'"),
         ({"count": 0}, "count= is a whole number from 1 to 1000"),
-        ({"min": 2}, "min= is a whole number from 1 to count="),
+        ({"min": 2}, "min= is at most count="),
     ],
 )
 def test_a_block_that_makes_no_sense_asks_nothing(

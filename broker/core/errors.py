@@ -6,6 +6,7 @@
     │   ├── WorkerNotFound
     │   ├── BadRequest
     │   ├── Denied
+    │   │   └── LeaseHasEnded
     │   ├── AuthRequired
     │   └── WaitTimedOut
     ├── Refusal                the house says no, whoever asks
@@ -107,6 +108,12 @@ class Denied(ClientFault):
     """the worker is held by another client"""
 
     code = Code.DENIED
+
+
+class LeaseHasEnded(Denied):
+    """that lease has ended"""
+
+    # The sentence is fixed: by it clients tell this from the word of a broker that is read-only.
 
 
 class AuthRequired(ClientFault):

@@ -30,6 +30,7 @@ from broker.core.errors import (
     Code,
     Denied,
     Draining,
+    LeaseHasEnded,
     LimitReached,
     NoCapacity,
     UnknownCommand,
@@ -71,11 +72,11 @@ class Acquire:
     region: str | None = None
     wait: float | None = None
     exclusive: bool = False
-    client: str | None = None
     count: int = 1
     min: int | None = None
     hold: str | None = None
     ttl: float | None = None
+    client: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -412,9 +413,10 @@ ERRORS: dict[str, type[BrokerError]] = {
     Code.CLOUD: CloudError,
     Code.BAD_REQUEST: BadRequest,
 }
-CODELESS: dict[str, type[BrokerError]] = {
-    "Unknown command": UnknownCommand,
-    "Worker not found": WorkerNotFound,
+SENTENCES: dict[tuple[str, str | None], type[BrokerError]] = {  # the fixed ones, each with its code
+    ("Unknown command", None): UnknownCommand,
+    ("Worker not found", None): WorkerNotFound,
+    ("that lease has ended", Code.DENIED): LeaseHasEnded,
 }
 
 
@@ -423,7 +425,7 @@ def encode(command: Sayable) -> bytes:
     words = [name_of(command)]
     for field in fields(command):
         value = getattr(command, field.name)
-        if value is None or value is False:
+        if value == field.default:
             continue
         if len(str(value).split()) != 1:
             raise BadRequest(f"{field.name} is one word, not {str(value)[:40]!r}")
@@ -454,7 +456,7 @@ def read_reply(reply: str) -> str:
     if match is None:
         return reply
     message, code = match["message"] or "the broker reports an error without a reason", match["code"]
-    kind = ERRORS.get(code) if code else CODELESS.get(message)
+    kind = SENTENCES.get((message, code)) or ERRORS.get(code or "")
     raise (kind or BrokerError)(message)
 
 

@@ -32,7 +32,7 @@ namespace eval ::compute_broker {
 # and what it raises gives up the request; -on_lost gets a lease that was held by its connection and has ended; with
 # -command acquire returns at once, something for cancel, and the prefix gets "ok <result>" or
 # "error <message> <errorcode>" at the end. The result is a dict (id ip port pool type cores market price expires;
-# cores and price are empty when unknown), with -count a list of them.
+# type, cores and price are empty when unknown), with -count a list of them.
 proc ::compute_broker::acquire {args} {
     set given [options {-pool "" -cores "" -type "" -region "" -wait "" -exclusive "" -client "" -timeout "" -count ""
         -min "" -ttl "" -hold "" -command "" -on_pending "" -on_lost ""} $args]
@@ -48,13 +48,13 @@ proc ::compute_broker::cancel {call} {
     return
 }
 
-# OK: the lease lasts its ttl again. An ended one is an error with DENIED.
+# OK: the lease lasts its ttl again. An ended one is an error with DENIED LEASE_ENDED.
 proc ::compute_broker::renew {lease args} {
     set given [options {-timeout ""} $args]
     return [expect_ok [ask "RENEW [check lease lease $lease]" [dict get $given -timeout]]]
 }
 
-# OK: the lease is given back, and its worker stays warm. An ended one is an error with DENIED.
+# OK: the lease is given back, and its worker stays warm. An ended one is an error with DENIED LEASE_ENDED.
 proc ::compute_broker::done {lease args} {
     set given [options {-timeout ""} $args]
     set line "DONE [check lease lease $lease]"
@@ -193,7 +193,7 @@ proc ::compute_broker::lease_of {line} {
         nonsense $line "that is no lease"
     }
     dict unset said of
-    foreach key {cores price} {
+    foreach key {type cores price} {
         if {[dict get $said $key] eq "-"} {dict set said $key ""}
     }
     return [list $said $of]
@@ -206,11 +206,13 @@ proc ::compute_broker::pending_of {line} {
     return $said
 }
 
-# A NOTICE line -> a dict; replacement is empty when there is none.
+# A NOTICE line -> a dict; ip and replacement are empty when there is none.
 proc ::compute_broker::notice_of {line} {
     if {![regexp {^NOTICE ([a-z_]+) (.*)$} $line -> what rest]} {nonsense $line "that is no notice"}
     set said [pairs_of "NOTICE $rest" {ip lease in replacement}]
-    if {[dict get $said replacement] eq "-"} {dict set said replacement ""}
+    foreach key {ip replacement} {
+        if {[dict get $said $key] eq "-"} {dict set said $key ""}
+    }
     return [dict merge [dict create what $what] $said]
 }
 
@@ -328,8 +330,9 @@ proc ::compute_broker::tell_lost {id on_lost} {
     if {$on_lost ne ""} {uplevel #0 [list {*}$on_lost $id]}
 }
 
+# Whether a reply says that the lease has ended: DENIED alone is also what a broker says that is read-only.
 proc ::compute_broker::is_ended {line} {
-    return [regexp {^ERROR: .* \[DENIED\]$} $line]
+    return [expr {[catch {reply_of $line} - how] && [dict get $how -errorcode] eq {COMPUTE_BROKER DENIED LEASE_ENDED}}]
 }
 
 # The whole lines in the `rest` of the dict in a variable, which keeps what has no end yet.

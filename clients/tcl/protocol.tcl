@@ -54,6 +54,9 @@ proc ::compute_broker::reply_of {line} {
     if {![regexp {^ERROR(?:: ?(.*))?$} $line -> sentence]} {return $line}
     if {$sentence eq "Unknown command"} {throw {COMPUTE_BROKER UNKNOWN_COMMAND} $sentence}
     if {$sentence eq "Worker not found"} {throw {COMPUTE_BROKER WORKER_NOT_FOUND} $sentence}
+    if {$sentence eq {that lease has ended [DENIED]}} {
+        throw {COMPUTE_BROKER DENIED LEASE_ENDED} "that lease has ended"
+    }
     if {[regexp {^(.*) \[([A-Z_]+)\]$} $sentence -> text code]} {throw [list COMPUTE_BROKER $code] $text}
     if {$sentence eq ""} {set sentence "the broker reports an error without a reason"}
     throw {COMPUTE_BROKER ERROR} $sentence

@@ -417,6 +417,13 @@ def test_a_value_that_cannot_be_sent_is_refused_and_never_becomes_another_comman
         (GetWorker(client="ann&bob"), "client= is 1 to 64 letters, digits and . _ @ : / + -"),
         (GetWorker(pool="a b"), "pool is one word, not 'a b'"),
         (Ping(""), "address is one word, not ''"),
+        (Acquire(count=1001), "count= is a whole number from 1 to 1000"),
+        (Acquire(min=2), "min= is at most count="),
+        (Acquire(count=3, min=0), "min= is a whole number from 1 to 1000"),
+        (Acquire(ttl=0), "ttl= is a number of seconds from 1 to 86400"),
+        (Acquire(hold="hands"), "hold= is connection, or left out"),
+        (Renew("x" * 256), "RENEW needs the id of a lease and nothing else: RENEW <lease>"),
+        (Done("lease-0a\nTERMINATE_ALL"), "lease is one word, not 'lease-0a\\nTERMINATE_ALL'"),
     ],
 )
 def test_a_refused_value_is_told_as_the_broker_would_tell_it(command: Any, message: str) -> None:
@@ -436,6 +443,10 @@ def test_a_command_is_written_as_a_person_would_write_it() -> None:
     assert encode(wanted) == b"GET_WORKER pool=gpu cores=64 wait=30 exclusive=yes\n"
     assert encode(Release("10.0.0.1", True, "ann")) == b"RELEASE 10.0.0.1 force client=ann\n"
     assert encode(GetWorker(wait=0.1 + 0.2)) == b"GET_WORKER wait=0.30000000000000004\n"
+    assert encode(Acquire(client="ann")) == b"ACQUIRE client=ann\n"
+    assert encode(Acquire(count=4, min=2, hold="connection", ttl=60, client="ann")) == (
+        b"ACQUIRE count=4 min=2 hold=connection ttl=60 client=ann\n"
+    )
 
 
 def test_every_command_has_a_word_and_a_key_for_each_of_its_fields() -> None:

@@ -110,8 +110,8 @@ def test_every_sentence_that_refuses_a_client_is_in_the_corpus(module: ModuleTyp
     assert [pattern for pattern in wanted if not any(re.search(pattern, text) for text in heard())] == []
 
 
-def test_both_errors_without_a_code_are_in_the_corpus() -> None:
-    assert {f"ERROR: {message}" for message in protocol.CODELESS} <= set(heard())
+def test_every_fixed_sentence_is_in_the_corpus() -> None:
+    assert {kind(message).wire() for (message, _), kind in protocol.SENTENCES.items()} <= set(heard())
 
 
 # --- the corpus is well written ----------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The lines about leases, read and written without a socket."""
+"""The lines that have parts, written and read without a socket."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from broker.core.errors import BadRequest, BrokerError
-from broker.core.lease_lines import (
-    Acquire,
+from broker.core import keys
+from broker.core.errors import BrokerError
+from broker.core.money import USD_MICROS
+from broker.core.replies import (
+    LINE_CHARS_MAX,
     Granted,
     Notice,
     Pending,
-    Version,
-    encode_about,
-    encode_acquire,
+    Versions,
     parse_granted,
     parse_notice,
     parse_pending,
-    parse_version,
+    parse_versions,
 )
 
 LEASE = (
@@ -36,48 +36,6 @@ PENDING = "PENDING eta=42 position=3 code=BOOTING reason=a machine has been boot
 NOTICE = "NOTICE interrupt ip=10.0.0.7 lease=lease-0a in=118 replacement=-"
 
 
-# --- ACQUIRE, RENEW, DONE ---------------------------------------------------------------------------------
-
-
-def test_an_acquire_says_every_wish_and_nothing_else() -> None:
-    everything = Acquire("gpu", 64, "c7i.16xlarge", "us-east-1", 2.5, True, 4, 2, "connection", 60, "anna")
-    assert encode_acquire(everything) == (
-        b"ACQUIRE pool=gpu cores=64 type=c7i.16xlarge region=us-east-1 wait=2.5 exclusive=yes count=4 "
-        b"min=2 hold=connection ttl=60 client=anna\n"
-    )
-    assert encode_acquire(Acquire()) == b"ACQUIRE\n"
-    assert encode_acquire(Acquire(client="anna")) == b"ACQUIRE client=anna\n"
-    assert everything.ends_with_connection
-    assert not Acquire().ends_with_connection
-
-
-@pytest.mark.parametrize(
-    ("wanted", "sentence"),
-    [
-        (Acquire(count=0), "count= is a whole number from 1 to 1000"),
-        (Acquire(count=1001), "count= is a whole number from 1 to 1000"),
-        (Acquire(min=2), "min= is a whole number from 1 to count=, which is 1"),
-        (Acquire(count=3, min=0), "min= is a whole number from 1 to count=, which is 3"),
-        (Acquire(ttl=0), "ttl= is a whole number of seconds from 1 to 86400"),
-        (Acquire(ttl=86_401), "ttl= is a whole number of seconds from 1 to 86400"),
-        (Acquire(hold="hands"), "hold= is connection, or not given"),
-        (Acquire(cores=0), "cores= is a whole number from 1 to 100000"),
-        (Acquire(pool="a b"), "pool is one word"),
-        (Acquire(wait=-1.0), "wait= is a number of seconds"),
-    ],
-)
-def test_a_wish_that_makes_no_sense_is_never_sent(wanted: Acquire, sentence: str) -> None:
-    with pytest.raises(BadRequest, match=sentence):
-        encode_acquire(wanted)
-
-
-def test_a_lease_is_named_by_its_id_and_by_nothing_that_could_add_a_command() -> None:
-    assert encode_about("RENEW", "lease-0a") == b"RENEW lease-0a\n"
-    for bad in ("", "a b", "lease-0a\nTERMINATE_ALL", "ä", "x" * 256):
-        with pytest.raises(BadRequest, match="is no lease: DONE needs the id that ACQUIRE answered"):
-            encode_about("DONE", bad)
-
-
 # --- LEASE, PENDING, NOTICE, VERSION ------------------------------------------------------------------------
 
 
@@ -86,9 +44,75 @@ def test_a_lease_line_is_read_in_full() -> None:
 
 
 def test_what_the_broker_does_not_know_is_none() -> None:
-    unknown = parse_granted(LEASE.replace("cores=64", "cores=-").replace("price=1.2", "price=-"))
-    assert (unknown.cores, unknown.price_usd_per_hour) == (None, None)
+    line = LEASE.replace("cores=64", "cores=-").replace("price=1.2", "price=-").replace("c7i.16xlarge", "-")
+    unknown = parse_granted(line)
+    assert (unknown.type, unknown.cores, unknown.price_usd_per_hour) == (None, None, None)
+    assert parse_notice(NOTICE.replace("ip=10.0.0.7", "ip=-")).address is None
     assert parse_pending(PENDING.replace("eta=42", "eta=unknown")).eta_seconds is None
+
+
+NAMES = st.from_regex(keys.WORD, fullmatch=True)
+ADDRESSES = st.ip_addresses().map(str) | st.just("ec2-203-0-113-25.compute-1.amazonaws.com")
+REASONS = st.text(string.ascii_letters + " =-", max_size=60).map(lambda text: " ".join(text.split()))
+WHOLE = st.integers(0, 10**9)
+
+
+@given(
+    st.builds(
+        Granted,
+        id=NAMES,
+        address=ADDRESSES,
+        port=st.integers(1, 65_535),
+        pool=NAMES,
+        type=st.none() | NAMES.filter("-".__ne__),
+        cores=st.none() | st.integers(1, keys.CORES_MAX),
+        market=st.sampled_from(["spot", "on-demand"]),
+        price_usd_per_hour=st.none() | st.integers(1, 10**12).map(lambda micros: micros / USD_MICROS),
+        expires_unix=st.integers(0, 2**32).map(float),
+        of=st.integers(1, keys.COUNT_MAX),
+    )
+)
+def test_what_the_broker_says_of_a_lease_is_what_the_client_hears(granted: Granted) -> None:
+    assert parse_granted(heard(granted.line())) == granted
+
+
+@given(
+    st.builds(
+        Pending,
+        eta_seconds=st.none() | WHOLE,
+        position=st.integers(1, 10**9),
+        code=st.sampled_from(["BOOTING", "NO_CAPACITY"]),
+        reason=REASONS,
+    )
+)
+def test_what_the_broker_says_of_waiting_is_what_the_client_hears(pending: Pending) -> None:
+    assert parse_pending(heard(pending.line())) == pending
+
+
+@given(
+    st.builds(
+        Notice,
+        what=st.sampled_from(["interrupt", "retire", "drain", "lost"]),
+        address=st.none() | ADDRESSES,
+        lease=NAMES,
+        in_seconds=WHOLE,
+        replacement=st.none() | ADDRESSES,
+        reason=REASONS,
+    )
+)
+def test_what_the_broker_says_of_a_worker_is_what_the_client_hears(notice: Notice) -> None:
+    assert parse_notice(heard(notice.line())) == notice
+
+
+def heard(line: bytes) -> str:
+    assert line.endswith(b"\n")
+    return line[:-1].decode("ascii")
+
+
+def test_a_reason_is_cut_off_before_a_line_is_too_long() -> None:
+    line = heard(Pending(None, 1, "CLOUD", "the cloud says: " + "no " * 1000).line())
+    assert len(line) == LINE_CHARS_MAX
+    assert parse_pending(line).reason.endswith("...")
 
 
 def test_a_newer_broker_may_say_more() -> None:
@@ -110,7 +134,8 @@ def test_a_notice_says_what_happens_to_which_lease() -> None:
 
 
 def test_the_version_is_that_of_the_broker_and_that_of_the_protocol() -> None:
-    assert parse_version("compute-broker 0.1.0 protocol 1") == Version("0.1.0", 1)
+    assert parse_versions("compute-broker 0.1.0 protocol 1") == Versions("0.1.0", 1)
+    assert Versions("0.1.0", 1).line() == b"compute-broker 0.1.0 protocol 1\n"
 
 
 @pytest.mark.parametrize(
@@ -129,7 +154,6 @@ def test_the_version_is_that_of_the_broker_and_that_of_the_protocol() -> None:
         LEASE.replace("price=1.2", "price=nan"),
         LEASE.replace("price=1.2", "price=-1"),
         LEASE.replace("T08:00:00Z", "T08:00:00"),
-        LEASE.replace("T08:00:00Z", "T08:00:00+01:00"),
         LEASE.replace("2026-01-31T08:00:00Z", "tomorrow"),
         LEASE.replace("of=2", "of=0"),
         LEASE.replace("of=2", "of=²"),
@@ -177,7 +201,7 @@ def test_a_notice_that_makes_no_sense_is_an_error(line: str) -> None:
 @pytest.mark.parametrize("line", ["", "OK", "compute-broker 0.1.0", "compute-broker 0.1.0 protocol one"])
 def test_a_version_that_is_none_is_an_error(line: str) -> None:
     with pytest.raises(BrokerError, match="protocol <number>` was expected"):
-        parse_version(line)
+        parse_versions(line)
 
 
 @given(
@@ -188,8 +212,8 @@ def test_a_version_that_is_none_is_an_error(line: str) -> None:
         | st.text(string.printable, max_size=12),
         max_size=14,
     ),
-    st.sampled_from([parse_granted, parse_pending, parse_notice, parse_version]),
+    st.sampled_from([parse_granted, parse_pending, parse_notice, parse_versions]),
 )
 def test_no_line_whatever_breaks_a_reader(words: list[str], parse: Callable[[str], object]) -> None:
     with suppress(BrokerError):
-        assert isinstance(parse(" ".join(words)), Granted | Pending | Notice | Version)
+        assert isinstance(parse(" ".join(words)), Granted | Pending | Notice | Versions)
