@@ -72,7 +72,12 @@ class Waiter:
     def need(self) -> tuple[str, Wish]:
         """One client with one wish needs one machine, on however many connections it asks; an ACQUIRE needs
         machines of its own (no client's name has a blank)."""
-        return f"{self.client} {self.terms.number}" if self.terms else self.client, self.wish
+        return self.who, self.wish
+
+    @property
+    def who(self) -> str:
+        """Whoever needs a machine: the client, or an ACQUIRE of its."""
+        return self.client if self.terms is None else f"{self.client} {self.terms.number}"
 
 
 class Waiting:
@@ -100,10 +105,17 @@ class Waiting:
 
     def needs(self, pool: str) -> list[Need]:
         """What they wait for, the one who came first at the front; those who want the same are one need."""
-        groups: dict[tuple[Wish, bool], dict[tuple[str, Wish], int]] = {}
-        for waiter in self.of(pool):
-            group = groups.setdefault((waiter.wish, waiter.exclusive), {})
-            group[waiter.need] = waiter.lacking
+        groups: dict[tuple[Wish, bool], dict[str, int]] = {}
+        known: dict[int, tuple[Wish, dict[str, int]]] = {}  # by wish: telling thousands apart costs more
+        for waiter in self._queues.get(pool, ()):
+            if waiter.served.done():
+                continue
+            number = 2 * id(waiter.wish) + waiter.exclusive
+            found = known.get(number)
+            if found is None:
+                group = groups.setdefault((waiter.wish, waiter.exclusive), {})
+                found = known[number] = (waiter.wish, group)
+            found[1][waiter.who] = waiter.lacking
         return [Need(wish, sum(each.values()), exclusive) for (wish, exclusive), each in groups.items()]
 
     def fail(self, pool: str, error: BrokerError, *, wish: Wish | None = None, supply: int = 0) -> None:

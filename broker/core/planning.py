@@ -8,10 +8,11 @@ caps leave room. The work grows with the number of different wishes and offering
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from broker.core.model import Offering
+from broker.core.model import Market, Offering, Worker
 from broker.core.wish import ANYTHING, Wish
 
 SEATS_MAX = 1_000_000  # of a shared worker whose pool sets no limit: more than there are clients
@@ -88,6 +89,22 @@ class _Supply:
         """Have a machine be shared. Returns how many of the clients find no seat on it."""
         self.shared.append(_Seats(offerings, max(0, seats - clients)))
         return max(0, clients - seats)
+
+
+def by_offering(workers: Iterable[Worker]) -> dict[tuple[Offering, ...], int]:
+    """How many workers there are of each offering."""
+    found: dict[tuple[str, str, str, int | None, Market], list[Any]] = {}
+    for (
+        worker
+    ) in workers:  # each holds an offering of its own: comparing thousands of them costs more than this
+        one = worker.offering
+        kind = (one.instance_type, one.zone, one.region, one.cores, one.market)
+        entry = found.get(kind)
+        if entry is None:
+            found[kind] = [one, 1]
+        else:
+            entry[1] += 1
+    return {(offering,): count for offering, count in found.values()}
 
 
 def plan(

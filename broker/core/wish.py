@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 from broker.core.model import Offering, Worker
 from broker.core.protocol import Acquire, GetWorker
@@ -19,7 +20,7 @@ class Wish:
 
     @classmethod
     def of(cls, command: GetWorker | Acquire) -> Wish:
-        return cls(command.cores, command.type, command.region)
+        return _known(command.cores, command.type, command.region)
 
     def fits(self, offering: Offering) -> bool:
         """Whether the offering is what the client asked for. Unknown cores never fit a wish for cores."""
@@ -38,3 +39,9 @@ class Wish:
 
 
 ANYTHING = Wish()
+WISHES_KEPT = 1024  # clients want the same again and again: one object for all is told apart at once
+
+
+@lru_cache(maxsize=WISHES_KEPT)
+def _known(cores: int | None, kind: str | None, region: str | None) -> Wish:
+    return Wish(cores, kind, region)

@@ -28,7 +28,7 @@ from broker.core.errors import (
 )
 from broker.core.life import BOOKED
 from broker.core.model import Bought, Market, Offering, Order, WorkerState
-from broker.core.planning import SEATS_MAX, Purchase, plan
+from broker.core.planning import SEATS_MAX, Purchase, by_offering, plan
 from broker.core.policy import Room, launch_room
 from broker.core.wish import Wish
 from broker.ledger import Ledger
@@ -187,8 +187,9 @@ class LaunchLoop:
         """The pool's machines on order and booting, by what each may turn out to be."""
         coming = self._orders.coming(name)
         booting = self._context.registry.in_state(WorkerState.BOOTING, pool=name)
-        for worker in (one for one in booting if one.id not in self._context.leaving):
-            coming[(worker.offering,)] = coming.get((worker.offering,), 0) + 1
+        staying = (worker for worker in booting if worker.id not in self._context.leaving)
+        for offerings, count in by_offering(staying).items():
+            coming[offerings] = coming.get(offerings, 0) + count
         return coming
 
     def _buy(self, name: str, cloud: Cloud, purchase: Purchase) -> None:
