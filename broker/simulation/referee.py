@@ -77,7 +77,7 @@ class Referee:
         self._forced: dict[str, list[float]] = defaultdict(list)  # machine → when somebody asked for its end
         self._orders_at: list[float] = []
         self._orders: dict[str, int] = {}  # token → for how many machines
-        self._given_more: set[str] = set()  # tokens for which the cloud gave one machine more than was asked
+        self.given_more_for: set[str] = set()  # tokens for which the cloud gave one more than was asked
         self._placed_at: dict[str, float] = {}
         self._forgiven: frozenset[str] = frozenset()  # tokens that a damaged store has made the broker forget
         self._tagged: dict[str, None] = {}  # machines that a person protects
@@ -290,7 +290,7 @@ class Referee:
 
     def given_more(self, token: str) -> None:
         """The cloud answers a call with a machine more than it was asked for."""
-        self._given_more.add(token)
+        self.given_more_for.add(token)
 
     def launched(self, at: float, token: str, on_disk: bool, count: int) -> None:
         """A launch call for so many machines leaves the broker. It counts from when its order was placed."""
@@ -320,7 +320,7 @@ class Referee:
         """So many machines of ours exist after a launch. What the cloud gave beyond an order is not ours to
         answer for, as long as it ends."""
         ordered = [machine for machine in machines if not machine.token.startswith(STRAY)]
-        surplus = len({one.token for one in ordered} & self._given_more)
+        surplus = len({one.token for one in ordered} & self.given_more_for)
         placed_at = max((self._placed_at.get(machine.token, at) for machine in ordered), default=at)
         if len(ordered) - surplus > max(pool.max_workers for pool in self.rules.since(placed_at)):
             ids = ", ".join(machine.id for machine in ordered)
@@ -341,6 +341,6 @@ class Referee:
         for machine in machines:
             by_token[machine.token].append(machine.id)
         for token, ids in by_token.items():
-            ordered = self._orders.get(token, 1) + (token in self._given_more)
+            ordered = self._orders.get(token, 1) + (token in self.given_more_for)
             if token and len(ids) > ordered:
                 self.broken(at, "no more machines than an order asks for", f"{token}: {', '.join(ids)}")
