@@ -148,6 +148,7 @@ class Acquirers:
         held = [Held(one["id"], one["ip"]) for one in matches if one]
         for one in held:
             world.fairness.answered(world.now, visit.name, one.id)
+            world.referee.acquired(visit.name, one.id)
             self._handed_out(visit, one)
         return held
 

@@ -74,6 +74,7 @@ class Referee:
         self.violations: list[Violation] = []
         self._current: dict[tuple[str, str], Hold] = {}  # (client, address)
         self._by_machine: dict[str, list[Hold]] = defaultdict(list)
+        self._acquired: dict[str, list[str]] = defaultdict(list)  # client → ids of its leases by ACQUIRE
         self._forced: dict[str, list[float]] = defaultdict(list)  # machine → when somebody asked for its end
         self._orders_at: list[float] = []
         self._orders: dict[str, int] = {}  # token → for how many machines
@@ -147,10 +148,16 @@ class Referee:
             hold.used_at.append(at)
             hold.ttl_seconds = min(hold.ttl_seconds, self._ttl_seconds(at))
 
+    def acquired(self, client: str, lease_id: str) -> None:
+        """This client holds what is handed out under that id."""
+        self._acquired[client].append(lease_id)
+
     def released(self, at: float, client: str, address: str) -> None:
-        hold = self._current.pop((client, address), None)
-        if hold is not None:
-            hold.ended_at = at
+        """A client, or a lease of its own, ends its hold. RELEASE ends all leases that the client has there."""
+        for holder in (client, *self._acquired.get(client, ())):
+            hold = self._current.pop((holder, address), None)
+            if hold is not None:
+                hold.ended_at = at
 
     def unknown(self, at: float, client: str, address: str, why: str) -> None:
         """A PING was answered with an error: the lease is lost, and that needs a reason."""
@@ -270,11 +277,16 @@ class Referee:
     def known(self, at: float, machines: Iterable[Machine], explains: Callable[[Machine], bool]) -> None:
         """Every machine of ours has an entry in the books or an open order, at any moment.
 
-        Only machines from nowhere are found by a listing; so are those whose order a damaged store has lost.
+        Only machines from nowhere are found by a listing; so are those whose order a damaged store has lost,
+        and the one that the cloud gave beyond an order, when the answer that names it was lost.
         """
+        beyond = set(self.given_more_for)
         for machine in machines:
             found_later = machine.token.startswith(STRAY) or machine.token in self._forgiven
             if not found_later and not explains(machine):
+                if machine.token in beyond:
+                    beyond.remove(machine.token)  # one of them
+                    continue
                 facts = f"{machine.id} ({machine.state}, token {machine.token}) is in no book"
                 self.broken_once(at, "every machine has an entry or an open order", machine.id, facts)
 
