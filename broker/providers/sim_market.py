@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from broker.providers.sim_machine import Machine
+from broker.providers.sim_price_walk import PriceWalk
 from broker.providers.sim_sky import Refused, Sky
 from broker.providers.sim_weather import Fault
 
@@ -112,14 +113,26 @@ class Market:
         self._dry: dict[tuple[str, bool, str], float] = {}  # an offering without stock → until when
         self._supported: dict[tuple[str, bool, str], bool] = {}
         self._spot_share: dict[tuple[str, str], float] = {}
+        self._walks: dict[tuple[str, str], PriceWalk] = {}
 
     def price_usd_micros_per_hour(self, kind: str, spot: bool, zone: str) -> int:
+        """What a machine costs that is bought now."""
         price = (vcpus_of(kind) or 0) * USD_MICROS_PER_VCPU_HOUR
         if not spot:
             return price
         if (kind, zone) not in self._spot_share:
             self._spot_share[kind, zone] = self._prices.within(SPOT_SHARE)
-        return round(price * self._spot_share[kind, zone])
+        return round(price * self._share_now(kind, zone))
+
+    def _share_now(self, kind: str, zone: str) -> float:
+        weather, share = self._sky.weather, self._spot_share[kind, zone]
+        if not weather.spot_price_step_max:
+            return share
+        if (kind, zone) not in self._walks:
+            self._walks[kind, zone] = PriceWalk(self._prices.fork(), share, SPOT_SHARE[0])
+        return self._walks[kind, zone].share(
+            self._sky.at, weather.spot_price_step_max, weather.spot_share_max
+        )
 
     # --- refusing ----------------------------------------------------------------------------------
 

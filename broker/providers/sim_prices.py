@@ -1,7 +1,8 @@
 """The simulated EC2's DescribeSpotPriceHistory: the prices at the start time, as the broker asks for them.
 
-A price in here does not change while the simulation runs, so there is one item for each zone and type, in the
-order in which the types are named. (AWS: EC2 API reference, DescribeSpotPriceHistory.)
+Asked for with a start time, EC2 tells the last change before it; here that is the price of now, so there is
+one item for each zone and type, in the order in which the types are named. (AWS: EC2 API reference,
+DescribeSpotPriceHistory.)
 """
 
 from __future__ import annotations

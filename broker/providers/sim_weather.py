@@ -138,6 +138,8 @@ class Weather:
     stockout_everywhere: float = 0.0
     stockout_seconds: Range = (180.0, 7200.0)
     unsupported: float = 0.0  # of the offerings, for good
+    spot_price_step_max: float = 0.0  # of itself, what a spot price moves in ten minutes; 0: it stands still
+    spot_share_max: float = 0.6  # of the on-demand price: where a price that moves turns back
     spot_vcpus_max: float = inf
     on_demand_vcpus_max: float = inf
     bought_on_demand: float = 0.0

@@ -26,6 +26,7 @@ from broker.simulation.history import (
     Outage,
     Protect,
     Reload,
+    Scarcity,
     SecondHost,
     SilentPort,
     Stop,
@@ -160,6 +161,13 @@ class Accidents:
 
     def outage(self, outage: Outage) -> None:
         self._world.sky.begin(Fault.OUTAGE, outage.seconds)
+
+    def scarcity(self, scarcity: Scarcity) -> None:
+        """Once all is healed there is enough for everybody."""
+        if self._world.now < self._world.closing_at:
+            self._world.say(f"no {', '.join(scarcity.kinds)} on spot for {scarcity.seconds:.0f} s")
+            for kind in scarcity.kinds:
+                self._world.sky.run_dry(kind, spot=True, seconds=scarcity.seconds)
 
     def silent_port(self, silent: SilentPort) -> None:
         self._world.say(f"worker ports are silent for {silent.seconds:.0f} s")

@@ -75,22 +75,29 @@ class Acquirers:
         world.witness.asked(asked_at)
         world.witness.asking += 1
         alone = visit.exclusive or world.pool.exclusive
-        world.comes(alone=alone, workers=visit.acquire)
+        waiting = world.asking.comes(visit.name, alone=alone, count=visit.acquire, acquiring=True)
         try:
             while True:
                 client = world.host.open(f"10.0.{len(visit.name)}.1")
                 if client is not None:
+                    waiting.sent_at = world.now
                     lines = await self._answer(visit, client, line)
+                    waiting.sent_at = None
                     if lines is not None:
                         return client, self._told(visit, lines, asked_at)
                     with world.host.inside():
                         client.vanish()
                 if world.now >= give_up_at or self._hung_up(visit, asked_at):
+                    self._given_up(visit)
                     return None, []
                 await asyncio.sleep(TRY_AGAIN_SECONDS)
         finally:
             world.witness.asking -= 1
-            world.leaves(alone=alone, workers=visit.acquire)
+            world.asking.leaves(waiting)
+
+    def _given_up(self, visit: Visit) -> None:
+        if visit.acquire > 1:
+            self._world.witness.saw("several given up")
 
     def _hung_up(self, visit: Visit, asked_at: float) -> bool:
         return visit.patience_seconds is not None and self._world.now - asked_at >= visit.patience_seconds
@@ -129,6 +136,7 @@ class Acquirers:
         world = self._world
         if ERROR_LINE.fullmatch(lines[0]):
             self.unserved += 1
+            self._given_up(visit)
             return []
         self._waited.append(world.now - asked_at)
         world.witness.saw("several workers at once" if len(lines) > 1 else "a lease acquired")
@@ -139,6 +147,8 @@ class Acquirers:
         matches = [LEASE.fullmatch(line) for line in lines]
         held = [Held(one["id"], one["ip"]) for one in matches if one]
         for one in held:
+            world.fairness.answered(world.now, visit.name, one.id)
+            world.referee.acquired(visit.name, one.id)
             self._handed_out(visit, one)
         return held
 

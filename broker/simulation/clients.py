@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 
 from broker.core.model import WorkerState
+from broker.core.planning import SEATS_MAX
 from broker.core.protocol import ERROR_LINE
 from broker.providers.simulated import BROKER
 from broker.simulation.acquirers import Acquirers
+from broker.simulation.asking import Ask
 from broker.simulation.history import Crowd, Visit
 from broker.simulation.world import World
 from broker.testing import Client
@@ -15,6 +17,7 @@ from broker.testing import Client
 ANSWER_SLACK_SECONDS = 20.0  # beyond its wait: two tries of a silent worker port, and a disk
 PATIENCE_SECONDS = 120.0  # how long clients try to reach a broker that is down
 TRY_AGAIN_SECONDS = 5.0
+DYING_STEP_SECONDS, DYING_SECONDS_MAX = 37.0, 600.0  # members of a crowd die one after the other, in no order
 PING_SECONDS_MAX = 1.0  # once the first scan is in, whatever the cloud does
 # A PING that was not answered, and may be sent again: to another broker, if one is in charge.
 UNDECIDED = ("[CLOUD]", "[DENIED]", "[DRAINING]", "[LIMIT]")
@@ -53,9 +56,16 @@ class Clients:
     async def crowd(self, crowd: Crowd) -> None:
         """A thousand at once; how they fare is what the referee is told."""
         world = self._world
-        self._world.witness.saw(f"crowd, {world.pool.sharing}")
+        self._world.witness.saw("crowd in a queue" if crowd.dies_each else f"crowd, {world.pool.sharing}")
         members = [
-            Visit(world.now, f"{crowd.name}-{number}", crowd.work_seconds, 60.0, "release")
+            Visit(
+                world.now,
+                f"{crowd.name}-{number}",
+                crowd.work_seconds,
+                60.0,
+                "release",
+                patience_seconds=_dies_after_seconds(number, crowd.dies_each),
+            )
             for number in range(crowd.count)
         ]
         await asyncio.gather(*(self.visit(member) for member in members))
@@ -71,18 +81,23 @@ class Clients:
         world.witness.asked(asked_at)
         world.witness.asking += 1
         alone = visit.exclusive or world.pool.exclusive
-        world.comes(alone=alone)
+        waiting = world.asking.comes(visit.name, alone=alone)
         try:
-            reply = await self.ask(visit.name, " ".join(words), wait_seconds, visit.patience_seconds)
+            line, patience_seconds = " ".join(words), visit.patience_seconds
+            reply = await self.ask(visit.name, line, wait_seconds, patience_seconds, waiting)
         finally:
             world.witness.asking -= 1
-            world.leaves(alone=alone)
+            world.asking.leaves(waiting)
+        seats = world.pool.leases_per_worker_max or SEATS_MAX
+        if reply is None and world.asking.machines(seats) > world.pool.max_workers:
+            world.witness.saw("gave up in a queue")
         if reply is None or ERROR_LINE.fullmatch(reply):
             self._unserved += 1
             if reply is not None and reply.endswith("[BUDGET]"):
                 world.witness.saw("budget reached")
             return None
         self.waited.append(world.now - asked_at)
+        world.fairness.answered(world.now, visit.name)
         self._handed_out(visit, reply)
         return reply
 
@@ -95,16 +110,28 @@ class Clients:
         await self.ask(visit.name, f"RELEASE {address}{force} client={visit.name}", 60.0)
 
     async def ask(
-        self, name: str, line: str, wait_seconds: float, patience_seconds: float | None = None
+        self,
+        name: str,
+        line: str,
+        wait_seconds: float,
+        patience_seconds: float | None = None,
+        waiting: Ask | None = None,
     ) -> str | None:
-        """One command on a connection of its own; again while the broker is down or dies over it."""
+        """One command on a connection of its own; again while the broker is down or dies over it.
+
+        `waiting` is told when it asks for a worker.
+        """
         world = self._world
         give_up_at = world.now + PATIENCE_SECONDS
         while True:
             asked_at = world.now
             client = world.host.open(f"10.0.{len(name)}.1")
             if client is not None:
+                if waiting is not None:
+                    waiting.sent_at = world.now
                 reply = await self._exchange(client, name, line, wait_seconds, patience_seconds)
+                if waiting is not None:
+                    waiting.sent_at = None
                 if reply is not None:
                     if world.tracing:
                         world.say(f"{name}: {line} -> {reply}")
@@ -164,3 +191,10 @@ class Clients:
             facts = f"{name}: {line}: {world.now - started_at:.1f} s"
             world.referee.broken(world.now, "a PING is answered at once", facts)
         return reply
+
+
+def _dies_after_seconds(number: int, dies_each: int) -> float | None:
+    """How long such a member of a crowd waits for its answer before it dies: some die soon, some late."""
+    if not dies_each or number % dies_each:
+        return None
+    return 1.0 + number * DYING_STEP_SECONDS % DYING_SECONDS_MAX

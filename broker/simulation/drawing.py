@@ -16,6 +16,7 @@ from typing import Any
 from broker.core.errors import SettingsError
 from broker.core.settings import PoolSettings, Settings, parse
 from broker.providers.sim_weather import CLEAR, STORM, Weather, swarm
+from broker.simulation.drawing_markets import buying_in_every_way, queueing
 from broker.simulation.history import (
     BROKER_ID,
     HOUR_SECONDS,
@@ -52,6 +53,7 @@ IDLE_CONNECTIONS = 10_000  # scenario 34
 SECOND_HOST_PROBABILITY = 0.05
 RELOAD_PROBABILITY = 0.2
 WARM_PROBABILITY = 0.2
+BUYING_PROBABILITY = 0.25
 WARM_BEFORE_SHIFT_HOURS = (1.0, 20.0)  # such a history begins so long before its zone's clocks are set
 # Where clocks are set, and when: north and south, to and fro, and by half an hour.
 SHIFTS = (
@@ -86,7 +88,11 @@ def draw(seed: int, hours: float) -> History:
     entries += _protections(limits, sessions)
     history = _in_order(seed, hours, settings, weather, entries)
     warm = random.Random(f"warm {seed}")  # noqa: S311 (of its own: the other histories stay as they are)
-    return _keeping_warm(warm, history) if warm.random() < WARM_PROBABILITY else history
+    history = _keeping_warm(warm, history) if warm.random() < WARM_PROBABILITY else history
+    buying = random.Random(f"buying {seed}")  # noqa: S311
+    history = buying_in_every_way(buying, history) if buying.random() < BUYING_PROBABILITY else history
+    crowd = random.Random(f"crowd {seed}")  # noqa: S311
+    return queueing(crowd, history) if crowd.random() < RARE else history
 
 
 def ordinary(seed: int, hours: float, settings: Settings) -> History:

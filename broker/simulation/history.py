@@ -40,12 +40,16 @@ class Visit:
 
 @dataclass(frozen=True, slots=True)
 class Crowd:
-    """So many clients, each under a name of its own, in the same instant: a whole cluster starts."""
+    """So many clients, each under a name of its own, in the same instant: a whole cluster starts.
+
+    Every `dies_each`-th of them dies while it waits, if it waits for long; 0: none does.
+    """
 
     at: float
     name: str
     count: int
     work_seconds: float
+    dies_each: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +116,15 @@ class Outage:
 
     at: float
     seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Scarcity:
+    """For so long these machine types are to be had nowhere on spot."""
+
+    at: float
+    seconds: float
+    kinds: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +195,7 @@ Entry = (
     | Reload
     | Operator
     | Outage
+    | Scarcity
     | BrokenImage
     | SilentPort
     | Protect

@@ -30,6 +30,8 @@ from broker.testing import Client, silent_log
 OWNER_ID = "0123456789abcdef"  # one installation, wherever the scratch space lies
 OTHER_OWNER_ID = "fedcba9876543210"
 OWNER: contextvars.ContextVar[Incarnation | None] = contextvars.ContextVar("owner", default=None)
+Asked = Callable[[str, Any], None]  # a call, and its parameters
+Answered = Callable[[int, str, Any, Any], None]  # which process, its call, and the answer or the error
 Factory = Callable[[Manners], AbstractAsyncContextManager[Any]]
 
 
@@ -67,8 +69,9 @@ class Incarnation:
 class _Gate:
     """The way from one process to the cloud: closed when the process is dead."""
 
-    def __init__(self, client: Any, incarnation: Incarnation, asked: Callable[[str, Any], None]) -> None:
-        self._client, self._incarnation, self._asked = client, incarnation, asked
+    def __init__(self, client: Any, incarnation: Incarnation, asked: Asked, answered: Answered) -> None:
+        self._client, self._incarnation = client, incarnation
+        self._asked, self._answered = asked, answered
 
     def __getattr__(self, method: str) -> Callable[..., Coroutine[Any, Any, Any]]:
         call = getattr(self._client, method)
@@ -77,7 +80,13 @@ class _Gate:
             if not self._incarnation.alive:
                 raise Dead
             self._asked(method, parameters)
-            return await call(**parameters)
+            try:
+                answer = await call(**parameters)
+            except Exception as error:
+                self._answered(self._incarnation.number, method, parameters, error)
+                raise
+            self._answered(self._incarnation.number, method, parameters, answer)
+            return answer
 
         return through
 
@@ -98,7 +107,7 @@ class Host:
         connect: Connect,
         *,
         heard: Callable[[Event], None],
-        asked: Callable[[str, Any], None],
+        asked: Asked,
         owner: str = OWNER_ID,
     ) -> None:
         self.settings, self._state_dir, self._clock = settings, state_dir, clock
@@ -107,6 +116,7 @@ class Host:
         self.born: Callable[[Incarnation], None] = lambda incarnation: None
         self.ended: Callable[[Incarnation, BaseException | None], None] = lambda incarnation, error: None
         self.in_force: Callable[[Settings], None] = lambda settings: None  # hears what a broker has read
+        self.answered: Answered = lambda number, method, parameters, answer: None
         self._numbers = 0
         self._ids = itertools.count(1)
         self._reader: sqlite3.Connection | None = None
@@ -248,7 +258,7 @@ class Host:
 
     def _provider(self, incarnation: Incarnation) -> Provider:
         def factory(manners: Manners) -> Any:
-            return _Gated(self._factory(manners), incarnation, self._asked)
+            return _Gated(self._factory(manners), incarnation, self._asked, self.answered)
 
         return Ec2Provider(
             self.settings.broker.id,
@@ -263,11 +273,12 @@ class Host:
 class _Gated:
     """A client's context manager with the gate in it."""
 
-    def __init__(self, inner: Any, incarnation: Incarnation, asked: Callable[[str, Any], None]) -> None:
-        self._inner, self._incarnation, self._asked = inner, incarnation, asked
+    def __init__(self, inner: Any, incarnation: Incarnation, asked: Asked, answered: Answered) -> None:
+        self._inner, self._incarnation = inner, incarnation
+        self._asked, self._answered = asked, answered
 
     async def __aenter__(self) -> Any:
-        return _Gate(await self._inner.__aenter__(), self._incarnation, self._asked)
+        return _Gate(await self._inner.__aenter__(), self._incarnation, self._asked, self._answered)
 
     async def __aexit__(self, *details: Any) -> Any:
         return await self._inner.__aexit__(*details)

@@ -74,10 +74,11 @@ class Referee:
         self.violations: list[Violation] = []
         self._current: dict[tuple[str, str], Hold] = {}  # (client, address)
         self._by_machine: dict[str, list[Hold]] = defaultdict(list)
+        self._acquired: dict[str, list[str]] = defaultdict(list)  # client → ids of its leases by ACQUIRE
         self._forced: dict[str, list[float]] = defaultdict(list)  # machine → when somebody asked for its end
         self._orders_at: list[float] = []
         self._orders: dict[str, int] = {}  # token → for how many machines
-        self._given_more: set[str] = set()  # tokens for which the cloud gave one machine more than was asked
+        self.given_more_for: set[str] = set()  # tokens for which the cloud gave one more than was asked
         self._placed_at: dict[str, float] = {}
         self._forgiven: frozenset[str] = frozenset()  # tokens that a damaged store has made the broker forget
         self._tagged: dict[str, None] = {}  # machines that a person protects
@@ -147,10 +148,16 @@ class Referee:
             hold.used_at.append(at)
             hold.ttl_seconds = min(hold.ttl_seconds, self._ttl_seconds(at))
 
+    def acquired(self, client: str, lease_id: str) -> None:
+        """This client holds what is handed out under that id."""
+        self._acquired[client].append(lease_id)
+
     def released(self, at: float, client: str, address: str) -> None:
-        hold = self._current.pop((client, address), None)
-        if hold is not None:
-            hold.ended_at = at
+        """A client, or a lease of its own, ends its hold. RELEASE ends all leases that the client has there."""
+        for holder in (client, *self._acquired.get(client, ())):
+            hold = self._current.pop((holder, address), None)
+            if hold is not None:
+                hold.ended_at = at
 
     def unknown(self, at: float, client: str, address: str, why: str) -> None:
         """A PING was answered with an error: the lease is lost, and that needs a reason."""
@@ -270,11 +277,16 @@ class Referee:
     def known(self, at: float, machines: Iterable[Machine], explains: Callable[[Machine], bool]) -> None:
         """Every machine of ours has an entry in the books or an open order, at any moment.
 
-        Only machines from nowhere are found by a listing; so are those whose order a damaged store has lost.
+        Only machines from nowhere are found by a listing; so are those whose order a damaged store has lost,
+        and the one that the cloud gave beyond an order, when the answer that names it was lost.
         """
+        beyond = set(self.given_more_for)
         for machine in machines:
             found_later = machine.token.startswith(STRAY) or machine.token in self._forgiven
             if not found_later and not explains(machine):
+                if machine.token in beyond:
+                    beyond.remove(machine.token)  # one of them
+                    continue
                 facts = f"{machine.id} ({machine.state}, token {machine.token}) is in no book"
                 self.broken_once(at, "every machine has an entry or an open order", machine.id, facts)
 
@@ -290,7 +302,7 @@ class Referee:
 
     def given_more(self, token: str) -> None:
         """The cloud answers a call with a machine more than it was asked for."""
-        self._given_more.add(token)
+        self.given_more_for.add(token)
 
     def launched(self, at: float, token: str, on_disk: bool, count: int) -> None:
         """A launch call for so many machines leaves the broker. It counts from when its order was placed."""
@@ -320,7 +332,7 @@ class Referee:
         """So many machines of ours exist after a launch. What the cloud gave beyond an order is not ours to
         answer for, as long as it ends."""
         ordered = [machine for machine in machines if not machine.token.startswith(STRAY)]
-        surplus = len({one.token for one in ordered} & self._given_more)
+        surplus = len({one.token for one in ordered} & self.given_more_for)
         placed_at = max((self._placed_at.get(machine.token, at) for machine in ordered), default=at)
         if len(ordered) - surplus > max(pool.max_workers for pool in self.rules.since(placed_at)):
             ids = ", ".join(machine.id for machine in ordered)
@@ -341,6 +353,6 @@ class Referee:
         for machine in machines:
             by_token[machine.token].append(machine.id)
         for token, ids in by_token.items():
-            ordered = self._orders.get(token, 1) + (token in self._given_more)
+            ordered = self._orders.get(token, 1) + (token in self.given_more_for)
             if token and len(ids) > ordered:
                 self.broken(at, "no more machines than an order asks for", f"{token}: {', '.join(ids)}")

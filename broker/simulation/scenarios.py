@@ -2,7 +2,8 @@
 
 A scenario that never happened is not tested, so each is counted. `scene` names are counted by the Witness; a
 scenario with two of them is reached when both are. The numbers are those of the list that the project started
-from; what must hold in each is in tests/simulation/README.md.
+from, up to STORMS_END; then come pools, leases and buying. What must hold in each is in
+tests/simulation/README.md.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ class Scenario:
         return min(seen.get(scene, 0) for scene in self.scenes)
 
 
+STORMS_END = 35
 TWO_BROKERS = ("second broker refused", "second host stood by", "second host took over")
 SCENARIOS = tuple(
     Scenario(number, title, tuple(scenes))
@@ -64,5 +66,17 @@ SCENARIOS = tuple(
         (34, "10,000 idle connections", "10,000 idle connections"),
         (35, "flood without a command", "flood"),
         (36, "a warm schedule across daylight saving", "spare launched", "clocks were set under a schedule"),
+        (37, "a fleet that is not complete", "fleet partial"),
+        (38, "a machine more than was ordered", "fleet surplus"),
+        (39, "refused again after a cool-down", "cool-down doubled"),
+        (40, "a quota is reached", "quota refused"),
+        (41, "spot fails, on-demand is bought", "fell back to on-demand"),
+        (42, "and replaced when spot is back", "went back to spot"),
+        (43, "spot is dearer than on-demand", "spot was dearer than on-demand"),
+        (44, "a machine sold on the wrong market", "sold on the wrong market"),
+        (45, "SIGHUP in mid-launch", "reloaded in mid-launch"),
+        (46, "several workers acquired, or given up", "several workers at once", "several given up"),
+        (47, "a lease ends with its connection", "lease ended with its connection"),
+        (48, "1,000 clients queue for ten workers, some die", "crowd in a queue", "gave up in a queue"),
     )
 )

@@ -35,6 +35,7 @@ from broker.simulation.history import (
     Outage,
     Protect,
     Reload,
+    Scarcity,
     SecondHost,
     SilentPort,
     Stop,
@@ -161,6 +162,8 @@ class Stage:
                 self.accidents.disk_full(entry)
             case Outage():
                 self.accidents.outage(entry)
+            case Scarcity():
+                self.accidents.scarcity(entry)
             case SilentPort():
                 self.accidents.silent_port(entry)
             case BrokenImage():

@@ -10,7 +10,8 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-from broker.core.model import Event, WorkerChanged, WorkerState
+from broker.core.model import Event, LeaseEnded, WorkerChanged, WorkerState
+from broker.core.policy import Reason
 from broker.daemon import Daemon
 from broker.providers.sim_calls import LAUNCHES
 from broker.providers.sim_machine import Machine
@@ -20,6 +21,7 @@ from broker.simulation.referee import Referee
 
 LONG_OUTAGE_SECONDS = 8 * 3600.0
 ELSEWHERE_SECONDS = 600.0  # an order of another offering so soon after a failed one is a second try
+CONNECTION_CLOSED = "connection closed"  # why the service ends a lease that was bound to it
 REAPING_SECONDS = 1.0  # "the instant in which the reaper decides"
 
 # Faults that are a scene by themselves, whatever the broker was doing.
@@ -36,7 +38,11 @@ PLAIN = {
     Fault.CREDENTIALS_EXPIRED: "credentials expired",
     Fault.CLOCK_SKEWED: "clock skewed",
     Fault.PAGE_FAILED: "later page failed",
+    Fault.FLEET_PARTIAL: "fleet partial",
+    Fault.FLEET_SURPLUS: "fleet surplus",
+    Fault.BOUGHT_ON_DEMAND: "sold on the wrong market",
 }
+QUOTAS = {"MaxSpotInstanceCountExceeded", "VcpuLimitExceeded"}
 OUTDATED = {Fault.STALE, Fault.LISTING_SHORT, Fault.HIDDEN, Fault.FLICKER}
 BROKEN_CALLS = {Fault.REQUEST_LOST, Fault.ANSWER_LOST, Fault.SERVER_ERROR, Fault.THROTTLED}
 THROTTLES = {Fault.THROTTLED, Fault.BUCKET_EMPTY, Fault.LAUNCH_OUTAGE}
@@ -90,6 +96,8 @@ class Witness:
             self.saw(THROTTLED[details])
         if fault is Fault.REFUSED and details == "InsufficientInstanceCapacity":
             self.saw("no capacity")
+        if fault is Fault.REFUSED and details in QUOTAS:
+            self.saw("quota refused")
 
     def _outdated(self, at: float, fault: Fault, details: str) -> None:
         daemon = self._daemon()
@@ -114,11 +122,15 @@ class Witness:
                 self._failed = (float("-inf"), "")
 
     def broker_told(self, event: Event) -> None:
+        if isinstance(event, LeaseEnded) and event.reason == CONNECTION_CLOSED:
+            self.saw("lease ended with its connection")
         if not isinstance(event, WorkerChanged):
             return
         worker, before = event.worker, event.before
         if before is WorkerState.ORDERED and worker.state is WorkerState.GONE:
             self._failed = (event.at, worker.offering.instance_type)
+        if worker.state is WorkerState.DRAINING and worker.reason == Reason.REPLACED:
+            self.saw("went back to spot")
         if before is WorkerState.READY and worker.state is WorkerState.SUSPECT and self.asking:
             self.saw("port silent as somebody asks")
         daemon = self._daemon()

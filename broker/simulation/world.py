@@ -9,7 +9,14 @@ from typing import Any
 
 from broker.core import schedule
 from broker.core.ledger import STALE_SECONDS_MAX
-from broker.core.model import Event, ProtectionChanged, WorkerChanged, WorkerState
+from broker.core.model import (
+    Event,
+    LeaseEnded,
+    LeaseGranted,
+    ProtectionChanged,
+    WorkerChanged,
+    WorkerState,
+)
 from broker.core.planning import SEATS_MAX
 from broker.core.settings import PoolSettings
 from broker.core.tags import protects
@@ -18,14 +25,15 @@ from broker.daemon import Daemon
 from broker.providers.sim_machine import Machine
 from broker.providers.sim_weather import Fault
 from broker.providers.simulated import BROKER, SimEC2
+from broker.simulation.asking import Asking
+from broker.simulation.buying import Buying
 from broker.simulation.drawing import without_warm
+from broker.simulation.fairness import Fairness
 from broker.simulation.history import HOUR_SECONDS, History
 from broker.simulation.host import OTHER_OWNER_ID, Host, Incarnation
 from broker.simulation.referee import STRAY, Referee, Violation
 from broker.simulation.witness import Witness
 from broker.testing import EPOCH_UNIX, LoopClock
-
-LEAVING_SECONDS = 1.0  # the broker may hear of a client that has left a moment after the client knows
 
 
 class World:
@@ -59,7 +67,11 @@ class World:
         self.host.in_force = lambda read: self.referee.rules.begin(self.now, read.pool["default"])
         self.other: Host | None = None  # with a broker of the same id on it, for a while
         self._took_over: Host | None = None
-        self._asking: dict[bool, int] = {True: 0, False: 0}  # clients that ask, by: for a worker alone?
+        self.asking = Asking(self.loop.time, self.loop.call_later)
+        self.fairness = Fairness(self.asking, self.referee.broken)
+        self._buying = Buying(self.referee.rules, self.referee.broken, self.witness.saw)
+        self.host.answered = lambda *call: self._buying.answered(self.now, *call)
+        self._number = 0  # of the broker process whose events are heard
         self.sky.listen(self._cloud_reports)
 
     @property
@@ -140,17 +152,6 @@ class World:
         """The machines of this broker that have not begun to end."""
         return self.sky.alive()
 
-    def comes(self, *, alone: bool, workers: int = 1) -> None:
-        """A client asks for so many workers, for itself alone or not."""
-        self._asking[alone] += workers
-
-    def leaves(self, *, alone: bool, workers: int = 1) -> None:
-        """It has its answer, or has given up."""
-        self.loop.call_later(LEAVING_SECONDS, self._left, alone, workers)
-
-    def _left(self, alone: bool, workers: int) -> None:
-        self._asking[alone] -= workers
-
     def whose(self, address: str) -> Machine | None:
         """Whose an address is, or was until a moment ago: the proof of readiness may be that old."""
         recent = [t for t in self.sky.tenures(address) if self.now - t.until_at <= self.referee.proof_seconds]
@@ -205,8 +206,11 @@ class World:
                 self.referee.terminated(at, machine)
         elif what == f"fault: {Fault.FLEET_SURPLUS}":
             self.referee.given_more(details)
+        elif what == f"fault: {Fault.RECLAIMED}":
+            self._buying.reclaimed(at)
         elif what == "launched":
             self.referee.counted(at, self.ours())
+            self._buying.counted(at, self.ours(), self.referee.given_more_for)
             self.check_books()
 
     def _asked(self, method: str, parameters: Any) -> None:
@@ -219,6 +223,7 @@ class World:
             self.referee.launched(self.now, token, self.host.on_disk(token), count)
             for kind in _kinds(parameters):
                 self.referee.bought(self.now, token, kind)
+            self._buying.asked(self.now, token, parameters)
         elif method == "terminate_instances":
             self._check_terminate(parameters)
 
@@ -232,12 +237,15 @@ class World:
     def _heard(self, event: Event) -> None:
         """The broker's books have changed."""
         self.witness.broker_told(event)
+        self._is_fair(event)
         if isinstance(event, ProtectionChanged) and event.worker.protected:
             self.referee.protected(self.now, self.sky.machine(event.worker.instance_id or ""))
         if not isinstance(event, WorkerChanged):
             return
         if event.worker.state is WorkerState.ORDERED:
             self.referee.placed(self.now, event.worker.order_id or "")
+            since_at = self.asking.since_at
+            self._buying.placed(self.now, self._number, event.worker.order_id or "", since_at)
             self._check_demand(event.worker.pool)
         if self.tracing:
             worker = event.worker
@@ -246,6 +254,16 @@ class World:
         if event.worker.state is WorkerState.GONE:
             # Not at once: books may be in the middle of a change of which this event is a part.
             self.loop.call_soon(self.check_books)
+
+    def _is_fair(self, event: Event) -> None:
+        number = self.host.now.number if self.host.now is not None else 0
+        if number != self._number:
+            self._number = number
+            self.fairness.restarted()
+        if isinstance(event, LeaseGranted):
+            self.fairness.granted(event.lease, self.now)
+        elif isinstance(event, LeaseEnded):
+            self.fairness.ended(event.lease)
 
     def _check_demand(self, pool: str) -> None:
         """A new order is in the books: is there somebody for it, or a place under the warm target?"""
@@ -258,8 +276,7 @@ class World:
         unheld += sum(not registry.busy(w.id) for w in registry.in_state(WorkerState.BOOTING, pool=pool))
         rules = self.referee.rules.since(self.now)
         unheld += sum(not any(expiring(w, r, self.now) for r in rules) for w in registry.unheld(pool))
-        seats = min(r.leases_per_worker_max or SEATS_MAX for r in rules)
-        demand = self._asking[True] + -(-self._asking[False] // seats)
+        demand = self.asking.machines(min(r.leases_per_worker_max or SEATS_MAX for r in rules))
         moments_unix = [self.true_unix() + seconds for seconds in (-1.0, 0.0, 1.0)]  # HTTP dates are coarse
         target = max(schedule.target(r.warm_targets, unix) for r in rules for unix in moments_unix)
         if not demand:

@@ -13,10 +13,10 @@ from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
-from broker import context, granting, orders, service, store
+from broker import context, granting, orders, service, store, waiting
 from broker.clock import Clock
 from broker.clouds import Cloud
-from broker.core import claim, planning, policy, schedule
+from broker.core import buying, claim, planning, policy, schedule
 from broker.core.claim import Claim, Ruling
 from broker.core.model import Instance, Lease, Worker, WorkerState
 from broker.core.policy import LaunchGuard, Room
@@ -113,8 +113,9 @@ def launches_of_the_hour_are_forgotten_at_a_restart() -> Iterator[Any]:
 def spares_ignore_machines_on_their_way() -> Iterator[Any]:
     """Until a spare is ready, it is ordered again and again."""
 
-    def plan(needs: Any, coming: Any, offerings: Any, room: int, *, spare: int = 0) -> planning.Plan:
-        return planning.plan(needs, coming, offerings, room, spare=spare + sum(coming.values()) * bool(spare))
+    def plan(needs: Any, coming: Any, *others: Any, spare: int, **more: Any) -> planning.Plan:
+        again = spare + sum(coming.values()) * bool(spare)
+        return planning.plan(needs, coming, *others, spare=again, **more)
 
     yield patch.object(launch, "plan", plan)
 
@@ -419,3 +420,81 @@ def everybody_is_in_charge() -> Iterator[Any]:
 def a_claim_is_good_for_two_minutes() -> Iterator[Any]:
     """Another broker takes over although the one in charge has one more beat to write."""
     yield patch.object(claim, "STALE_SECONDS", 120.0)
+
+
+# --- buying ------------------------------------------------------------------------------------------------
+
+
+def _choosing(**known: Any) -> Iterator[Any]:
+    """`choose` as it is, with something else taken for true."""
+    choose = buying.choose
+
+    def chosen(offerings: Any, name: str, pool: PoolSettings, shortfall: Any, **others: Any) -> Any:
+        changed = pool.model_copy(update=known.get("pool", {}))
+        return choose(offerings, name, changed, shortfall, **{**others, **known.get("others", {})})
+
+    yield patch.object(launch, "choose", chosen)
+
+
+@planted
+def on_demand_whatever_the_pool_says() -> Iterator[Any]:
+    """Where spot has none, a pool that buys on spot buys on-demand."""
+
+    def markets(self: PoolSettings) -> tuple[str, ...]:
+        return ("on-demand",) if self.market == "on-demand" else ("spot", "on-demand")
+
+    yield patch.object(PoolSettings, "markets", property(markets))
+
+
+@planted
+def on_demand_at_the_first_refusal() -> Iterator[Any]:
+    """`on_demand_after` is not waited for."""
+    yield from _choosing(pool={"on_demand_after": 0.0})
+
+
+@planted
+def on_demand_without_a_maximum() -> Iterator[Any]:
+    yield from _choosing(pool={"on_demand_max": None})
+
+
+@planted
+def a_drought_never_ends() -> Iterator[Any]:
+    """Spot was refused once, long ago, and has been bought since."""
+    yield patch.object(buying.SpotDrought, "ended", lambda self: None)
+
+
+@planted
+def spot_at_any_price() -> Iterator[Any]:
+    """What spot costs is known, and nobody looks at it."""
+    yield from _choosing(others={"spot_prices": {}})
+
+
+@planted
+def a_fleet_counts_as_one_machine() -> Iterator[Any]:
+    """While a fleet is on its way, all but one of its machines are ordered once more."""
+    coming = orders.Orders.coming
+
+    def fewer(self: orders.Orders, pool: str) -> Any:
+        return {offerings: min(count, 1) for offerings, count in coming(self, pool).items()}
+
+    yield patch.object(orders.Orders, "coming", fewer)
+
+
+# --- the queue ---------------------------------------------------------------------------------------------
+
+
+@planted
+def last_come_first_served() -> Iterator[Any]:
+    """What becomes free goes to whoever has waited for the shortest time."""
+    queue = waiting.Waiting.of
+    yield patch.object(waiting.Waiting, "of", lambda self, pool: list(reversed(queue(self, pool))))
+
+
+@planted
+def one_who_comes_back_goes_to_the_end() -> Iterator[Any]:
+    """A client whose worker fell silent at the hand-out loses its place."""
+
+    def join(self: waiting.Waiting, waiter: waiting.Waiter) -> None:
+        self._queues.setdefault(waiter.pool, {})[waiter] = None
+
+    yield patch.object(waiting.Waiting, "join", join)

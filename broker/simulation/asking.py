@@ -1,0 +1,58 @@
+"""Who asks for workers at the moment, by the clients' own account: for how many, alone or not, since when."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+LEAVING_SECONDS = 1.0  # the broker may hear of a client that has left a moment after the client knows
+
+
+@dataclass(eq=False, slots=True)
+class Ask:
+    """One client that wants workers. `sent_at`: when it sent the command that is unanswered; None: it is
+    about to connect again, or has gone."""
+
+    client: str
+    alone: bool
+    count: int
+    acquiring: bool
+    sent_at: float | None = None
+
+
+class Asking:
+    """See the module. `later` runs something after so many seconds."""
+
+    def __init__(
+        self, now: Callable[[], float], later: Callable[[float, Callable[[Ask], None], Ask], object]
+    ) -> None:
+        self._now, self._later = now, later
+        self._asks: dict[Ask, None] = {}  # in the order in which they came
+        self.since_at: float | None = None  # since when there has always been somebody; None: there is nobody
+
+    def __iter__(self) -> Iterator[Ask]:
+        return iter(self._asks)
+
+    def comes(self, client: str, *, alone: bool, count: int = 1, acquiring: bool = False) -> Ask:
+        """A client wants so many workers, for itself alone or not."""
+        ask = Ask(client, alone, count, acquiring)
+        if not self._asks:
+            self.since_at = self._now()
+        self._asks[ask] = None
+        return ask
+
+    def leaves(self, ask: Ask) -> None:
+        """It has its answer, or has given up."""
+        ask.sent_at = None
+        self._later(LEAVING_SECONDS, self._left, ask)
+
+    def machines(self, seats: int) -> int:
+        """How many machines would serve them all, when so many share one at most."""
+        alone = sum(ask.count for ask in self._asks if ask.alone)
+        sharing = sum(ask.count for ask in self._asks if not ask.alone)
+        return alone + -(-sharing // seats)
+
+    def _left(self, ask: Ask) -> None:
+        self._asks.pop(ask, None)
+        if not self._asks:
+            self.since_at = None
