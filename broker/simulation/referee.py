@@ -153,7 +153,7 @@ class Referee:
         self._acquired[client].append(lease_id)
 
     def released(self, at: float, client: str, address: str) -> None:
-        """A client, or a lease of its own, ends its hold. RELEASE ends all leases that the client has there."""
+        """A client, or a lease of its own, ends its hold. RELEASE ends all of a client's leases there."""
         for holder in (client, *self._acquired.get(client, ())):
             hold = self._current.pop((holder, address), None)
             if hold is not None:

@@ -365,9 +365,11 @@ def test_who_waits_behind_a_spent_budget_hears_of_it(tmp_path: Path) -> None:
 def test_machines_on_order_are_counted_before_they_cost_anything(whose: str, tmp_path: Path) -> None:
     async def story(lab: Lab) -> None:
         asking = [asyncio.create_task(lab.ask(f"GET_WORKER client=c{n} wait=100")) for n in range(8)]
-        replies = [str(reply) for reply in await asyncio.gather(*asking)]
+        await asyncio.sleep(50)
+        late = str(await lab.ask("GET_WORKER client=late wait=10"))
+        await asyncio.gather(*asking)
         assert len(lab.sim.truth()) == 3, "the third goes beyond the limit, so there is no fourth"
-        assert all("budget_usd_per_day = $2.50 is reached" in reply for reply in replies)
+        assert "budget_usd_per_day = $2.50 is reached" in late, "more wait before it than machines come"
 
     more: dict[str, Any] = {whose: 2.5}
     boots = steady(pending_seconds=(200.0, 200.0))
@@ -382,6 +384,7 @@ def test_an_order_under_way_is_counted_after_a_kill(killed_after_seconds: float,
         await lab.restart()
         await asking
         asking = asyncio.create_task(lab.ask("GET_WORKER client=b"))
+        await asyncio.sleep(1)  # b is first in the queue
         assert "budget_usd_per_day" in str(await lab.ask("GET_WORKER client=c wait=100"))
         assert not str(await asking).startswith("ERROR"), "it gets the machine that was under way"
         assert len(lab.sim.truth()) == 1
