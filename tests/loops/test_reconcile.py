@@ -315,6 +315,26 @@ def test_after_a_restart_the_ping_of_a_holder_is_answered_even_if_the_first_list
     run_virtual(main())
 
 
+def test_an_old_warm_machine_that_the_first_listing_after_a_restart_misses_is_not_launched_again(
+    tmp_path: Path,
+) -> None:
+    """Seed 80028: a machine of twenty minutes that nobody holds, a restart, a short listing."""
+
+    async def main() -> None:
+        async with running_broker(settings(warm=1), tmp_path) as broker:
+            await asyncio.sleep(1200)
+            (machine,) = broker.cloud.machines.values()
+        machine.hidden = True
+        async with running_broker(settings(warm=1), tmp_path, cloud=broker.cloud) as again:
+            await asyncio.sleep(60)
+            machine.hidden = False
+            await asyncio.sleep(60)
+            assert again.cloud.count("launch") == 1
+            assert await again.ask("GET_WORKER client=a") == machine.instance.address
+
+    run_virtual(main())
+
+
 # --- machines that the store knows nothing of ----
 
 
