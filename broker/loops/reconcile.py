@@ -362,9 +362,9 @@ class ReconcileLoop:
     def _expect(self, cloud: Cloud) -> None:
         """Machines that were there before the start and that the listing does not show (yet).
 
-        Those launched or seen running a short while ago are entered all the same, otherwise somebody who waits
-        would be given a second one; so are those that somebody holds, otherwise their PING would be answered
-        with an error.
+        Those launched or seen running a short while ago are entered all the same, otherwise somebody who
+        waits would be given a second one; so are those that somebody holds, otherwise their PING would be
+        answered with an error.
         """
         for launched in list(self._context.expected.values()):
             order = launched.order
