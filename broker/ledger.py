@@ -97,12 +97,10 @@ class Ledger:
             run.ended_by_unix is None and self._clouds.get(id_) is cloud for id_, run in self._runs.items()
         )
 
-    def ran_since(self, instance_id: str, since_unix: float) -> bool:
-        """Whether the machine was seen running at that moment or later, and not seen to have ended."""
+    def runs_on(self, instance_id: str) -> bool:
+        """Whether the machine was seen running, by this broker or an earlier one, and not to have ended."""
         run = self._runs.get(instance_id)
-        if run is None or run.ended_by_unix is not None:
-            return False
-        return run.running_until_unix is not None and run.running_until_unix >= since_unix
+        return run is not None and run.running_from_unix is not None and run.ended_by_unix is None
 
     def reloaded(self) -> None:
         """There may be new pools at clouds that were scanned long ago: what they cost is counted from now."""

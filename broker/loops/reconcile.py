@@ -24,7 +24,7 @@ from broker.core.errors import BrokerError, CloudUnreachable, SettingsError, Sto
 from broker.core.life import BOOKED, USABLE
 from broker.core.model import UNKNOWN_CLIENT, Instance, InstanceState, Lease, Order, Worker, WorkerState
 from broker.core.policy import Reason, born_at
-from broker.ledger import SAVE_SECONDS, Ledger
+from broker.ledger import Ledger
 from broker.loops.charge import DEAD, Charge
 from broker.opening import open_provider
 from broker.orders import NEVER_LAUNCHED, VANISHED, Orders
@@ -362,9 +362,9 @@ class ReconcileLoop:
     def _expect(self, cloud: Cloud) -> None:
         """Machines that were there before the start and that the listing does not show (yet).
 
-        Those launched or seen running a short while ago are entered all the same, otherwise somebody who
-        waits would be given a second one; so are those that somebody holds, otherwise their PING would be
-        answered with an error.
+        Those launched a short while ago, or last seen running, are entered all the same, otherwise somebody
+        who waits would be given a second one; so are those that somebody holds, otherwise their PING would
+        be answered with an error.
         """
         for launched in list(self._context.expected.values()):
             order = launched.order
@@ -379,18 +379,19 @@ class ReconcileLoop:
                 self._enter_unseen(cloud, pending, held.pool, None)
 
     def _expect_launched(self, cloud: Cloud, launched: LaunchedOrder) -> None:
-        if self._registry.by_instance(launched.instance_id) is not None:
+        instance_id, now = launched.instance_id, self._context.now()
+        if self._registry.by_instance(instance_id) is not None:
             return
         order, offering, held = launched.order, launched.order.offerings[0], self._context.stored_leases
-        old = self._context.now() - launched.placed_at > EXPECTED_SECONDS and not self._ran(cloud, launched)
-        listed = launched.instance_id in cloud.instance_ids  # and not taken in: so it has ended
-        if listed or (old and launched.instance_id not in held):
-            self._context.store.soon(self._context.store.machine_gone(launched.instance_id))
+        old = now - launched.placed_at > EXPECTED_SECONDS and not self._ledger.runs_on(instance_id)
+        listed = instance_id in cloud.instance_ids  # and not taken in: so it has ended
+        if listed or (old and instance_id not in held):
+            self._context.store.soon(self._context.store.machine_gone(instance_id))
             return
         unseen = Instance(
-            launched.instance_id,
+            instance_id,
             InstanceState.PENDING,
-            next((lease.address for lease in held.get(launched.instance_id, ())), None) or None,
+            next((lease.address for lease in held.get(instance_id, ())), None) or None,
             instance_type=offering.instance_type,
             region=offering.region,
             zone=offering.zone,
@@ -399,11 +400,6 @@ class ReconcileLoop:
         )
         ages = self._context.pool(order.pool).hard_lifetime is not None
         self._enter_unseen(cloud, unseen, order.pool, order, launched.placed_at if ages else None)
-
-    def _ran(self, cloud: Cloud, launched: LaunchedOrder) -> bool:
-        """Whether it ran shortly before the start: then it most likely does, whatever one listing shows."""
-        now_unix = cloud.provider.clock_unix(self._context.now()).earliest_unix
-        return self._ledger.ran_since(launched.instance_id, now_unix - SAVE_SECONDS - EXPECTED_SECONDS)
 
     def _enter_unseen(
         self, cloud: Cloud, unseen: Instance, pool: str, order: Order | None, born_at: float | None = None

@@ -318,12 +318,13 @@ def test_after_a_restart_the_ping_of_a_holder_is_answered_even_if_the_first_list
 def test_an_old_warm_machine_that_the_first_listing_after_a_restart_misses_is_not_launched_again(
     tmp_path: Path,
 ) -> None:
-    """Seed 80028: a machine of twenty minutes that nobody holds, a restart, a short listing."""
+    """Seed 80028: a machine that nobody holds, an hour without a broker, a short listing."""
 
     async def main() -> None:
         async with running_broker(settings(warm=1), tmp_path) as broker:
             await asyncio.sleep(1200)
             (machine,) = broker.cloud.machines.values()
+        await asyncio.sleep(3600)
         machine.hidden = True
         async with running_broker(settings(warm=1), tmp_path, cloud=broker.cloud) as again:
             await asyncio.sleep(60)
