@@ -24,7 +24,8 @@ from broker.core.model import (
 from broker.core.policy import Reason
 from broker.limits import close_when_used_up
 from broker.orders import FORGOTTEN, YIELDED
-from broker.store import NOTES_MAX, MachineNote
+from broker.store import MachineNote
+from broker.store_schema import NOTES_MAX
 
 
 class Memory:

@@ -22,7 +22,8 @@ from broker.core.errors import StoreError
 from broker.core.ledger import Run
 from broker.core.model import Lease, Market, Offering, Order, Worker, WorkerState
 from broker.core.policy import Breaker, BreakerState
-from broker.store import CLOSED_ORDERS_MAX, RUNS_MAX, MachineNote, Store
+from broker.store import MachineNote, Store
+from broker.store_schema import CLOSED_ORDERS_MAX, RUNS_MAX
 
 ROOT = Path(__file__).resolve().parents[1]
 OFFERING = Offering("us-east-1", "c7i.16xlarge", Market.SPOT, "us-east-1a", 64, 1_200_000)

@@ -1,7 +1,7 @@
 """Which of several brokers with one id is in charge, read off the machines they would all look after.
 
-On one host a lock settles it (store.py, daemon.py). Brokers on two hosts share nothing but the machines, so
-each machine carries the claim of the broker that looks after it: a number, the broker's owner (one
+On one host a lock settles it (database.py, daemon.py). Brokers on two hosts share nothing but the machines,
+so each machine carries the claim of the broker that looks after it: a number, the broker's owner (one
 installation on one host, see installation.py) and the time of its last beat. The rule:
 
     The owner of the highest fresh claim on a living machine is in charge, everybody else is read-only.

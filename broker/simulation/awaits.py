@@ -15,7 +15,16 @@ from pathlib import Path
 BROKER = Path(__file__).parent.parent
 # What runs in the daemon and is run here: not the web server, which has real sockets only; no other cloud.
 COMMANDS = ("service.py", "acquiring.py", "admission.py", "granting.py", "operations.py")
-MODULES = ("daemon.py", "orders.py", "server.py", *COMMANDS, "store.py", "loops/*.py", "providers/ec2*.py")
+MODULES = (
+    "daemon.py",
+    "orders.py",
+    "server.py",
+    *COMMANDS,
+    "store.py",
+    "database.py",
+    "loops/*.py",
+    "providers/ec2*.py",
+)
 REAL_ONLY = {"_listen", "listen"}  # opens sockets: there are none in a simulation
 
 
