@@ -11,26 +11,27 @@ from tests.simulation.plants import PLANTS
 
 HOURS = 24.0
 SEEDS = 24  # the short run; `make simulate` is the long one
-# Found within so many histories: README.md has all of them, here are the quick ones. A referee that grows
-# blind fails here.
-FOUND_WITHIN = {
-    "cap-ignores-machines-on-order": 1,
-    "exclusive-is-a-word": 1,
-    "half-a-listing-is-a-listing": 7,
-    "handed-out-when-it-runs": 1,
-    "handed-out-without-a-proof": 7,
-    "idle-without-looking-at-leases": 1,
-    "launches-of-the-hour-are-not-counted": 1,
-    "max-lifetime-ends-busy-workers": 10,
-    "no-grace": 3,
-    "no-token-reuse": 1,
-    "order-written-after-the-call": 1,
-    "spares-ignore-machines-on-their-way": 10,
-    "strangers-are-claimed": 1,
-    "the-protect-tag-is-ignored": 1,
-    "uses-are-not-counted": 3,
-    "waits-never-end": 1,
-}
+# A referee that grows blind fails here. README.md has all of them, and how many histories each took; these
+# are mostly found within ten. Whatever changes the broker changes the histories, so the bound is wide.
+FOUND_SOON = (
+    "cap-ignores-machines-on-order",
+    "exclusive-is-a-word",
+    "half-a-listing-is-a-listing",
+    "handed-out-when-it-runs",
+    "idle-without-looking-at-leases",
+    "last-come-first-served",
+    "launches-of-the-hour-are-not-counted",
+    "leases-are-lost-at-a-restart",
+    "machines-without-an-address-are-not-taken-in",
+    "no-grace",
+    "no-token-reuse",
+    "order-written-after-the-call",
+    "spares-ignore-machines-on-their-way",
+    "strangers-are-claimed",
+    "the-protect-tag-is-ignored",
+    "waits-never-end",
+)
+FOUND_WITHIN = 40
 
 
 @pytest.mark.parametrize("seed", range(SEEDS))
@@ -45,10 +46,10 @@ def test_the_same_seed_gives_the_same_trace() -> None:
     assert first.trace == second.trace
 
 
-@pytest.mark.parametrize(("bug", "seeds"), FOUND_WITHIN.items())
-def test_a_planted_bug_is_found(bug: str, seeds: int) -> None:
+@pytest.mark.parametrize("bug", FOUND_SOON)
+def test_a_planted_bug_is_found(bug: str) -> None:
     with PLANTS[bug]():
-        assert any(play(draw(seed, HOURS)).violations for seed in range(seeds)), bug
+        assert any(play(draw(seed, HOURS)).violations for seed in range(FOUND_WITHIN)), bug
 
 
 def test_a_history_that_breaks_a_promise_is_made_short() -> None:
