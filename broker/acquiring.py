@@ -103,7 +103,7 @@ class Acquiring:
 
     def _terms(self, command: Acquire, pool: PoolSettings, exclusive: bool) -> Terms:
         """What is asked for, at most as much as the pool may ever have. Raises LimitReached."""
-        seats = 1 if exclusive else pool.leases_per_worker_max
+        seats = 1 if exclusive else pool.seats
         room = command.count if seats is None else pool.max_workers * seats
         least = command.count if command.min is None else command.min
         if least > max(room, 1):

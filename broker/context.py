@@ -6,7 +6,7 @@ A bag of references without behaviour of its own, except for the few questions t
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from broker.clock import Clock
@@ -28,6 +28,10 @@ from broker.waiting import Waiting
 FORGOTTEN_POOL = PoolSettings.model_validate(
     {}
 )  # rules for machines whose pool the configuration has dropped
+
+# Without a store nobody knows of the last broker's launch calls. One may arrive for five minutes yet, and its
+# machine need not be listed for two more (reconcile.py: ORDER_GRACE_SECONDS, LISTING_GRACE_SECONDS).
+UNSEEN_SECONDS = 420.0
 
 FORGOTTEN_EC2_POOL = FORGOTTEN_POOL.model_copy(update={"provider": "ec2"})
 
@@ -88,6 +92,10 @@ class Context:
     removed: set[str] = field(default_factory=set)  # names of pools that a reload has removed
     outdated: tuple[str, ...] = ()  # why the settings in force are not those of the file
     loaded_unix: float = 0.0  # when the settings in force were read
+    began_at: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.began_at = self.now()
 
     def pool(self, name: str) -> PoolSettings:
         return self.settings.pool.get(name, FORGOTTEN_POOL)
@@ -102,6 +110,15 @@ class Context:
         return BadRequest(
             f"there is no pool '{name}'{more}; there is {', '.join(sorted(self.settings.pool))}"
         )
+
+    def unseen(self, clouds: Iterable[Cloud]) -> str:
+        """Why there may be machines that neither the books nor a listing show: the store was damaged, and the
+        last listing was asked for before it had to be whole. Nothing, when there is no such reason."""
+        whole_at = self.began_at + UNSEEN_SECONDS
+        if not self.store.lost or all((cloud.scanned_at or 0.0) >= whole_at for cloud in clouds):
+            return ""
+        left_seconds = max(0.0, whole_at - self.now())
+        return f"the store was damaged: for {left_seconds:.0f} s more the cloud may not show every machine"
 
     def price(self, pool: str, machine: Instance) -> Price:
         """What the machine costs. Where EC2 is used, one whose pool is not configured any more is EC2's."""

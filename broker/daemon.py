@@ -104,7 +104,11 @@ class Daemon:
         self._ports = ports  # False: no sockets at all; connections are made by `server.connect`
         self._sockets = _activated(environ, settings.broker)
         self._observers: list[Callable[[Event], None]] = []
-        registry = Registry(self._publish, seats=lambda pool: self.context.pool(pool).leases_per_worker_max)
+        registry = Registry(
+            self._publish,
+            seats=lambda pool: self.context.pool(pool).leases_per_worker_max,
+            uses_max=lambda pool: self.context.pool(pool).uses_max,
+        )
         store = Store(state_dir, threaded=store_threaded, report=lambda text: log.error("store", error=text))
         clouds = Clouds(providers(settings, state_dir, clock, self._cloud_called, ()))
         self.context = Context(settings, registry, clouds, store, clock)

@@ -159,7 +159,9 @@ class Database:
         self.leases_missing = path.read_bytes() != b"0"
 
     def _commit(self, durable: bool, batch: list[_Write]) -> None:
-        connection = self._connections[durable]
+        connection = self._connections.get(durable)
+        if connection is None:
+            raise sqlite3.ProgrammingError("it has been closed")
         with connection:  # commits, or rolls back on an error
             connection.execute("BEGIN IMMEDIATE")
             for write in batch:

@@ -50,7 +50,7 @@ class Prospects:
         context = self.context
         on_order = context.registry.in_state(WorkerState.ORDERED, WorkerState.BOOTING, pool=pool)
         booting = sorted(on_order, key=lambda worker: worker.born_at)
-        queue = Queue(booting, context.pool(pool).leases_per_worker_max)
+        queue = Queue(booting, context.pool(pool).seats)
         obstacle = context.obstacles.get(pool)
         for position, waiter in enumerate(context.waiting.of(pool), start=1):
             yield waiter, self._pending(waiter, position, queue.machine_of(waiter), obstacle)

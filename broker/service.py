@@ -285,7 +285,7 @@ class Service:
     def _ping_now(self, command: Ping, client: str) -> bytes | None:
         worker = self._held_worker(command.address)
         if worker is None:
-            raise WorkerNotFound
+            raise self._not_found()
         leases = self._registry.leases_of(worker.id, client)
         if not leases:
             return None
@@ -297,7 +297,7 @@ class Service:
         """A client without a lease uses the worker, so it gets one, unless somebody else has it alone."""
         worker = self._held_worker(command.address)
         if worker is None:
-            raise WorkerNotFound
+            raise self._not_found()
         pool = self._context.pool_of(worker)
         if self._registry.full(worker.id):
             raise Denied(f"the worker has its leases_per_worker_max = {pool.leases_per_worker_max} clients")
@@ -308,6 +308,11 @@ class Service:
         await self._granting.written(self._registry.grant(lease, self._now()))
         self._context.require_charge(self._context.cloud_of(worker))
         return protocol.OK
+
+    def _not_found(self) -> BrokerError:
+        """There is no such worker; or nobody knows, and its client shall not let go of it."""
+        unseen = self._context.unseen(self._context.clouds.all)
+        return CloudError(unseen) if unseen else WorkerNotFound()
 
     def _release(self, command: Release, client: str) -> bytes:
         worker = self._held_worker(command.address)

@@ -71,6 +71,17 @@ def leases(broker: RunningBroker) -> list[str]:
 # --- leases of one's own ----------------------------------------------------------------------------------
 
 
+def test_who_acquires_several_gets_no_more_of_a_worker_than_uses_are_left(tmp_path: Path) -> None:
+    """Seed 282: the second lease was refused after the first had closed the worker, and nobody got either."""
+
+    async def story(broker: RunningBroker) -> None:
+        (_, here), (_, there) = await acquire(broker.client(), "client=ann count=2")
+        assert here != there
+        assert len({worker.born_at for worker in broker.registry}) == 1, "both were ordered at once"
+
+    live(tmp_path, story, chosen=settings(uses_max=1, leases_per_worker_max=2))
+
+
 def test_who_acquires_twice_has_two_workers_of_an_exclusive_pool(tmp_path: Path) -> None:
     async def story(broker: RunningBroker) -> None:
         client = broker.client()

@@ -771,6 +771,31 @@ def test_after_its_store_was_damaged_a_broker_waits_for_a_listing_that_must_show
     run_virtual(main())
 
 
+def test_after_its_store_was_damaged_a_broker_does_not_say_that_a_worker_is_gone_which_it_may_not_see_yet(
+    tmp_path: Path,
+) -> None:
+    """Simulated history, seed 306: a young machine that was not listed, and its client let go of it."""
+
+    async def main() -> None:
+        async with running_broker(settings(), tmp_path) as broker:
+            address = await broker.ask("GET_WORKER client=a")
+        (machine,) = broker.cloud.machines.values()
+        machine.hidden = True
+        (tmp_path / "broker.db").write_bytes(bytes(4096))
+        async with running_broker(settings(), tmp_path, cloud=broker.cloud) as again:
+            await again.until(again.daemon.context.clouds.recovered)
+            reply = await again.ask(f"PING {address} client=a")
+            assert reply.startswith("ERROR: the store was damaged: for")
+            assert reply.endswith("[CLOUD]")
+            machine.hidden = False
+            await asyncio.sleep(60)
+            assert await again.ask(f"PING {address} client=a") == "OK"
+            await asyncio.sleep(500)
+            assert await again.ask("PING 198.51.100.9 client=a") == "ERROR: Worker not found"
+
+    run_virtual(main())
+
+
 def test_one_client_on_three_connections_buys_one_exclusive_machine(tmp_path: Path) -> None:
     async def story(broker: RunningBroker) -> None:
         replies = await asyncio.gather(*(broker.ask("GET_WORKER client=anna") for _ in range(3)))

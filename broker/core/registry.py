@@ -48,7 +48,8 @@ class Registry:
     """The books. `emit` hears every event at the moment it happens, so that no caller can forget to tell.
 
     An event is the last thing a change does: whoever hears it finds the books in order and may change them.
-    `seats` says how many leases a shared worker of a pool may have, None for any number.
+    `seats` says how many leases a shared worker of a pool may have, `uses_max` how many it may have ever had;
+    None: any number. Who closes a worker that is used up is somebody else.
     """
 
     def __init__(
@@ -56,9 +57,11 @@ class Registry:
         emit: Callable[[Event], None] = lambda event: None,
         *,
         seats: Callable[[str], int | None] = lambda pool: None,
+        uses_max: Callable[[str], int | None] = lambda pool: None,
     ) -> None:
         self._emit = emit
         self._seats = seats
+        self._uses_max = uses_max
         self.generation = 0  # moves with every step and every change of a hold: a cache may compare it
         self._workers: dict[str, Worker] = {}
         self._by_instance: dict[str, str] = {}
@@ -328,13 +331,17 @@ class Registry:
         candidates: Iterable[str] = (
             reversed(self._free.get(pool, {})) if exclusive else self._open.get(pool, {})
         )
-        seats = 1 if exclusive else self._seats(pool)
+        seats, uses_max = 1 if exclusive else self._seats(pool), self._uses_max(pool)
         for worker_id in candidates:
             if len(found) >= count:
                 break
             if wish is None or wish(self._workers[worker_id]):
-                room = count if seats is None else max(0, seats - self._seated(worker_id))
-                found += [worker_id] * min(room, count - len(found))
+                room = count - len(found)
+                if seats is not None:
+                    room = min(room, seats - self._seated(worker_id))
+                if uses_max is not None:
+                    room = min(room, uses_max - self.uses(worker_id))
+                found += [worker_id] * room  # none where it is negative
         return found
 
     def grant(self, lease: Lease, now: float, *, counts: bool = True) -> Lease:

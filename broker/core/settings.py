@@ -351,6 +351,12 @@ class PoolSettings(Section):
         return self.sharing == "exclusive"
 
     @property
+    def seats(self) -> int | None:
+        """How many leases those who share can get on one new worker, None for any number."""
+        limits = [most for most in (self.leases_per_worker_max, self.uses_max) if most is not None]
+        return min(limits, default=None)
+
+    @property
     def markets(self) -> tuple[Literal["spot", "on-demand"], ...]:
         """Where the pool may buy, the preferred one first."""
         return ("spot", "on-demand") if self.market == "spot-then-on-demand" else (self.market,)

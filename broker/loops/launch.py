@@ -40,9 +40,6 @@ PAUSE_SECONDS_MIN = 1.0  # between them, doubling: 1 + 2 + 4 + 8 s
 RESEND_SECONDS = (
     10.0  # an order without an answer is sent again no sooner, however many clients come and wait
 )
-# Without a store nobody knows of the last broker's launch calls. One may arrive for five minutes yet, and its
-# machine need not be listed for two more (reconcile.py: ORDER_GRACE_SECONDS, LISTING_GRACE_SECONDS).
-UNSEEN_SECONDS = 420.0
 NEVER_SECONDS = float("inf")
 QUIET_SECONDS = 0.035  # after the last who asked: a burst is over (Karpenter waits 35 ms for its CreateFleet)
 BATCH_SECONDS_MAX = 1.0  # and no longer than that after the first
@@ -68,7 +65,6 @@ class LaunchLoop:
         self._ledger = ledger
         self._new_order_id = new_order_id
         self._wake = wake
-        self._began_at = context.now()
         self._in_flight: dict[str, asyncio.Task[None]] = {}  # order id → the task that makes its calls
         self._quiet_at = 0.0
         self._batch_ends_at: float | None = None
@@ -141,7 +137,7 @@ class LaunchLoop:
             self._send_again(name)
         offerings, room = cloud.provider.offerings(name), self._room(name, cloud)
         spare = shortage if room.machines else 0  # clients are told of no obstacle that concerns none of them
-        seats = context.pool(name).leases_per_worker_max or SEATS_MAX
+        seats = context.pool(name).seats or SEATS_MAX
         wanted = plan(needs, self._coming(name), offerings, room.machines, seats=seats, spare=spare)
         for purchase in wanted.purchases:
             self._buy(name, cloud, purchase)
@@ -156,13 +152,7 @@ class LaunchLoop:
         context = self._context
         if not cloud.acts(context.now()):
             return f"{cloud.provider.name} has not been listed for a while"
-        whole_at = self._began_at + UNSEEN_SECONDS
-        if context.store.lost and (cloud.scanned_at or 0.0) < whole_at:  # asked for before it must be whole
-            left_seconds = max(0.0, whole_at - context.now())
-            return (
-                f"the store was damaged: for {left_seconds:.0f} s more the cloud may not show every machine"
-            )
-        return ""
+        return context.unseen([cloud])
 
     def _pause(self, name: str) -> str:
         """What the last call was held up by, or nothing: it was not about what can be bought."""

@@ -88,7 +88,7 @@ class Clients:
         finally:
             world.witness.asking -= 1
             world.asking.leaves(waiting)
-        seats = world.pool.leases_per_worker_max or SEATS_MAX
+        seats = world.pool.seats or SEATS_MAX
         if reply is None and world.asking.machines(seats) > world.pool.max_workers:
             world.witness.saw("gave up in a queue")
         if reply is None or ERROR_LINE.fullmatch(reply):

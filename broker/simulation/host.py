@@ -30,6 +30,7 @@ from broker.testing import Client, silent_log
 OWNER_ID = "0123456789abcdef"  # one installation, wherever the scratch space lies
 OTHER_OWNER_ID = "fedcba9876543210"
 OWNER: contextvars.ContextVar[Incarnation | None] = contextvars.ContextVar("owner", default=None)
+TORN = "torn down"  # the name of every task that ended with its process or later: what it raised is no news
 Asked = Callable[[str, Any], None]  # a call, and its parameters
 Answered = Callable[[int, str, Any, Any], None]  # which process, its call, and the answer or the error
 Factory = Callable[[Manners], AbstractAsyncContextManager[Any]]
@@ -55,6 +56,8 @@ class Incarnation:
 
     def ended(self, task: asyncio.Task[Any]) -> None:
         self.tasks.pop(task, None)
+        if not self.alive:
+            task.set_name(TORN)
 
     @contextmanager
     def at_work(self) -> Generator[None, None, None]:

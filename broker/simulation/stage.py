@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from broker.core.claim import STALE_SECONDS
 from broker.providers.sim_machine import Machine
@@ -42,6 +43,7 @@ from broker.simulation.history import (
     Visit,
     WallJump,
 )
+from broker.simulation.host import TORN
 from broker.simulation.referee import Violation
 from broker.simulation.world import World
 from broker.testing import VirtualTimeLoop, run_virtual
@@ -124,6 +126,7 @@ class Stage:
 
     async def play(self) -> Outcome:
         world = self._world
+        asyncio.get_running_loop().set_exception_handler(self._unheard)
         world.host.start()
         acts = [asyncio.create_task(self._act(entry)) for entry in world.history.entries]
         await world.until(world.closing_at)
@@ -180,6 +183,13 @@ class Stage:
                 await self.accidents.second_host(entry)
             case Idlers():
                 await self.accidents.idlers(entry)
+
+    def _unheard(self, loop: asyncio.AbstractEventLoop, about: dict[str, Any]) -> None:
+        """A task has failed, nobody asked it how it went, and it was not its process that ended."""
+        error, task = about.get("exception"), about.get("future")
+        torn = isinstance(task, asyncio.Task) and task.get_name() == TORN
+        if error is not None and not torn:
+            self._world.referee.broken(self._world.now, "no failure goes unheard", repr(error))
 
     def stands(self) -> list[str]:
         """Where the broker's tasks wait, as file and line."""

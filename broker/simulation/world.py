@@ -276,7 +276,7 @@ class World:
         unheld += sum(not registry.busy(w.id) for w in registry.in_state(WorkerState.BOOTING, pool=pool))
         rules = self.referee.rules.since(self.now)
         unheld += sum(not any(expiring(w, r, self.now) for r in rules) for w in registry.unheld(pool))
-        demand = self.asking.machines(min(r.leases_per_worker_max or SEATS_MAX for r in rules))
+        demand = self.asking.machines(min(r.seats or SEATS_MAX for r in rules))
         moments_unix = [self.true_unix() + seconds for seconds in (-1.0, 0.0, 1.0)]  # HTTP dates are coarse
         target = max(schedule.target(r.warm_targets, unix) for r in rules for unix in moments_unix)
         if not demand:

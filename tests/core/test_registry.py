@@ -536,6 +536,15 @@ def test_a_full_worker_is_passed_over_until_somebody_leaves() -> None:
     assert books.places("default", 9, exclusive=False) == ["o-2", "o-2", "o-1"]
 
 
+def test_no_more_places_are_named_than_uses_are_left() -> None:
+    books = Registry(seats=lambda pool: 3, uses_max=lambda pool: 2)
+    ready(books, 1)
+    ready(books, 2)
+    books.grant(lease("o-1", "ann"), NOW)
+    assert books.places("default", 9, exclusive=False) == ["o-1", "o-2", "o-2"]
+    assert books.places("default", 2, exclusive=False) == ["o-1", "o-2"]
+
+
 def test_when_a_pool_allows_more_leases_a_full_worker_takes_clients_again() -> None:
     most = {"default": 1}
     books = Registry(seats=most.get)
