@@ -22,6 +22,7 @@ from broker.core.errors import StoreError
 from broker.store_schema import MIGRATIONS, SCHEMA, SCHEMA_VERSION, TRIMS
 
 GAP_FILE = "leases-missing"  # "1": the disk did not take every lease
+LOST = "lost"  # the key of the fact that this file stands in for one that was damaged, until that is over
 BUSY_TIMEOUT_SECONDS = 5.0  # another process looking into the file must not fail a write
 
 
@@ -47,7 +48,7 @@ class Database:
         self._connections: dict[bool, sqlite3.Connection] = {}
         self._lock: int | None = None
         self._leases_refused = 0  # writes that failed since the start
-        self.lost = False  # a damaged file was set aside: what was ordered a moment ago is not known
+        self.lost = False  # a damaged file was set aside: what was ordered shortly before is not known
         self.leases_missing = False  # an earlier broker could not write every lease
 
     @property
@@ -66,10 +67,21 @@ class Database:
                     raise
                 self._set_aside(error)
                 self._connect()
+                self._connections[True].execute("INSERT OR REPLACE INTO meta VALUES (?, '1')", (LOST,))
             self._read_gap()
+            found = (
+                self._connections[True].execute("SELECT value FROM meta WHERE key = ?", (LOST,)).fetchone()
+            )
+            self.lost = found is not None
         except (OSError, sqlite3.Error) as error:
             self.release_lock()
             raise StoreError(f"cannot use the state directory {self._directory}: {error}") from error
+
+    async def loss_is_over(self) -> None:
+        """What may have been ordered before the file was lost has been seen, or will never be."""
+        if self.lost:
+            self.lost = False
+            await self._write(True, "DELETE FROM meta WHERE key = ?", (LOST,))
 
     async def settle(self) -> None:
         """Returns when nothing waits to be written any more."""
@@ -193,7 +205,6 @@ class Database:
                 raise sqlite3.DatabaseError(finding)
 
     def _set_aside(self, error: sqlite3.DatabaseError) -> None:
-        self.lost = True
         for connection in self._connections.values():
             connection.close()
         self._connections.clear()

@@ -771,6 +771,30 @@ def test_after_its_store_was_damaged_a_broker_waits_for_a_listing_that_must_show
     run_virtual(main())
 
 
+def test_a_broker_that_is_started_again_knows_that_its_store_was_damaged_a_moment_ago(tmp_path: Path) -> None:
+    """Simulated histories, seeds 3514 and 3572: the second start launched at once, beyond the cap."""
+
+    async def main() -> None:
+        chosen = settings(sharing="exclusive", max_workers=1)
+        async with running_broker(chosen, tmp_path) as broker:
+            await broker.ask("GET_WORKER client=a")
+        (machine,) = broker.cloud.machines.values()
+        machine.hidden = True
+        (tmp_path / "broker.db").write_bytes(bytes(4096))
+        async with running_broker(chosen, tmp_path, cloud=broker.cloud) as second:
+            await second.until(second.daemon.context.clouds.recovered)
+        async with running_broker(chosen, tmp_path, cloud=broker.cloud) as third:
+            assert "the store was damaged: for" in await third.ask("GET_WORKER client=b wait=60")
+            machine.hidden = False
+            await asyncio.sleep(500)
+            assert not third.daemon.context.store.lost
+        async with running_broker(chosen, tmp_path, cloud=broker.cloud) as fourth:
+            assert not fourth.daemon.context.store.lost, "that is over"
+            assert broker.cloud.count("launch") == 1
+
+    run_virtual(main())
+
+
 def test_after_its_store_was_damaged_a_broker_does_not_say_that_a_worker_is_gone_which_it_may_not_see_yet(
     tmp_path: Path,
 ) -> None:

@@ -65,7 +65,7 @@ class Registry:
         self.generation = 0  # moves with every step and every change of a hold: a cache may compare it
         self._workers: dict[str, Worker] = {}
         self._by_instance: dict[str, str] = {}
-        self._by_address: dict[str, str] = {}
+        self._by_address: dict[str, dict[str, None]] = {}  # the one that claimed it last comes last
         self._by_order: dict[str, dict[str, None]] = {}
         self._by_state: dict[tuple[str, WorkerState], dict[str, None]] = {}
         self._leases: dict[str, dict[str, Lease]] = {}  # worker id → key of the lease → lease
@@ -97,8 +97,10 @@ class Registry:
 
     def by_address(self, address: str) -> Worker | None:
         """The worker that clients reach at `address`: never one on its way out."""
-        worker = self._workers.get(self._by_address.get(address, ""))
-        return worker if worker and worker.state in USABLE else None
+        for worker_id in reversed(self._by_address.get(address, {})):
+            if self._workers[worker_id].state in USABLE:
+                return self._workers[worker_id]
+        return None
 
     def of_order(self, order_id: str) -> list[Worker]:
         """The workers of an order, with a machine or without."""
@@ -504,8 +506,7 @@ class Registry:
         if after != worker:
             self._workers[worker.id] = after
             if after.address != worker.address:  # else it may be another's by now: the later claim counts
-                if worker.address and self._by_address.get(worker.address) == worker.id:
-                    del self._by_address[worker.address]
+                self._drop_address(worker)
                 self._index(after)
             self._tell(WorkerSeen(after, now))
         return self._workers[worker.id]
@@ -530,7 +531,16 @@ class Registry:
         if worker.instance_id:
             self._by_instance[worker.instance_id] = worker.id
         if worker.address and worker.state in USABLE:  # a dying worker must not claim a reused address back
-            self._by_address[worker.address] = worker.id
+            claims = self._by_address.setdefault(worker.address, {})
+            claims.pop(worker.id, None)
+            claims[worker.id] = None
+
+    def _drop_address(self, worker: Worker) -> None:
+        """One that has the same address as well is found by it again."""
+        claims = self._by_address.get(worker.address or "", {})
+        claims.pop(worker.id, None)
+        if worker.address and not claims:
+            self._by_address.pop(worker.address, None)
 
     def _forget(self, worker: Worker) -> None:
         del self._workers[worker.id]
@@ -545,8 +555,7 @@ class Registry:
                 del self._by_order[worker.order_id]
         if worker.instance_id:
             self._by_instance.pop(worker.instance_id, None)
-        if worker.address and self._by_address.get(worker.address) == worker.id:
-            del self._by_address[worker.address]
+        self._drop_address(worker)
 
     def _end_leases(self, worker_id: str, reason: str, now: float) -> None:
         for lease in self.leases(worker_id):

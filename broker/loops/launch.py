@@ -321,6 +321,9 @@ class LaunchLoop:
         """
         order, now = entry.order, self._context.now()
         cloud = self._context.cloud_of_order(order)  # as long as its places are in the books
+        if isinstance(error, OrderSpent) and order.count > 1:  # one of its machines ends; of the others it
+            entry.perhaps_launched, entry.resend_at = True, NEVER_SECONDS  # says nothing: a listing will
+            return
         if entry.perhaps_launched and not isinstance(error, OfferingRefused | OrderSpent):
             entry.resend_at = now + (NEVER_SECONDS if isinstance(error, OrderMismatch) else RESEND_SECONDS)
             self._tell(order.pool, error, doubtful=len(entry.vacant))

@@ -167,6 +167,8 @@ class ReconcileLoop:
             self._give_up_orders(cloud, started_at)
             self._missing = {id_: seen for id_, seen in self._missing.items() if self._registry.get(id_)}
         cloud.scan_succeeded(started_at, self._context.clock.wall())
+        if self._context.store.lost and not self._context.unseen(self._context.clouds.all):
+            self._context.store.soon(self._context.store.loss_is_over())
         if first:
             self._context.store.soon(self._context.store.leases_are_whole())
             self._report("first scan complete", {"cloud": cloud.provider.name, "machines": len(listing)})
@@ -405,6 +407,8 @@ class ReconcileLoop:
         self, cloud: Cloud, unseen: Instance, pool: str, order: Order | None, born_at: float | None = None
     ) -> None:
         self._context.home[unseen.id] = cloud
+        if unseen.address and self._registry.by_address(unseen.address) is not None:
+            unseen = replace(unseen, address=None)  # the listing has shown whose it is now
         if order is not None and self._orders.get(order.id) is not None:  # others of its machines are awaited
             worker = self._orders.launched(order, unseen)
         else:

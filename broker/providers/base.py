@@ -131,7 +131,8 @@ class Provider(Protocol):
 
     async def launch(self, order: Order) -> Bought:
         """Machines for this order, as many as can be had. Sent again with the same order it returns the same
-        machines; an order for one raises OrderSpent from the moment at which that machine begins to end."""
+        machines; an order for one raises OrderSpent from the moment at which that machine begins to end, one
+        for several may do so when any of them has: of the others that says nothing."""
 
     async def listing(self) -> list[Instance]:
         """Every machine here that carries this broker's tag, terminated ones as long as the cloud shows them,

@@ -188,6 +188,9 @@ class Acquirers:
         reply = await self._ask(visit, f"RENEW {held.id}")
         if reply == ENDED and any(world.witness.seen[excuse] for excuse in EXCUSES):
             reply = await self._ask(visit, f"PING {held.address} client={visit.name}")
+            if reply == "OK":
+                world.referee.held_by_name(world.now, held.id, visit.name, held.address)
+                return True
         if reply == "OK":
             world.referee.used(world.now, held.id, held.address)
         elif reply == ENDED or reply == "ERROR: Worker not found":

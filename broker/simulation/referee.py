@@ -21,7 +21,6 @@ PROOF_SLACK_SECONDS = 0.5
 GRANT_SECONDS = 60.0  # from a lease's grant to the client's reading of it: a silent port, a slow disk
 SENT_SECONDS_MAX = 31.0  # a Terminate that was decided may wait so long for our own pace before it leaves
 AGE_SLACK_SECONDS = 2.0  # the cloud names the whole second of a launch
-AGE_SLACK_SECONDS = 2.0  # the cloud names the whole second of a launch
 USES_KEPT = 16  # of a hold: the cloud tells what it did a moment later, and was it in use *then*?
 STRAY = "stray-"  # how the tokens of machines begin that no order of the broker's explains
 
@@ -151,6 +150,16 @@ class Referee:
     def acquired(self, client: str, lease_id: str) -> None:
         """This client holds what is handed out under that id."""
         self._acquired[client].append(lease_id)
+
+    def held_by_name(self, at: float, lease_id: str, client: str, address: str) -> None:
+        """The lease has ended, and a PING of its client was answered with OK: it holds the worker by name."""
+        hold = self._current.pop((lease_id, address), None)
+        if hold is not None and (client, address) in self._current:
+            hold.ended_at = at
+        elif hold is not None:
+            hold.client = client
+            self._current[client, address] = hold
+        self.used(at, client, address)
 
     def released(self, at: float, client: str, address: str) -> None:
         """A client, or a lease of its own, ends its hold. RELEASE ends all of a client's leases there."""

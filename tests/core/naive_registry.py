@@ -116,9 +116,8 @@ class NaiveRegistry:
         return next((e for e in self.entries.values() if e.instance_id == instance_id), None)
 
     def by_address(self, address: str) -> Entry | None:
-        claimant = next((who for what, who in reversed(self.claims) if what == address), "")
-        entry = self.entries.get(claimant)
-        return entry if entry and entry.address == address and entry.state in HOLDABLE else None
+        claimants = (self.entries.get(who) for what, who in reversed(self.claims) if what == address)
+        return next((e for e in claimants if e and e.address == address and e.state in HOLDABLE), None)
 
     def candidates(self, pool: str, *, exclusive: bool) -> list[str]:
         ids = self.free[::-1] if exclusive else self.open

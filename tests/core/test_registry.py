@@ -305,6 +305,15 @@ def test_an_address_that_the_cloud_gave_to_another_machine_is_that_ones() -> Non
     assert books.by_address(ADDRESS) == new
 
 
+def test_when_the_last_to_claim_an_address_is_gone_the_one_before_is_found_by_it() -> None:
+    """Simulated history, seed 2301: what had never come back took the address of a living one with it."""
+    books = books_with(S.READY)
+    ghost = books.adopt(instance("i-2", ADDRESS), "default", PORT, NOW)
+    assert books.by_address(ADDRESS) == ghost
+    books.gone(ghost.id, "vanished", NOW)
+    assert books.by_address(ADDRESS) == books.get(WORKER)
+
+
 def test_a_dying_worker_claims_no_address() -> None:
     books = books_with(S.READY)
     dying = ready(books, 2)

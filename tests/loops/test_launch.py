@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from broker.core.cooling import COOL_DOWN_SECONDS
-from broker.core.errors import NoCapacity, OfferingRefused
+from broker.core.errors import NoCapacity, OfferingRefused, OrderSpent
 from broker.core.model import Market, Offering, WorkerState
 from broker.loops.launch import QUIET_SECONDS
 from broker.testing import FakeCloud, LoopClock, RunningBroker, lost_answer, run_virtual, running_broker
@@ -272,3 +272,28 @@ def test_a_machine_of_an_order_that_has_ended_frees_its_place_and_only_its_own(t
 
 def _always(*errors: Exception) -> deque[Exception]:
     return deque(errors * 50)
+
+
+def test_when_one_machine_of_several_has_ended_the_others_are_waited_for(tmp_path: Path) -> None:
+    """Simulated history, seed 2007: the cloud refused to answer the order again, and of its machines one
+    lived that no listing had shown yet."""
+
+    async def story(broker: RunningBroker) -> None:
+        cloud = seller(broker)
+        await broker.until(broker.daemon.context.clouds.recovered)
+        cloud.lose = True
+        cloud.fail["launch"].append(lost_answer())
+        asked = asyncio.create_task(ask_all(broker, 3))
+        await broker.until(lambda: len(cloud.machines) == 3)
+        cloud.lose = False
+        cloud.fail["launch"].append(OrderSpent())
+        for machine in cloud.machines.values():
+            machine.hidden = True
+        await asyncio.sleep(90)
+        assert broker.registry.count("default", WorkerState.ORDERED) == 3
+        for machine in cloud.machines.values():
+            machine.hidden = False
+        assert len({*await asked}) == len(cloud.machines) == 3
+        assert cloud.count("launch") == 2
+
+    live(tmp_path, story, chosen=settings(**MANY))

@@ -336,6 +336,29 @@ def test_an_old_warm_machine_that_the_first_listing_after_a_restart_misses_is_no
     run_virtual(main())
 
 
+def test_a_held_machine_that_is_not_listed_claims_no_address_that_a_listed_one_has_by_now(
+    tmp_path: Path,
+) -> None:
+    """Simulated histories, seeds 3155 and 2301: its client is gone, and so is it; another has its address."""
+
+    async def main() -> None:
+        alone = settings(sharing="exclusive")
+        async with running_broker(alone, tmp_path) as broker:
+            address = await broker.ask("GET_WORKER client=a")
+            (gone,) = broker.cloud.machines.values()
+        gone.hidden = True
+        new = broker.cloud.add(address=address)
+        async with running_broker(alone, tmp_path, cloud=broker.cloud) as again:
+            await again.until(lambda: again.registry.count("default", WorkerState.READY))
+            found = again.registry.by_address(address)
+            assert found is not None
+            assert found.instance_id == new
+            await again.until(lambda: again.registry.by_instance(gone.instance.id) is None)
+            assert await again.ask(f"PING {address} client=b") == "OK"
+
+    run_virtual(main())
+
+
 # --- machines that the store knows nothing of ----
 
 
