@@ -85,6 +85,7 @@ class Waiting:
 
     def __init__(self) -> None:
         self._queues: dict[str, dict[Waiter, None]] = {}
+        self._since_at: dict[str, float] = {}  # by pool: when the queue was last joined with nobody in it
 
     def __len__(self) -> int:
         return sum(len(queue) for queue in self._queues.values())
@@ -92,6 +93,8 @@ class Waiting:
     def join(self, waiter: Waiter) -> None:
         """Take a place: by the time of asking, so that one who comes back is not sent to the end."""
         queue = self._queues.setdefault(waiter.pool, {})
+        if all(other.served.done() for other in queue):
+            self._since_at[waiter.pool] = waiter.asked_at
         last = next(reversed(queue), None)
         queue[waiter] = None
         if last is not None and last.asked_at > waiter.asked_at:
@@ -99,6 +102,11 @@ class Waiting:
 
     def leave(self, waiter: Waiter) -> None:
         self._queues.get(waiter.pool, {}).pop(waiter, None)
+
+    def since_at(self, pool: str) -> float | None:
+        """Since when there has always been somebody in the queue; None when there is nobody."""
+        waits = any(not waiter.served.done() for waiter in self._queues.get(pool, ()))
+        return self._since_at[pool] if waits else None
 
     def of(self, pool: str) -> list[Waiter]:
         return [waiter for waiter in self._queues.get(pool, ()) if not waiter.served.done()]

@@ -124,6 +124,20 @@ async def test_who_gives_up_leaves_at_once_and_may_do_so_twice() -> None:
     assert len(waiting) == 1
 
 
+async def test_it_is_known_since_when_somebody_has_always_waited() -> None:
+    waiting = Waiting()
+    assert waiting.since_at("default") is None
+    first, second, third = waiter(10.0), waiter(20.0), waiter(30.0)
+    waiting.join(first)
+    waiting.join(second)
+    waiting.leave(first)
+    assert waiting.since_at("default") == 10.0
+    second.served.set_result([])
+    assert waiting.since_at("default") is None
+    waiting.join(third)
+    assert waiting.since_at("default") == 30.0
+
+
 async def test_two_clients_alike_are_two() -> None:
     assert len(queue(waiter(1.0), waiter(1.0))) == 2
 

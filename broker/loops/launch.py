@@ -208,7 +208,7 @@ class LaunchLoop:
             return Choice(refusal=NoCapacity(f"pool '{name}' has nothing with {wish}"))
         booked = self._context.registry.in_state(*BOOKED, pool=name) if len(pool.markets) > 1 else []
         on_demand = sum(worker.offering.market is Market.ON_DEMAND for worker in booked)
-        shortfall = Shortfall(machines, on_demand, self._drought(name).since_at)
+        shortfall = Shortfall(machines, on_demand, self._drought_since_at(name))
         return choose(
             suitable,
             name,
@@ -219,6 +219,11 @@ class LaunchLoop:
             offerings_max=cloud.provider.offerings_max,
             now=now,
         )
+
+    def _drought_since_at(self, name: str) -> float | None:
+        """Since when somebody has always waited while spot was refused."""
+        refused_at, waits_at = self._drought(name).since_at, self._context.waiting.since_at(name)
+        return None if refused_at is None or waits_at is None else max(refused_at, waits_at)
 
     def _drought(self, name: str) -> SpotDrought:
         return self._droughts.setdefault(name, SpotDrought())

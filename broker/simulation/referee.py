@@ -206,7 +206,9 @@ class Referee:
                 self.broken(at, "never two leases on an exclusive worker", facts)
 
     def _check_uses(self, at: float, machine: Machine) -> None:
-        holders, uses_max = len(self._by_machine[machine.id]), self._pool.uses_max
+        """One who comes again may have its old hold still, as the broker sees it: after a restart, say."""
+        holders = len({hold.client for hold in self._by_machine[machine.id]})
+        uses_max = self._pool.uses_max
         if uses_max is not None and holders > uses_max and self._uses_known:
             facts = f"{machine.id} has had {holders} holders, uses_max is {uses_max}"
             self.broken(at, "no worker is given to more clients than it may be", facts)

@@ -179,6 +179,22 @@ def test_on_demand_is_bought_for_what_spot_has_refused_for_long_enough_and_goes_
     live(tmp_path, story, chosen=settings(**SPOT_FIRST))
 
 
+def test_who_comes_when_nobody_waits_any_more_waits_for_spot_anew(tmp_path: Path) -> None:
+    """Simulated histories, seeds 2638 and 2682: the wait of a client that had left counted for the next."""
+
+    async def story(broker: RunningBroker) -> None:
+        cloud = seller(broker, BIG, ON_DEMAND)
+        cloud.dry = {Market.SPOT}
+        assert "[TIMEOUT]" in await broker.ask("GET_WORKER client=a wait=100")
+        await asyncio.sleep(1)
+        asked = asyncio.create_task(broker.ask("GET_WORKER client=b wait=600"))
+        await asyncio.sleep(100)
+        assert cloud.machines == {}
+        assert "ERROR" not in await asked
+
+    live(tmp_path, story, chosen=settings(**SPOT_FIRST))
+
+
 def test_on_demand_is_never_bought_beyond_what_the_pool_allows(tmp_path: Path) -> None:
     async def story(broker: RunningBroker) -> None:
         cloud = seller(broker, BIG, ON_DEMAND)
