@@ -110,9 +110,8 @@ class Acquiring:
             raise LimitReached(
                 f"the pool has room for {room} such leases at most: its max_workers allow no more"
             )
-        ttl_seconds = pool.idle_timeout if command.ttl is None else command.ttl
         count = max(least, min(command.count, room))
-        return Terms(next(self._numbers), ttl_seconds, count, least, command.hold is not None)
+        return Terms(next(self._numbers), command.ttl, count, least, command.hold is not None)
 
     async def _started(self, pool: str, deadline_at: float, say: Say) -> None:
         """Wait for the first complete scan of the pool's cloud. Raises CloudError, WaitTimedOut."""

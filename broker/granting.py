@@ -103,14 +103,16 @@ class Granting:
 
     def _lease(self, waiter: Waiter, worker_id: str) -> Lease:
         terms = waiter.terms
-        if terms is None:
+        ttl_seconds = None if terms is None else terms.ttl_seconds
+        if ttl_seconds is None:
             ttl_seconds = self._context.pool(waiter.pool).idle_timeout
+        if terms is None:
             return Lease(self._new_id(), worker_id, waiter.client, ttl_seconds, waiter.exclusive)
         return Lease(
             self._new_id(),
             worker_id,
             waiter.client,
-            terms.ttl_seconds,
+            ttl_seconds,
             waiter.exclusive,
             acquired=True,
             bound=terms.bound,

@@ -23,7 +23,7 @@ class Terms:
     """What an ACQUIRE asks for beyond a worker: `count` leases, or `least` of them when the wait is over."""
 
     number: int  # no two are alike: each wants machines of its own
-    ttl_seconds: float
+    ttl_seconds: float | None  # None: what the pool says when they are granted
     count: int = 1
     least: int = 1
     bound: bool = False  # the leases live as long as the connection

@@ -467,3 +467,19 @@ def test_the_cores_of_machine_types_are_known_after_a_start_without_the_api(tmp_
             assert away.cores == {"c7i.16xlarge": 64}
 
     run_virtual(main())
+
+
+def test_who_waits_over_a_reload_gets_a_lease_of_the_time_that_counts_then(tmp_path: Path) -> None:
+    """Simulated history, seed 5121: it was shorter than what its client could rely on by then."""
+
+    async def story(broker: RunningBroker) -> None:
+        client = broker.client()
+        client.send(b"ACQUIRE client=a\n")
+        await broker.until(lambda: broker.cloud.machines)
+        await broker.reload(file(default={"idle_timeout": "1h"}))
+        broker.cloud.boot(next(iter(broker.cloud.machines)))
+        await broker.until(lambda: broker.registry.lease_count("default"))
+        (worker,) = broker.registry
+        assert [lease.ttl_seconds for lease in broker.registry.leases(worker.id)] == [3600.0]
+
+    live(tmp_path, story, boots=False)
