@@ -17,6 +17,7 @@ SETTING = re.compile(r"#(?P<key>[a-z_]+) = (?P<value>.*)")
 SECTIONS: dict[str, type[Section]] = {"broker": BrokerSettings, "pool.default": PoolSettings}
 EC2_BEGINS, POOLS_BEGIN = "# --- EC2 only: what a launch needs", "# --- More pools"
 EXCLUDES = {"user_data": "user_data_file", "subnet": "subnets"}  # one of the two
+SEVERAL_REGIONS = ("regions", "in")  # exclude `region`, and ids that lie in one region
 
 
 def text() -> str:
@@ -35,7 +36,7 @@ def shown() -> dict[str, dict[str, Any]]:
 
 
 def defaults(section: str) -> dict[str, Any]:
-    return {key: field.default for key, field in SECTIONS[section].model_fields.items()}
+    return {field.alias or key: field.default for key, field in SECTIONS[section].model_fields.items()}
 
 
 def test_as_it_is_the_sample_is_the_embedded_default() -> None:
@@ -55,7 +56,7 @@ def test_every_default_that_is_shown_is_the_true_one(section: str) -> None:
         if default in (None, (), {}) and value not in ([], {}):
             continue  # there is none: what is shown is an example
         document: dict[str, Any] = {key: value}
-        assert getattr(parsed(section, document), key) == default, key
+        assert parsed(section, document) == parsed(section, {}), key
 
 
 def parsed(section: str, document: dict[str, Any]) -> Any:
@@ -87,13 +88,23 @@ def test_with_the_part_about_ec2_in_effect_it_is_an_ec2_pool(left_out: str) -> N
     begin, end = whole.index(EC2_BEGINS), whole.index(POOLS_BEGIN)
     document = tomllib.loads(whole[:begin] + uncommented(whole[begin:end]) + whole[end:])
     pool = document["pool"]["default"]
-    del pool[left_out], pool["subnet"]
+    for one in (left_out, "subnet", *SEVERAL_REGIONS):
+        del pool[one]
     pool["provider"] = "ec2"
     settings = parse(document, {}).pool["default"]
     assert settings.provider == "ec2"
     assert len(settings.instance_types) == 3
     assert settings.image is not None
     assert settings.user_data is None or settings.user_data.startswith("#!/bin/sh\nshutdown")
+
+
+def test_with_its_regions_in_effect_it_buys_in_two() -> None:
+    pool = tomllib.loads(uncommented(text()))["pool"]["default"]
+    for one in (*EXCLUDES, "region", "subnets", "zones", "security_group_ids"):
+        del pool[one]
+    here, there = parse({"pool": {"default": {**pool, "provider": "ec2"}}}, {}).pool["default"].by_region
+    assert (here.region, there.region) == ("us-east-1", "eu-central-1")
+    assert here.image != there.image
 
 
 def test_with_only_what_a_launch_needs_it_is_an_ec2_pool() -> None:
@@ -114,7 +125,7 @@ def test_with_the_second_pool_in_effect_there_are_two() -> None:
 
 def test_everything_at_once_is_sound_but_for_what_excludes_each_other() -> None:
     document = tomllib.loads(uncommented(text()))
-    for one in EXCLUDES:
+    for one in (*EXCLUDES, *SEVERAL_REGIONS):
         del document["pool"]["default"][one]
     document["pool"]["default"]["provider"] = "ec2"
     assert parse(document, {})

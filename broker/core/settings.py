@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from typing import Annotated, Any, Literal
 
@@ -37,6 +37,12 @@ LOOPBACK = re.compile(r"127(\.\d{1,3}){3}|localhost|::1")
 WARM_MAX = 1000  # nobody keeps more machines idle on purpose
 TAGS_MAX = 40  # EC2 allows 50 on a resource (EC2 user guide, Tag restrictions); ours are seven
 TAG_KEY_RESERVED = re.compile(r"compute-broker:.*|aws:.*|Name", re.IGNORECASE)
+# What of these a region's table says replaces all that the pool itself says of the group there.
+TOGETHER = (
+    frozenset({"subnet", "subnets", "zones"}),
+    frozenset({"security_group_ids", "security_groups"}),
+    frozenset({"user_data", "user_data_file"}),
+)
 
 
 def duration_seconds(value: object) -> float:
@@ -172,8 +178,63 @@ class BrokerSettings(Section):
         return address
 
 
+class RegionSettings(Section):
+    """What a pool says otherwise in one of its regions; what is not given is as in the pool."""
+
+    image: Annotated[str, Field(min_length=1)] | None = Field(None, description="An AMI id of the region.")
+    instance_types: Names | None = Field(None, min_length=1, description="What may be bought there.")
+    price_usd_per_hour: float | None = Field(
+        None, ge=0, allow_inf_nan=False, description="What a running worker costs there."
+    )
+    security_group_ids: Names | None = Field(None, description="Instead of all security groups of the pool.")
+    security_groups: Names | None = Field(None, description="Instead of all security groups of the pool.")
+    key_name: str | None = Field(None, description="The SSH key pair there.")
+    subnet: str | None = Field(None, description="Instead of the pool's subnet, subnets and zones.")
+    subnets: Names | None = Field(None, description="Instead of the pool's subnet, subnets and zones.")
+    zones: Names | None = Field(None, description="Instead of the pool's subnet, subnets and zones.")
+    instance_profile: str | None = Field(None, description="The instance profile there.")
+    user_data: str | None = Field(None, description="The script a machine runs at boot there.")
+    user_data_file: str | None = Field(None, description="A file with that script.")
+
+    @field_validator("subnets", "zones")
+    @classmethod
+    def _one_way_to_say_where(
+        cls, names: tuple[str, ...] | None, info: ValidationInfo
+    ) -> tuple[str, ...] | None:
+        return _one_way(names, info) if names is not None else None
+
+    @field_validator("user_data_file")
+    @classmethod
+    def _one_script(cls, path: str | None, info: ValidationInfo) -> str | None:
+        return _one_script(path, info)
+
+    @property
+    def said(self) -> dict[str, Any]:
+        """What the table gives."""
+        return {key: value for key, value in self if value is not None}
+
+    def replaces(self, key: str) -> bool:
+        """Whether what the pool itself says under this key does not count in the region."""
+        said = self.said
+        return key in said or any(key in group and not group.isdisjoint(said) for group in TOGETHER)
+
+
+def _one_way(names: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+    if names and info.data.get("subnet") is not None:
+        raise ValueError("subnet lies in one zone and excludes it; name subnets = [...] instead")
+    return tuple(dict.fromkeys(names))
+
+
+def _one_script(path: str | None, info: ValidationInfo) -> str | None:
+    if path is not None and info.data.get("user_data") is not None:
+        raise ValueError("user_data and user_data_file exclude each other")
+    return path
+
+
 class PoolSettings(Section):
     """A named recipe for workers."""
+
+    model_config = ConfigDict(serialize_by_alias=True)  # `in` is no name in Python
 
     provider: Literal["local", "ec2"] = Field("local", description="Who makes the workers.")
     worker_port: int = Field(2560, ge=1, le=65535, description="The port clients use on a worker.")
@@ -252,6 +313,17 @@ class PoolSettings(Section):
 
     region: str | None = Field(None, description="ec2: the region; otherwise the AWS configuration decides.")
     profile: str | None = Field(None, description="ec2: the profile in the AWS configuration files.")
+    regions: Names = Field(
+        (), description="ec2: several regions instead of `region`, in order of preference."
+    )
+    region_order: Literal["listed", "latency"] = Field(
+        "listed",
+        description="ec2: with several regions. listed: the first that has machines. latency: those whose "
+        "EC2 endpoint answers the fastest come first.",
+    )
+    in_: dict[str, RegionSettings] = Field(
+        {}, alias="in", description="ec2: what is otherwise in one of the regions, by its name."
+    )
     image: str | None = Field(
         None,
         validate_default=True,
@@ -305,26 +377,64 @@ class PoolSettings(Section):
             raise ValueError(f"is shorter than max_lifetime ({max_lifetime:g} s): make it as long or longer")
         return seconds
 
+    @field_validator("regions")
+    @classmethod
+    def _one_way_to_say_which_region(cls, names: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        if names and info.data.get("provider") != "ec2":
+            raise ValueError('only a pool with provider = "ec2" has regions')
+        if names and info.data.get("region") is not None:
+            raise ValueError("region and regions exclude each other")
+        return tuple(dict.fromkeys(names))
+
+    @field_validator("in_")
+    @classmethod
+    def _of_its_regions(
+        cls, tables: dict[str, RegionSettings], info: ValidationInfo
+    ) -> dict[str, RegionSettings]:
+        regions = info.data.get("regions")
+        strange = [name for name in tables if regions is not None and name not in regions]
+        if strange:
+            raise ValueError(
+                f"{', '.join(strange)}: is none of the pool's regions ({', '.join(regions or ()) or 'none'})"
+                + _did_you_mean(strange[0], regions or ())
+            )
+        return tables
+
+    @field_validator("image", "security_group_ids", "subnet", "subnets", "zones")
+    @classmethod
+    def _lies_in_one_region(cls, value: Any, info: ValidationInfo) -> Any:
+        regions, tables, key = info.data.get("regions", ()), info.data.get("in_"), str(info.field_name)
+        if not value or tables is None or (key == "image" and not value.startswith("ami-")):
+            return value
+        where = [one for one in regions if one not in tables or not tables[one].replaces(key)]
+        if len(where) > 1:
+            ways = "name an SSM parameter" if key == "image" else "leave it out"
+            raise ValueError(
+                f"{'an AMI id' if key == 'image' else 'what it names'} lies in one region and would count in "
+                f"{' and '.join(where)}: {ways}, or give each its own in [pool.NAME.in.{where[-1]}]"
+            )
+        return value
+
     @field_validator("image", "instance_types")
     @classmethod
     def _ec2_cannot_buy_without(cls, value: Any, info: ValidationInfo) -> Any:
-        if info.data.get("provider") == "ec2" and not value:
+        regions, tables = info.data.get("regions"), info.data.get("in_") or {}
+        everywhere = regions and all(
+            one in tables and tables[one].replaces(str(info.field_name)) for one in regions
+        )
+        if info.data.get("provider") == "ec2" and not value and not everywhere:
             raise ValueError('provider = "ec2" needs it')
         return value
 
     @field_validator("subnets", "zones")
     @classmethod
     def _one_way_to_say_where(cls, names: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
-        if names and info.data.get("subnet") is not None:
-            raise ValueError("subnet lies in one zone and excludes it; name subnets = [...] instead")
-        return tuple(dict.fromkeys(names))
+        return _one_way(names, info)
 
     @field_validator("user_data_file")
     @classmethod
     def _one_script(cls, path: str | None, info: ValidationInfo) -> str | None:
-        if path is not None and info.data.get("user_data") is not None:
-            raise ValueError("user_data and user_data_file exclude each other")
-        return path
+        return _one_script(path, info)
 
     @field_validator("warm", "warm_schedule")
     @classmethod
@@ -349,6 +459,20 @@ class PoolSettings(Section):
     @property
     def exclusive(self) -> bool:
         return self.sharing == "exclusive"
+
+    def at(self, region: str) -> PoolSettings:
+        """The pool as it is in a region: itself, unless that is one of several."""
+        if region not in self.regions:
+            return self
+        table = self.in_.get(region, RegionSettings())  # type: ignore[call-arg]  # pydantic fills the defaults
+        own = {key: field.default for key, field in PoolSettings.model_fields.items() if table.replaces(key)}
+        only = {"region": region, "regions": (), "in_": {}, "region_order": "listed"}
+        return self.model_copy(update={**own, **table.said, **only})
+
+    @property
+    def by_region(self) -> tuple[PoolSettings, ...]:
+        """The pool as it is in each of its regions, in the order in which they are listed."""
+        return tuple(self.at(region) for region in self.regions) or (self,)
 
     @property
     def seats(self) -> int | None:
@@ -435,8 +559,7 @@ def _problem(loc: tuple[int | str, ...], kind: str, message: str, model: type[Ba
     path = [str(part) for part in loc if part != "[key]"]
     key = ".".join(path)
     if kind == "extra_forbidden":
-        close = get_close_matches(path[-1], _siblings(path, model), n=1)
-        return f"{key}: there is no such setting" + (f"; did you mean {close[0]}?" if close else "")
+        return f"{key}: there is no such setting{_did_you_mean(path[-1], _siblings(path, model))}"
     message = message.removeprefix("Value error, ")
     return f"{key}: {message[0].lower() + message[1:] if message[:1].isupper() else message}"
 
@@ -444,4 +567,11 @@ def _problem(loc: tuple[int | str, ...], kind: str, message: str, model: type[Ba
 def _siblings(path: list[str], model: type[BaseModel]) -> list[str]:
     sections: dict[str, type[BaseModel]] = {"broker": BrokerSettings, "pool": PoolSettings}
     section = sections.get(path[0]) if len(path) > 1 else model
-    return list(section.model_fields) if section else []
+    if path[0] == "pool" and path[2:3] == ["in"]:
+        section = RegionSettings
+    return [field.alias or name for name, field in section.model_fields.items()] if section else []
+
+
+def _did_you_mean(word: str, words: Iterable[str]) -> str:
+    close = get_close_matches(word, words, n=1)
+    return f"; did you mean {close[0]}?" if close else ""

@@ -72,7 +72,7 @@ def test_the_defaults_are_those_that_are_documented() -> None:
         "sharing": "shared", "idle_timeout": 900.0, "max_lifetime": 28_800.0, "boot_deadline": 600.0,
         "wait": 900.0, "max_workers": 4, "launches_per_hour": 20, "boot_failures_max": 3, "market": "spot",
         "on_demand_after": 120.0,
-        "address": "public", "name_tag": "dserv-worker",
+        "region_order": "listed", "address": "public", "name_tag": "dserv-worker",
     }  # fmt: skip
 
 
@@ -121,7 +121,7 @@ def test_every_key_says_in_a_sentence_what_it_does(section: type[Section], key: 
 def test_the_schema_knows_every_key_with_its_description_and_default(
     section: type[Section], key: str
 ) -> None:
-    told = schema()["$defs"][section.__name__]["properties"][key]
+    told = schema()["$defs"][section.__name__]["properties"][section.model_fields[key].alias or key]
     assert told["description"] == section.model_fields[key].description
     assert "default" in told
 
@@ -530,6 +530,94 @@ def test_one_subnet_and_several_places_exclude_each_other(key: str) -> None:
 def test_a_zone_that_is_named_twice_is_one() -> None:
     settings = parse({"pool": {"default": {"zones": "us-east-1a, us-east-1b, us-east-1a"}}}, {})
     assert settings.pool["default"].zones == ("us-east-1a", "us-east-1b")
+
+
+# --- several regions --------------------------------------------------------------------------------------
+
+EC2_POOL: dict[str, Any] = {"provider": "ec2", "image": "/lab/image", "instance_types": ["m7i.large"]}
+TWO = ["us-east-1", "eu-central-1"]
+
+
+def in_regions(**keys: Any) -> PoolSettings:
+    return parse({"pool": {"default": {**EC2_POOL, **keys}}}, {}).pool["default"]
+
+
+def problems_of(**keys: Any) -> str:
+    with pytest.raises(SettingsError) as raised:
+        in_regions(**keys)
+    return "\n".join(raised.value.problems)
+
+
+def test_a_pool_without_regions_is_the_same_wherever_it_is() -> None:
+    pool = in_regions(region="us-east-1")
+    assert pool.by_region == (pool,)
+    assert pool.at("us-east-1") is pool
+
+
+def test_a_pool_counts_in_each_of_its_regions_as_it_is() -> None:
+    here, there = in_regions(
+        regions=[*TWO, TWO[0]], security_groups=["lab"], region_order="latency"
+    ).by_region
+    assert (here.region, there.region) == tuple(TWO)
+    assert there == in_regions(region=TWO[1], security_groups=["lab"])
+
+
+def test_a_table_says_what_is_otherwise_in_its_region() -> None:
+    table = {"image": "ami-2", "subnets": ["subnet-2"], "security_group_ids": ["sg-2"], "user_data": "two"}
+    pool = {"image": "ami-1", "zones": ["us-east-1a"], "security_groups": ["lab"], "user_data_file": "/one"}
+    here, there = in_regions(regions=TWO, **pool, **{"in": {TWO[1]: table}}).by_region
+    assert here == in_regions(region=TWO[0], **pool)
+    assert there == in_regions(region=TWO[1], **table)  # what it replaces is gone: no zone, no group by name
+
+
+def test_a_pool_needs_no_image_that_each_of_its_regions_has() -> None:
+    own = {one: {"image": f"ami-{one}"} for one in TWO}
+    assert [one.image for one in in_regions(image=None, regions=TWO, **{"in": own}).by_region] == [
+        "ami-us-east-1",
+        "ami-eu-central-1",
+    ]
+    assert "needs it" in problems_of(image=None, regions=TWO, **{"in": {TWO[0]: {"image": "ami-1"}}})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("image", "ami-1"),
+        ("zones", ["us-east-1a"]),
+        ("subnet", "subnet-1"),
+        ("subnets", ["subnet-1"]),
+        ("security_group_ids", ["sg-1"]),
+    ],
+)
+def test_an_id_that_lies_in_one_region_is_refused_for_two(key: str, value: Any) -> None:
+    problem = problems_of(regions=TWO, **{key: value})
+    assert problem.startswith(f"pool.default.{key}: ")
+    assert "us-east-1 and eu-central-1" in problem
+    assert "[pool.NAME.in.eu-central-1]" in problem
+    assert in_regions(regions=TWO, **{key: value}, **{"in": {TWO[1]: {key: value}}})
+    assert in_regions(regions=TWO[:1], **{key: value})
+
+
+def test_what_regions_exclude_and_need_is_said() -> None:
+    assert "region and regions exclude each other" in problems_of(regions=TWO, region=TWO[0])
+    assert "has regions" in problems_of(regions=TWO, provider="local")
+    assert "subnet lies in one zone" in problems_of(
+        regions=TWO, **{"in": {TWO[0]: {"subnet": "a", "zones": ["b"]}}}
+    )
+    assert "exclude each other" in problems_of(
+        regions=TWO, **{"in": {TWO[0]: {"user_data": "a", "user_data_file": "b"}}}
+    )
+
+
+def test_a_table_names_a_region_of_the_pool_and_settings_that_there_are() -> None:
+    assert problems_of(regions=TWO, **{"in": {"eu-central-2": {}}}) == (
+        "pool.default.in: eu-central-2: is none of the pool's regions (us-east-1, eu-central-1); "
+        "did you mean eu-central-1?"
+    )
+    assert problems_of(region=TWO[0], **{"in": {TWO[0]: {}}}).endswith("regions (none)")
+    assert problems_of(regions=TWO, **{"in": {TWO[0]: {"imge": "a"}}}) == (
+        "pool.default.in.us-east-1.imge: there is no such setting; did you mean image?"
+    )
 
 
 # --- warm workers -----------------------------------------------------------------------------------------
