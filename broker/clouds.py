@@ -1,4 +1,4 @@
-"""Which provider serves which pool, and what is known of each provider's health.
+"""Which providers serve which pool, and what is known of each provider's health.
 
 While a cloud does not answer nothing is inferred from its silence and nothing new is bought from it: the
 books are frozen, warm workers are still handed out, and whoever would need a launch hears why at once.
@@ -9,7 +9,7 @@ a matter of each cloud: two brokers with one id that buy in different regions do
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from broker.core.claim import ACT_SECONDS_MAX, Claim
@@ -47,6 +47,12 @@ class Cloud:
     def recovered(self) -> bool:
         """Whether a complete listing has come in since the start: before that, nothing may be launched."""
         return self.scanned_at is not None
+
+    @property
+    def awaited(self) -> bool:
+        """Whether an earlier run may have left machines here that the first listing is about to show. Those
+        who can do without wait for SCAN_FAILURES_MAX scans, and not for ever."""
+        return not self.recovered and self.was_there and self.failures < SCAN_FAILURES_MAX
 
     def acts(self, now: float) -> bool:
         """Whether machines may be launched and terminated: we are in charge, and looked at it of late.
@@ -92,27 +98,28 @@ class Cloud:
 class Clouds:
     """The providers, by pool and one by one: first those that serve pools, then those that did."""
 
-    def __init__(self, by_pool: Mapping[str, Provider]) -> None:
-        self._by_pool: dict[str, Cloud] = {}
+    def __init__(self, by_pool: Mapping[str, Sequence[Provider]]) -> None:
+        self._by_pool: dict[str, tuple[Cloud, ...]] = {}
         self.all: tuple[Cloud, ...] = ()
         self._dropped: list[Cloud] = []  # kept, because who knew a cloud knows it by its identity
         for cloud in self.assign(by_pool):
             cloud.was_there = True
 
-    def assign(self, by_pool: Mapping[str, Provider], now: float = 0.0) -> list[Cloud]:
-        """Which provider serves which pool from now on. Returns the clouds that are new.
+    def assign(self, by_pool: Mapping[str, Sequence[Provider]], now: float = 0.0) -> list[Cloud]:
+        """Which providers serve which pool from now on. Returns the clouds that are new.
 
         A cloud that serves none any more stays, until `drop`.
         """
         known = {id(cloud.provider): cloud for cloud in self.all}
         new = {
             id(one): Cloud(one, was_there=False, added_at=now)
-            for one in by_pool.values()
+            for some in by_pool.values()
+            for one in some
             if id(one) not in known
         }
         clouds = known | new
-        self._by_pool = {pool: clouds[id(provider)] for pool, provider in by_pool.items()}
-        serving = {id(cloud): cloud for cloud in self._by_pool.values()}
+        self._by_pool = {pool: tuple(clouds[id(one)] for one in some) for pool, some in by_pool.items()}
+        serving = {id(cloud): cloud for some in self._by_pool.values() for cloud in some}
         self.all = tuple((serving | {id(cloud): cloud for cloud in clouds.values()}).values())
         return list(new.values())
 
@@ -123,7 +130,7 @@ class Clouds:
 
     def idle(self) -> list[Cloud]:
         """Those that serve no pool any more."""
-        serving = {id(cloud) for cloud in self._by_pool.values()}
+        serving = {id(cloud) for some in self._by_pool.values() for cloud in some}
         return [cloud for cloud in self.all if id(cloud) not in serving]
 
     def drop(self, cloud: Cloud) -> None:
@@ -131,9 +138,22 @@ class Clouds:
         self.all = tuple(one for one in self.all if one is not cloud)
         self._dropped.append(cloud)
 
-    def of(self, pool: str) -> Cloud | None:
-        """The cloud of a configured pool; None for a pool that only tags remember."""
-        return self._by_pool.get(pool)
+    def of(self, pool: str) -> tuple[Cloud, ...]:
+        """The clouds of a configured pool, as its regions are listed; none for a pool that only tags
+        remember."""
+        return self._by_pool.get(pool, ())
+
+    def having(self, pool: str, region: str) -> Cloud | None:
+        """Where a machine of the pool is that was ordered in that region, also when the pool has left it."""
+        clouds = self.of(pool)
+        in_it = [cloud for cloud in (*clouds, *self.all) if cloud.provider.place[1] == region]
+        unnamed = [cloud for cloud in clouds if cloud.provider.place[1] is None]  # the AWS settings say
+        return next(iter((*unnamed, *in_it, *clouds)), None)
+
+    def serving(self) -> bool:
+        """Whether every pool can be served: in one of its regions, where the others have been waited for."""
+        served = all(is_known(some) for some in self._by_pool.values())
+        return self.recovered() or (served and not any(cloud in self.awaited() for cloud in self.idle()))
 
     def recovered(self) -> bool:
         return all(cloud.recovered for cloud in self.all) or not self.awaited()
@@ -154,3 +174,11 @@ class Clouds:
     def read_only(self) -> list[ReadOnly]:
         """One for each cloud of which another broker is in charge."""
         return [error for cloud in self.all if (error := cloud.read_only()) is not None]
+
+
+def is_known(clouds: Collection[Cloud]) -> bool:
+    """Whether it is known well enough which machines a pool has in its clouds: one has been listed, and the
+    others either, or in vain for long enough."""
+    return not clouds or (
+        any(cloud.recovered for cloud in clouds) and not any(cloud.awaited for cloud in clouds)
+    )

@@ -6,7 +6,7 @@ A bag of references without behaviour of its own, except for the few questions t
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from broker.clock import Clock
@@ -14,6 +14,7 @@ from broker.clouds import Cloud, Clouds
 from broker.core import prices
 from broker.core.claim import Claim
 from broker.core.errors import BadRequest, BrokerError
+from broker.core.latency import nearest_first
 from broker.core.life import BOOKED
 from broker.core.model import Instance, Order, Worker
 from broker.core.money import Price
@@ -122,28 +123,48 @@ class Context:
 
     def price(self, pool: str, machine: Instance) -> Price:
         """What the machine costs. Where EC2 is used, one whose pool is not configured any more is EC2's."""
-        settings = self.pool(pool)
+        settings = self.pool(pool).at(machine.region)
         if pool not in self.settings.pool and any(p.provider == "ec2" for p in self.settings.pool.values()):
             settings = FORGOTTEN_EC2_POOL
         return prices.price(settings, machine.instance_type, machine.cores, machine.market)
 
-    def cloud(self, pool: str) -> Cloud | None:
-        return self.clouds.of(pool)
+    def preferred(self, pool: str) -> Sequence[Cloud]:
+        """The clouds in which a configured pool buys, the preferred one first."""
+        clouds = self.clouds.of(pool)
+        if len(clouds) < 2 or self.pool(pool).region_order == "listed":
+            return clouds
+        order = nearest_first([cloud.provider.round_trip_seconds() for cloud in clouds])
+        return [clouds[number] for number in order]
 
     def cloud_of(self, worker: Worker) -> Cloud | None:
         """The cloud that has this worker, also when its pool is not configured any more, or elsewhere."""
-        return self.home.get(worker.id) or self.clouds.of(worker.pool)
+        return self.home.get(worker.id) or self.clouds.having(worker.pool, worker.offering.region)
 
     def cloud_of_order(self, order: Order) -> Cloud | None:
         """Where the order was placed, wherever its pool buys by now."""
         homes = [home for place in order.places if (home := self.home.get(place)) is not None]
-        return homes[0] if homes else self.clouds.of(order.pool)
+        return homes[0] if homes else self.clouds.having(order.pool, order.offerings[0].region)
+
+    def cloud_of_held(self, held: StoredLease) -> Cloud | None:
+        """Where the machine of a lease from before the start is; None while that cannot be told."""
+        launched = self.expected.get(held.instance_id)
+        if launched is not None:
+            return self.cloud_of_order(launched.order)
+        clouds = self.clouds.of(held.pool)
+        unseen = [cloud for cloud in clouds if not cloud.recovered]
+        return clouds[0] if len(clouds) == 1 else unseen[0] if len(unseen) == 1 else None
 
     def require_charge(self, cloud: Cloud | None) -> None:
         """Raises ReadOnly while another broker is in charge of that cloud."""
         error = cloud.read_only() if cloud is not None else None
         if error is not None:
             raise error
+
+    def require_charge_somewhere(self, pool: str) -> None:
+        """Raises ReadOnly while other brokers are in charge of all the pool's clouds."""
+        clouds = self.clouds.of(pool)
+        if clouds and all(cloud.rival is not None for cloud in clouds):
+            self.require_charge(clouds[0])
 
     def guard(self, pool: str) -> LaunchGuard:
         if pool not in self.guards:
@@ -161,11 +182,17 @@ class Context:
         return warmth
 
     def _warm_target(self, name: str, now: float) -> int:
-        pool, cloud = self.pool(name), self.cloud(name)
+        pool, now_unix = self.pool(name), self.pool_unix(name, now)
         full = self.registry.count(name, *BOOKED) >= pool.max_workers
-        if not pool.keeps_warm or cloud is None or (full and self.waiting.of(name)):
+        if not pool.keeps_warm or now_unix is None or (full and self.waiting.of(name)):
             return 0
-        return target(pool.warm_targets, cloud.provider.clock_unix(now).earliest_unix)
+        return target(pool.warm_targets, now_unix)
+
+    def pool_unix(self, name: str, now: float) -> float | None:
+        """The time in the clouds of a configured pool, by one that has told it."""
+        clouds = self.clouds.of(name)
+        told = next((cloud for cloud in clouds if cloud.recovered), clouds[0] if clouds else None)
+        return None if told is None else told.provider.clock_unix(now).earliest_unix
 
     def claim(self, cloud: Cloud) -> Claim:
         """What we write onto the machines of a cloud now: by its clock, which all who look share."""

@@ -1,4 +1,4 @@
-"""Which provider serves which pool: pools that buy at one place share one.
+"""Which providers serve which pool, one for each of its regions: pools that buy at one place share one.
 
 A place that no pool names any more is remembered in the store while it may have machines: a broker that is
 started again would not look there otherwise, and they would be orphans.
@@ -21,9 +21,9 @@ LEFT = "left places"  # the key in the store
 LEFT_NAME = "(left {})"
 LOCAL: Place = LocalProvider.place
 
-# settings, state directory, clock, who hears of calls, the providers there are → pool name → provider
+# settings, state directory, clock, who hears of calls, the providers there are → pool name → providers
 MakeProviders = Callable[
-    [Settings, Path, Clock, Callable[[str, str], None], Sequence[Provider]], Mapping[str, Provider]
+    [Settings, Path, Clock, Callable[[str, str], None], Sequence[Provider]], Mapping[str, Sequence[Provider]]
 ]
 
 
@@ -33,17 +33,28 @@ def make_providers(
     clock: Clock,
     on_call: Callable[[str, str], None],
     current: Sequence[Provider] = (),
-) -> Mapping[str, Provider]:
-    """Pool name → provider. A place that one of the `current` providers serves keeps it."""
+) -> Mapping[str, Sequence[Provider]]:
+    """Pool name → its providers, in the order of its regions. A place that one of the `current` providers
+    serves keeps it."""
     pools_at: dict[Place, dict[str, PoolSettings]] = {}
     for name, pool in settings.pool.items():
-        pools_at.setdefault(place_of(pool), {})[name] = pool
-    known = {provider.place: provider for provider in current}
-    providers: dict[str, Provider] = {}
+        for one in pool.by_region:
+            pools_at.setdefault(place_of(one), {})[name] = one
+    providers = {provider.place: provider for provider in current}
     for place, pools in pools_at.items():
-        provider = known.get(place) or _make(place, settings.broker.id, pools, state_dir, clock, on_call)
-        providers.update(dict.fromkeys(pools, provider))
-    return providers
+        if place not in providers:
+            providers[place] = _make(place, settings.broker.id, pools, state_dir, clock, on_call)
+    return {
+        name: [providers[place_of(one)] for one in pool.by_region] for name, pool in settings.pool.items()
+    }
+
+
+def to_remember(settings: Settings, places: Iterable[Place]) -> list[Place]:
+    """Of these places where machines may be, those at which the next start might not look: no pool names
+    them, or it names others beside them and its file may have lost one by then."""
+    pools = settings.pool.values()
+    surely = {place_of(pool) for pool in pools if not pool.regions}
+    return [place for place in places if place not in surely]
 
 
 def read_left(text: str | None) -> list[Place]:
@@ -57,7 +68,7 @@ def read_left(text: str | None) -> list[Place]:
 
 
 def write_left(places: Iterable[Place]) -> str:
-    """Places that no pool names any more and that may have machines, for the store."""
+    """Places that the next start shall look at, whatever its settings name, for the store."""
     return json.dumps([list(place) for place in places])
 
 
@@ -73,7 +84,7 @@ def with_places(settings: Settings, places: Iterable[Place]) -> Settings:
 
 
 def place_of(pool: PoolSettings) -> Place:
-    """Where the pool buys, as the settings say it."""
+    """Where the pool buys (as it is in one of its regions), as the settings say it."""
     if pool.provider == "local":
         return LocalProvider.place
     return pool.provider, pool.region, pool.profile

@@ -236,6 +236,7 @@ class FakeCloud:
         self.study_later: dict[str, CloudError] = {}
         self.cores: dict[str, int] = {}
         self.place: Place = ("fake", None, None)
+        self.round_trip: float | None = None  # seconds, as measured
         self.ends_at_once = True
         self.refuses: dict[str, CloudError] = {}
         self.sells_otherwise: set[str] = set()  # machine types that come on demand, whatever was ordered
@@ -375,6 +376,9 @@ class FakeCloud:
     async def spot_prices(self, pool: str) -> Mapping[tuple[str, str], int]:
         await self._call("spot_prices", pool)
         return dict(self.prices)
+
+    def round_trip_seconds(self) -> float | None:
+        return self.round_trip
 
     def clock_unix(self, at: float) -> Span:
         wall_unix = self._clock.wall() - (self._clock.monotonic() - at)
@@ -594,7 +598,8 @@ async def running_broker(
         log=silent_log(),
         environ={},
         providers=lambda wanted, *_: {
-            name: others.get(name) or others.get(pool.region or "", sky) for name, pool in wanted.pool.items()
+            name: [others.get(name) or others.get(one.region or "", sky) for one in pool.by_region]
+            for name, pool in wanted.pool.items()
         },
         connect=connect,
         store_threaded=False,

@@ -109,14 +109,14 @@ def test_a_refusal_is_one_printable_line_whatever_the_cloud_has_said(error: Brok
 
 def test_pools_that_buy_at_one_place_share_its_cloud() -> None:
     here, there = cast(Provider, Named("here")), cast(Provider, Named("there"))
-    clouds = Clouds({"default": here, "gpu": here, "far": there})
-    assert clouds.of("default") is clouds.of("gpu") is not clouds.of("far")
+    clouds = Clouds({"default": [here], "gpu": [here], "far": [there]})
+    assert clouds.of("default") == clouds.of("gpu") != clouds.of("far")
     assert [one.provider.name for one in clouds.all] == ["here", "there"]
-    assert clouds.of("forgotten") is None
+    assert clouds.of("forgotten") == ()
 
 
 def test_all_clouds_must_have_been_seen_before_the_broker_knows_its_workers() -> None:
-    clouds = Clouds({name: cast(Provider, Named(name)) for name in ("here", "there")})
+    clouds = Clouds({name: [cast(Provider, Named(name))] for name in ("here", "there")})
     assert not clouds.recovered()
     clouds.all[0].scan_succeeded(1.0, 1.8e9)
     assert not clouds.recovered()

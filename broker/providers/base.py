@@ -19,7 +19,7 @@ not retry launches: whether a failed launch may have happened is the caller's mo
 | tag         | yes                             | PermanentRefusal, InstanceNotFound                        |
 | tag_all     | yes, unknown ids are fine       | PermanentRefusal                                          |
 | spot_prices | yes                             | PermanentRefusal                                          |
-| clock       | yes, no cloud involved          | nothing                                                   |
+| clock, trip | yes, no cloud involved          | nothing                                                   |
 """
 
 from __future__ import annotations
@@ -155,6 +155,9 @@ class Provider(Protocol):
 
         What is missing is not known. Empty where nothing is sold on spot.
         """
+
+    def round_trip_seconds(self) -> float | None:
+        """How long the way there and back takes, by the calls that have been made; None: not known."""
 
     def clock_unix(self, at: float) -> Span:
         """What the cloud's own clock shows at a monotonic moment, as far as its answers have told: bills

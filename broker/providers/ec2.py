@@ -261,6 +261,9 @@ class Ec2Provider:
         with _understood(ec2_prices.API):
             return ec2_prices.current(found)
 
+    def round_trip_seconds(self) -> float | None:
+        return self._api.round_trip.seconds
+
     def clock_unix(self, at: float) -> Span:
         return self._api.clock_unix(at)
 

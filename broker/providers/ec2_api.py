@@ -22,6 +22,7 @@ from aiobotocore.session import AioSession
 from botocore import exceptions as sdk
 from botocore.loaders import Loader, create_loader
 
+from broker.core.latency import RoundTrip
 from broker.core.cloudtime import CloudClock, Span, hear
 from broker.core.errors import CloudUnreachable, CredentialsRefused, SettingsError, Throttled
 from broker.providers.ec2_errors import CANCELLED, LAUNCHES, OK, outcome_of, translate
@@ -190,6 +191,7 @@ class Ec2Api:
     ) -> None:
         self._on_call, self._clock_wall, self._clock_monotonic = on_call, clock_wall, clock_monotonic
         self._clock: CloudClock | None = None
+        self.round_trip = RoundTrip()
         self._exits = AsyncExitStack()
         self._launcher: Ec2Client | None = None
         self._reader: Ec2Client | None = None
@@ -235,6 +237,8 @@ class Ec2Api:
                 # The SDK's text on refused credentials may quote the signed request: it ends here.
                 raise ours from (None if isinstance(ours, CredentialsRefused) else error)
         self._hear(sent_at, answer)
+        if api.startswith("Describe"):  # a change takes EC2 longer than it takes the way
+            self.round_trip.took(self._clock_monotonic() - sent_at)
         self._on_call(api, OK)
         return answer
 

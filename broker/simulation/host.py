@@ -11,7 +11,7 @@ import asyncio
 import contextvars
 import itertools
 import sqlite3
-from collections.abc import Callable, Coroutine, Generator, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -254,10 +254,10 @@ class Host:
             self.in_force(self.settings)
         return self.settings
 
-    def _providers(self, incarnation: Incarnation, wanted: Settings) -> Mapping[str, Provider]:
+    def _providers(self, incarnation: Incarnation, wanted: Settings) -> Mapping[str, Sequence[Provider]]:
         if incarnation.provider is None:
             incarnation.provider = self._provider(incarnation)
-        return dict.fromkeys(wanted.pool, incarnation.provider)
+        return dict.fromkeys(wanted.pool, (incarnation.provider,))
 
     def _provider(self, incarnation: Incarnation) -> Provider:
         def factory(manners: Manners) -> Any:

@@ -65,7 +65,7 @@ async def a_broker(
         clock=clock,
         log=silent_log(),
         environ={},
-        providers=lambda *_: dict.fromkeys(chosen.pool, provider),
+        providers=lambda *_: dict.fromkeys(chosen.pool, (provider,)),
         connect=sim.connect,
         store_threaded=False,
         ports=False,

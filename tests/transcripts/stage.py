@@ -139,7 +139,7 @@ async def stage(
         clock=clock,
         log=silent_log(),
         environ={},
-        providers=lambda *_: dict.fromkeys(settings.pool, cloud),
+        providers=lambda *_: dict.fromkeys(settings.pool, (cloud,)),
         connect=cloud.connect,
         store_threaded=ports,
         ports=ports,
