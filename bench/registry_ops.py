@@ -27,7 +27,6 @@ from broker.core.model import Instance, Lease, WorkerState
 from broker.core.registry import Registry
 from broker.core.settings import parse
 from broker.loops.reap import ReapLoop
-from broker.providers.base import Provider
 from broker.store import Store
 
 SIZES = (1_000, 10_000, 100_000)
@@ -159,8 +158,14 @@ class ManualClock:
 
 
 def _context(clock: ManualClock, registry: Registry) -> Context:
-    nobody: dict[str, Provider] = {}  # no cloud: a tick that finds nothing due asks none
-    return Context(parse({}, {}), registry, Clouds(nobody), Store(Path("unused")), clock)
+    # No cloud: a tick that finds nothing due asks none.
+    return Context(
+        parse({}, {}),
+        registry,
+        Clouds({}),
+        Store(Path("unused")),
+        clock,
+    )
 
 
 def _unheard(event: str, details: dict[str, object]) -> None:

@@ -11,6 +11,7 @@ import itertools
 from collections.abc import Callable
 
 from broker.admission import HAND_OUT_ATTEMPTS_MAX, Admission
+from broker.clouds import is_known
 from broker.context import Context
 from broker.core.errors import BrokerError, CloudError, Draining, LimitReached, WaitTimedOut
 from broker.core.model import Lease, Worker
@@ -91,7 +92,7 @@ class Acquiring:
         waiter = Waiter(name, client, exclusive, wish, asked_at, _future(), terms, say)
         for _ in range(HAND_OUT_ATTEMPTS_MAX):
             _, pool = self._admission.pool(command.pool)  # a reload may have removed it meanwhile
-            self._context.require_charge(self._context.cloud(name))
+            self._context.require_charge_somewhere(name)
             leases = self._granting.take(waiter) or await self._wait(waiter, deadline_at)
             good = await self._good(leases, pool)
             if len(good) == waiter.count or (len(good) >= waiter.least and self._now() >= deadline_at):
@@ -115,9 +116,9 @@ class Acquiring:
 
     async def _started(self, pool: str, deadline_at: float, say: Say) -> None:
         """Wait for the first complete scan of the pool's cloud. Raises CloudError, WaitTimedOut."""
-        cloud = self._context.cloud(pool)
-        while cloud is not None and not cloud.recovered and self._now() < deadline_at:
-            if cloud.refusal(pool) is None:
+        clouds = self._context.clouds.of(pool)
+        while not is_known(clouds) and self._now() < deadline_at:
+            if any(cloud.refusal(pool) is None for cloud in clouds):
                 say(self._prospects.starting(pool).line())
             again_at = self._now() + STARTING_SECONDS
             try:

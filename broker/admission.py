@@ -7,7 +7,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
-from broker.clouds import Cloud
+from broker.clouds import is_known
 from broker.context import Context
 from broker.core.errors import BadRequest, Draining, WaitTimedOut
 from broker.core.model import Offering
@@ -34,10 +34,9 @@ class Admission:
 
     def require_possible(self, pool: str, wish: Wish) -> None:
         """Raises BadRequest when nothing in the pool could ever meet the wish."""
-        cloud = self._context.cloud(pool)
-        if wish == ANYTHING or cloud is None:
+        if wish == ANYTHING or not self._context.clouds.of(pool):
             return
-        offerings = cloud.provider.offerings(pool)
+        offerings = self._context.offerings(pool)
         if not any(wish.fits(offering) for offering in offerings):
             raise BadRequest(f"pool '{pool}' has nothing with {wish}; it has {_catalogue(offerings)}")
 
@@ -45,23 +44,26 @@ class Admission:
         """Wait for the first complete scan, of one cloud or of all. Raises CloudError, WaitTimedOut."""
         try:
             async with asyncio.timeout(None if deadline_at is None else max(0.0, deadline_at - self._now())):
-                while not all(cloud.recovered for cloud in self._clouds_of(pool)):
+                while not self._is_known(pool):
                     if self.closing:
                         raise Draining("the broker is restarting; ask again in a moment")
-                    clouds = self._clouds_of(pool)
-                    refusals = [refusal for cloud in clouds if (refusal := cloud.refusal(pool)) is not None]
-                    if refusals:
-                        raise refusals[0]
+                    self._require_hope(pool)
                     await self._context.scanned.wait()
         except TimeoutError:
             raise WaitTimedOut("the broker has just started and is still looking for its workers") from None
 
-    def _clouds_of(self, pool: str | None) -> Sequence[Cloud]:
-        """Those that have to be known: a reload may change them. None for a pool that there is no more."""
-        if pool is None:
-            return self._context.clouds.all
-        cloud = self._context.cloud(pool)
-        return () if cloud is None else (cloud,)
+    def _is_known(self, pool: str | None) -> bool:
+        """A reload may change which clouds those are; a pool that there is no more has none."""
+        clouds = self._context.clouds
+        return all(cloud.recovered for cloud in clouds.all) if pool is None else is_known(clouds.of(pool))
+
+    def _require_hope(self, pool: str | None) -> None:
+        """Raises CloudError when waiting is in vain: for any cloud that has to be known; for a pool with
+        several, when none of them can be had."""
+        clouds = self._context.clouds.all if pool is None else self._context.clouds.of(pool)
+        refusals = [refusal for cloud in clouds if (refusal := cloud.refusal(pool)) is not None]
+        if refusals and (pool is None or len(refusals) == len(clouds)):
+            raise refusals[0]
 
 
 def _catalogue(offerings: Sequence[Offering]) -> str:

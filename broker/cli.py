@@ -308,7 +308,7 @@ def check(config: ConfigOption = None) -> None:
     """Say whether the settings are sound; every problem at once."""
     configuration = load_settings(config)
     pools = (
-        f"{name} -> {' '.join(filter(None, (p.provider, p.region)))}"
+        f"{name} -> {' '.join(filter(None, (p.provider, p.region, *p.regions)))}"
         for name, p in configuration.settings.pool.items()
     )
     print(f"{configuration.source}: ok ({', '.join(pools)})")

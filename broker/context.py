@@ -16,7 +16,7 @@ from broker.core.claim import Claim
 from broker.core.errors import BadRequest, BrokerError
 from broker.core.latency import nearest_first
 from broker.core.life import BOOKED
-from broker.core.model import Instance, Order, Worker
+from broker.core.model import Instance, Offering, Order, Worker
 from broker.core.money import Price
 from broker.core.policy import LaunchGuard
 from broker.core.registry import Registry
@@ -135,6 +135,10 @@ class Context:
             return clouds
         order = nearest_first([cloud.provider.round_trip_seconds() for cloud in clouds])
         return [clouds[number] for number in order]
+
+    def offerings(self, pool: str) -> list[Offering]:
+        """What a configured pool can buy, in all its regions."""
+        return [one for cloud in self.preferred(pool) for one in cloud.provider.offerings(pool)]
 
     def cloud_of(self, worker: Worker) -> Cloud | None:
         """The cloud that has this worker, also when its pool is not configured any more, or elsewhere."""

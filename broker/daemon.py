@@ -13,7 +13,7 @@ import resource
 import secrets
 import socket
 import sys
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
 
@@ -56,7 +56,7 @@ from broker.metering import Meter
 from broker.opening import open_provider
 from broker.orders import Orders
 from broker.overview import Overview
-from broker.places import LEFT, MakeProviders, make_providers, read_left, with_places
+from broker.places import PLACES, MakeProviders, make_providers, read_places, with_places
 from broker.prospects import Prospects
 from broker.providers.base import Provider
 from broker.server import Server
@@ -233,11 +233,12 @@ class Daemon:
         Raises SettingsError (a pool cannot work as configured), StoreError, OSError (a port is taken).
         """
         self.context.store.open()
-        id_lock = self._take_id() if self._ports else None
+        id_locks = self._take_ids() if self._ports else []
         try:
             self.context.owner = await self._find_owner()
             self._look_at_left_places()
             self._remember()
+            await self._reloading.remember_places()
             await self._open_providers()
             self._say_what_is_assumed()
             async with asyncio.TaskGroup() as tasks:
@@ -254,30 +255,32 @@ class Daemon:
                 await cloud.provider.close()
             await self.context.store.settle()
             self.context.store.close()
-            if id_lock is not None:
-                id_lock.close()
+            for lock in id_locks:
+                lock.close()
 
-    def _take_id(self) -> socket.socket | None:
-        """The broker id, held while this process lives: two brokers with one id end each other's workers.
+    def _take_ids(self) -> list[socket.socket]:
+        """The broker id, held at each place while this process lives: two brokers with one id end each
+        other's workers.
 
         Two at one cloud on one machine, that is; between two machines the claims decide (core/claim.py).
         """
-        pools = [pool for pool in self.settings.pool.values() if pool.provider == "ec2"]
-        if not pools or not sys.platform.startswith("linux"):
-            return None
-        places = sorted({(pool.region or "", pool.profile or "") for pool in pools})
-        where = (self.settings.broker.id, self._environ.get("AWS_ENDPOINT_URL", ""), places)
-        lock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
-            lock.bind(f"\0compute-broker:{sha256(repr(where).encode()).hexdigest()}")
-        except OSError:
-            lock.close()
-            self.context.store.close()
-            raise StoreError(
-                f"another broker with id '{self.settings.broker.id}' runs on this machine: "
-                "stop it first, or give this one its own id"
-            ) from None
-        return lock
+        pools = [one for pool in self.settings.pool.values() for one in pool.by_region]
+        places = {(one.region or "", one.profile or "") for one in pools if one.provider == "ec2"}
+        locks: list[socket.socket] = []
+        for place in sorted(places) if sys.platform.startswith("linux") else ():
+            where = (self.settings.broker.id, self._environ.get("AWS_ENDPOINT_URL", ""), place)
+            locks.append(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+            try:
+                locks[-1].bind(f"\0compute-broker:{sha256(repr(where).encode()).hexdigest()}")
+            except OSError:
+                for lock in locks:
+                    lock.close()
+                self.context.store.close()
+                raise StoreError(
+                    f"another broker with id '{self.settings.broker.id}' runs on this machine: "
+                    "stop it first, or give this one its own id"
+                ) from None
+        return locks
 
     async def _find_owner(self) -> str:
         """The same at every start of this installation. Raises StoreError."""
@@ -307,11 +310,12 @@ class Daemon:
 
     def _look_at_left_places(self) -> None:
         """No pool of the file buys there any more, and an earlier run may have left machines."""
-        places = read_left(self.context.store.kept(LEFT))
+        places = read_places(self.context.store.kept(PLACES))
         by_pool = self._providers(with_places(self.settings, places)) if places else {}
-        for name, provider in by_pool.items():
+        for name, providers in by_pool.items():
             if name not in self.settings.pool:
-                self.context.clouds.join(provider)
+                self.context.clouds.join(providers[0])
+        self._reloading.left_before()
 
     async def _open_providers(self) -> None:
         """Find out now what a person has to mend; what only the cloud can mend is tried again later."""
@@ -360,13 +364,10 @@ class Daemon:
 
     def _say_what_is_assumed(self, pools: Collection[str] | None = None) -> None:
         """Once a pool, and when it has changed: costs and budgets go by prices that nobody has set."""
-        for name, cloud in (
-            (name, self.context.cloud(name)) for name in (self.settings.pool if pools is None else pools)
-        ):
-            offerings = cloud.provider.offerings(name) if cloud else ()
+        for name in self.settings.pool if pools is None else pools:
             prices = {
                 o.instance_type: o.price_usd_micros_per_hour / USD_MICROS
-                for o in offerings
+                for o in self.context.offerings(name)
                 if o.price_assumed
             }
             if prices:
@@ -507,7 +508,7 @@ class Daemon:
 
     # --- new settings ----------------------------------------------------------------------------------
 
-    def _providers(self, settings: Settings) -> Mapping[str, Provider]:
+    def _providers(self, settings: Settings) -> Mapping[str, Sequence[Provider]]:
         current = [cloud.provider for cloud in self.context.clouds.all]
         return self._make_providers(settings, self._state_dir, self.clock, self._cloud_called, current)
 

@@ -54,10 +54,13 @@ class Ledger:
     def recall(self) -> None:
         """Take in what an earlier broker has written."""
         clouds = self._context.clouds
-        only = clouds.all[0] if len(clouds.all) == 1 else None
+        only = clouds.all if len(clouds.all) == 1 else ()
         for run in self._context.store.runs():
             self._runs[run.instance_id] = run
-            cloud = clouds.of(run.pool) or only
+            launched = self._context.expected.get(run.instance_id)
+            ordered = None if launched is None else self._context.cloud_of_order(launched.order)
+            # Of several regions the first listing that shows it says which.
+            cloud = ordered or next(iter(clouds.of(run.pool) or only), None)
             if cloud is not None:
                 self._clouds[run.instance_id] = cloud
 
@@ -79,6 +82,7 @@ class Ledger:
     def listed(self, cloud: Cloud, listing: Sequence[Instance], asked_at: float) -> None:
         """A complete listing: what it does not show for long has ended."""
         look = self._look(cloud, asked_at)
+        before = {} if cloud.recovered else {pool: self._total(pool) for pool in self._before}
         self._saw(cloud, listing, look)
         shown = {instance.id for instance in listing}
         for run in list(self._runs.values()):
@@ -89,6 +93,9 @@ class Ledger:
             elif run.ended_by_unix is not None and look.earliest_unix - run.ended_by_unix > KEPT_SECONDS:
                 self._drop(run)
         if not cloud.recovered:
+            for pool, total in before.items():
+                if cloud in self._context.clouds.of(pool):  # another of its regions was listed earlier
+                    self._before[pool] += self._total(pool) - total
             self._note_what_was_before(cloud)
 
     def follows(self, cloud: Cloud) -> bool:
@@ -96,6 +103,10 @@ class Ledger:
         return any(
             run.ended_by_unix is None and self._clouds.get(id_) is cloud for id_, run in self._runs.items()
         )
+
+    def has_lost_sight(self) -> bool:
+        """Whether there is a machine that is not known to have ended, and in no cloud that is known."""
+        return any(run.ended_by_unix is None and id_ not in self._clouds for id_, run in self._runs.items())
 
     def runs_on(self, instance_id: str) -> bool:
         """Whether the machine was seen running, by this broker or an earlier one, and not to have ended."""
@@ -235,7 +246,8 @@ class Ledger:
 
     def _note_what_was_before(self, cloud: Cloud) -> None:
         for pool in self._pools():
-            if self._context.cloud(pool) in (cloud, None):
+            clouds = self._context.clouds.of(pool)
+            if cloud in clouds or not clouds:
                 self._before.setdefault(pool, self._total(pool))
 
     def _at_unix(self, run: Run) -> float:

@@ -8,6 +8,7 @@ supply and against the caps.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from broker.clock import moment
@@ -91,11 +92,14 @@ class Orders:
         """Whether its pool was removed meanwhile: what comes of it ends at once."""
         return any(place in self._context.leaving for place in entry.vacant)
 
-    def coming(self, pool: str) -> dict[tuple[Offering, ...], int]:
+    def coming(
+        self, pool: str, counts: Callable[[Order], bool] = lambda order: True
+    ) -> dict[tuple[Offering, ...], int]:
         """The pool's machines on order, by what each may turn out to be; without the doubtful ones."""
         found: dict[tuple[Offering, ...], int] = {}
         for entry in self._open.values():
-            if entry.order.pool == pool and not entry.doubtful and not self.withdrawn(entry):
+            expected = entry.order.pool == pool and not entry.doubtful and not self.withdrawn(entry)
+            if expected and counts(entry.order):
                 found[entry.order.offerings] = found.get(entry.order.offerings, 0) + len(entry.vacant)
         return found
 

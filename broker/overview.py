@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from broker.clouds import Cloud
 from broker.context import Context
 from broker.core.life import BOOKED
 from broker.core.money import USD_MICROS
@@ -51,13 +52,19 @@ class Overview:
 
     def _obstacle(self, name: str) -> str:
         """Why clients wait, or are refused: as far as it is known without one who asks."""
-        cloud = self._context.cloud(name)
-        if cloud is None:
+        clouds = self._context.clouds.of(name)
+        if not clouds:
             return "the pool is not configured any more"
-        refusal = cloud.read_only() or cloud.refusal(name)
-        if refusal is not None:
-            return refusal.message
-        if not cloud.recovered:
-            return f"{cloud.provider.name} has not been listed yet"
+        reasons = [reason for cloud in clouds if (reason := _refusal(cloud, name))]
         obstacle = self._context.obstacles.get(name)
-        return obstacle.message if obstacle is not None else ""
+        if obstacle is not None and len(reasons) < len(clouds):
+            reasons.append(obstacle.message)
+        return "; ".join(reasons)
+
+
+def _refusal(cloud: Cloud, pool: str) -> str:
+    """Why nothing can be bought there, or nothing."""
+    refusal = cloud.read_only() or cloud.refusal(pool)
+    if refusal is not None:
+        return refusal.message
+    return "" if cloud.recovered else f"{cloud.provider.name} has not been listed yet"

@@ -1,7 +1,7 @@
 """Which providers serve which pool, one for each of its regions: pools that buy at one place share one.
 
-A place that no pool names any more is remembered in the store while it may have machines: a broker that is
-started again would not look there otherwise, and they would be orphans.
+The places are remembered in the store, as long as there may be machines: a broker that is started again with
+a file that names them no more would not look there otherwise, and they would be orphans.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from broker.providers.base import Place, Provider
 from broker.providers.ec2 import Ec2Provider
 from broker.providers.local import LocalProvider
 
-LEFT = "left places"  # the key in the store
+PLACES = "left places"  # the key in the store
 LEFT_NAME = "(left {})"
 LOCAL: Place = LocalProvider.place
 
@@ -49,16 +49,8 @@ def make_providers(
     }
 
 
-def to_remember(settings: Settings, places: Iterable[Place]) -> list[Place]:
-    """Of these places where machines may be, those at which the next start might not look: no pool names
-    them, or it names others beside them and its file may have lost one by then."""
-    pools = settings.pool.values()
-    surely = {place_of(pool) for pool in pools if not pool.regions}
-    return [place for place in places if place not in surely]
-
-
-def read_left(text: str | None) -> list[Place]:
-    """What `write_left` wrote; nothing from anything else."""
+def read_places(text: str | None) -> list[Place]:
+    """What `write_places` wrote; nothing from anything else."""
     try:
         found = json.loads(text or "[]")
     except ValueError:
@@ -67,8 +59,8 @@ def read_left(text: str | None) -> list[Place]:
     return [(str(kind), region, profile) for kind, region, profile in shaped]
 
 
-def write_left(places: Iterable[Place]) -> str:
-    """Places that the next start shall look at, whatever its settings name, for the store."""
+def write_places(places: Iterable[Place]) -> str:
+    """Places that the next start shall look at, whatever its settings name: for the store."""
     return json.dumps([list(place) for place in places])
 
 

@@ -228,7 +228,7 @@ class Service:
         self._admission.require_possible(name, wish)
         for _ in range(HAND_OUT_ATTEMPTS_MAX):
             _, pool = self._admission.pool(command.pool)  # a reload may have removed it meanwhile
-            self._context.require_charge(self._context.cloud(name))
+            self._context.require_charge_somewhere(name)
             held_before = self._held(name, client)
             waiter = Waiter(name, client, exclusive, wish, asked_at, _future())
             (lease,) = self._granting.take(waiter) or await self._wait(waiter, deadline_at)

@@ -54,7 +54,9 @@ class Charge:
         refusal = cloud.read_only()
         cloud.instance_ids = frozenset(instance.id for instance in listing)
         for name in context.settings.pool:  # before a worker goes, or whoever waits would be given another
-            if context.cloud(name) is cloud and refusal is not None:
+            clouds = context.clouds.of(name)
+            nobody_sells = cloud in clouds and all(one.rival is not None for one in clouds)
+            if nobody_sells and refusal is not None:
                 context.waiting.fail(name, refusal)
         for worker in context.registry.in_state(*BOOKED - {WorkerState.ORDERED}):
             if context.cloud_of(worker) is cloud:
@@ -84,12 +86,12 @@ class Charge:
         """Leases and machines of an earlier run: whoever is in charge has gone on without them."""
         context = self._context
         for launched in list(context.expected.values()):
-            if context.cloud(launched.order.pool) is cloud or launched.instance_id in cloud.instance_ids:
+            if context.cloud_of_order(launched.order) is cloud or launched.instance_id in cloud.instance_ids:
                 del context.expected[launched.instance_id]
                 context.store.soon(context.store.machine_gone(launched.instance_id))
         for leases in list(context.stored_leases.values()):
             held = leases[0]
-            if context.cloud(held.pool) is cloud or held.instance_id in cloud.instance_ids:
+            if context.cloud_of_held(held) is cloud or held.instance_id in cloud.instance_ids:
                 del context.stored_leases[held.instance_id]
                 for stored in leases:
                     context.store.soon(context.store.lease_ended(stored.lease.id))

@@ -9,10 +9,10 @@ waits for it, reconcile watches for it instead.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Collection, Coroutine
+from collections.abc import Callable, Collection, Coroutine, Sequence
 from typing import Any
 
-from broker.clouds import Cloud
+from broker.clouds import Cloud, is_known
 from broker.context import Context
 from broker.core.buying import Choice, Shortfall, SpotDrought, choose
 from broker.core.errors import (
@@ -30,6 +30,7 @@ from broker.core.life import BOOKED
 from broker.core.model import Bought, Market, Offering, Order, WorkerState
 from broker.core.planning import SEATS_MAX, Purchase, by_offering, plan
 from broker.core.policy import Room, launch_room
+from broker.core.regional import first_good, sum_up
 from broker.core.wish import Wish
 from broker.ledger import Ledger
 from broker.loops.top_up import TopUp
@@ -43,6 +44,7 @@ RESEND_SECONDS = (
 NEVER_SECONDS = float("inf")
 QUIET_SECONDS = 0.035  # after the last who asked: a burst is over (Karpenter waits 35 ms for its CreateFleet)
 BATCH_SECONDS_MAX = 1.0  # and no longer than that after the first
+HELD_UP_SECONDS = 60.0  # for so long a region whose launch calls failed is passed over where others are left
 RETRY_SECONDS = 5.0  # how soon to look again while clients wait behind an obstacle
 
 
@@ -70,14 +72,16 @@ class LaunchLoop:
         self._batch_ends_at: float | None = None
         self._droughts: dict[str, SpotDrought] = {}
         self._paused: dict[str, tuple[float, str]] = {}  # pool → until when, and why
+        self._held_up: dict[
+            tuple[str, int], tuple[float, BrokerError]
+        ] = {}  # the same of a pool in one cloud
         self.top_up = TopUp(context)
 
     def reloaded(self, pools: Collection[str]) -> None:
         """These pools have new settings: what was refused with the old ones is asked for again."""
         for name in pools:
             self._paused.pop(name, None)
-            cloud = self._context.cloud(name)
-            if cloud is not None:
+            for cloud in self._context.clouds.of(name):
                 cloud.cooling.mended(name)
 
     @property
@@ -118,34 +122,57 @@ class LaunchLoop:
 
     def _plan(self, name: str) -> None:
         context = self._context
-        cloud, needs = context.cloud(name), context.waiting.needs(name)
+        clouds, needs = context.preferred(name), context.waiting.needs(name)
         context.obstacles.pop(name, None)
         if not needs:
             self._drought(name).ended()
         shortage = self.top_up.shortage(name)
-        if cloud is None or not cloud.recovered or not (needs or shortage):
+        if not clouds or not is_known(clouds) or not (needs or shortage):
             return
-        refusal = cloud.read_only() or cloud.refusal(name)
-        if refusal is not None:
-            self._tell(name, refusal)
-            return
-        obstacle = self._blindness(cloud) or self._pause(name)
-        if obstacle:
+        sellers = self._sellers(name, clouds)
+        obstacle = self._pause(name)
+        if sellers and obstacle:
             context.obstacles[name] = CloudError(obstacle)
+        if not sellers or obstacle:
             return
         if needs:
-            self._send_again(name)
-        offerings, room = cloud.provider.offerings(name), self._room(name, cloud)
+            self._send_again(name, sellers)
+        offerings = [one for cloud in sellers for one in cloud.provider.offerings(name)]
+        room = self._room(name, offerings)
         spare = shortage if room.machines else 0  # clients are told of no obstacle that concerns none of them
         seats = context.pool(name).seats or SEATS_MAX
-        wanted = plan(needs, self._coming(name), offerings, room.machines, seats=seats, spare=spare)
+        wanted = plan(needs, self._coming(name, sellers), offerings, room.machines, seats=seats, spare=spare)
         for purchase in wanted.purchases:
-            self._buy(name, cloud, purchase)
+            self._buy(name, sellers, purchase)
         if wanted.missing and room.why is not None:
             if context.registry.count(name, *BOOKED):
                 context.obstacles[name] = room.why
             else:
                 self._tell(name, room.why)
+
+    def _sellers(self, name: str, clouds: Sequence[Cloud]) -> list[Cloud]:
+        """Those of the pool's clouds that can be bought from now. When there is none, clients hear why."""
+        sellers, blind, refusals = [], "", list[tuple[str, BrokerError]]()
+        for cloud in clouds:
+            refusal = cloud.read_only() or cloud.refusal(name) or self._hold_up(name, cloud)
+            blindness = self._blindness(cloud)
+            if refusal is not None:
+                refusals.append((cloud.provider.name, refusal))
+            elif blindness:
+                blind = blind or blindness
+            else:
+                sellers.append(cloud)
+        if sellers:
+            return sellers
+        if blind:
+            self._context.obstacles[name] = CloudError(blind)
+        elif refusals:
+            self._tell(name, sum_up(refusals))
+        return []
+
+    def _hold_up(self, name: str, cloud: Cloud) -> BrokerError | None:
+        until_at, error = self._held_up.get((name, id(cloud)), (0.0, None))
+        return error if self._context.now() < until_at else None
 
     def _blindness(self, cloud: Cloud) -> str:
         """Why it is not known well enough what runs there, or nothing."""
@@ -159,9 +186,9 @@ class LaunchLoop:
         until_at, why = self._paused.get(name, (0.0, ""))
         return why if self._context.now() < until_at else ""
 
-    def _room(self, name: str, cloud: Cloud) -> Room:
+    def _room(self, name: str, offerings: Sequence[Offering]) -> Room:
         context, budgets = self._context, self._ledger.budgets(name)
-        prices = [one.price_usd_micros_per_hour for one in cloud.provider.offerings(name)] if budgets else []
+        prices = [one.price_usd_micros_per_hour for one in offerings] if budgets else []
         return launch_room(
             context.registry,
             name,
@@ -173,39 +200,51 @@ class LaunchLoop:
             max_workers=context.settings.broker.max_workers,
         )
 
-    def _coming(self, name: str) -> dict[tuple[Offering, ...], int]:
-        """The pool's machines on order and booting, by what each may turn out to be."""
-        coming = self._orders.coming(name)
+    def _coming(self, name: str, sellers: Sequence[Cloud]) -> dict[tuple[Offering, ...], int]:
+        """The pool's machines on order and booting, by what each may turn out to be. What was ordered where
+        nothing can be asked for now, while another region sells, is not waited for."""
+        coming = self._orders.coming(name, lambda order: self._context.cloud_of_order(order) in sellers)
         booting = self._context.registry.in_state(WorkerState.BOOTING, pool=name)
         staying = (worker for worker in booting if worker.id not in self._context.leaving)
         for offerings, count in by_offering(staying).items():
             coming[offerings] = coming.get(offerings, 0) + count
         return coming
 
-    def _buy(self, name: str, cloud: Cloud, purchase: Purchase) -> None:
-        """Place the orders of one purchase, as few as the provider allows."""
+    def _buy(self, name: str, sellers: Sequence[Cloud], purchase: Purchase) -> None:
+        """Place the orders of one purchase, as few as the providers allow."""
         left, now = purchase.machines, self._context.now()
-        while left > 0:
-            choice = self._choose(name, cloud, purchase.wish, left)
+        suitable = self._suitable(name, sellers, purchase.wish)
+        if not suitable:
+            self._tell(name, NoCapacity(f"pool '{name}' has nothing with {purchase.wish}"), purchase.wish)
+            self.top_up.refused(name)
+        while left > 0 and suitable:
+            number, choice = first_good(
+                (cloud.provider.name, self._choose(name, cloud, some, left)) for cloud, some in suitable
+            )
             if choice.spot_refused:
                 self._drought(name).refused(now)
             if choice.refusal is not None:
                 self._tell(name, choice.refusal, purchase.wish)
             if choice.obstacle:
                 self._context.obstacles[name] = NoCapacity(choice.obstacle)
-            count = min(choice.machines, cloud.provider.machines_max)
-            if not count:
+            if number is None:
                 self.top_up.refused(name)
                 return
+            cloud = suitable[number][0]
+            count = min(choice.machines, cloud.provider.machines_max)
             self._order(name, cloud, choice.offerings, count)
             left -= count
 
-    def _choose(self, name: str, cloud: Cloud, wish: Wish, machines: int) -> Choice:
+    def _suitable(
+        self, name: str, sellers: Sequence[Cloud], wish: Wish
+    ) -> list[tuple[Cloud, list[Offering]]]:
+        """What suits of the pool's offerings, in each cloud where something does."""
+        found = [(cloud, [o for o in cloud.provider.offerings(name) if wish.fits(o)]) for cloud in sellers]
+        return [(cloud, some) for cloud, some in found if some]
+
+    def _choose(self, name: str, cloud: Cloud, suitable: Sequence[Offering], machines: int) -> Choice:
         """What to ask the cloud for."""
         pool, now = self._context.pool(name), self._context.now()
-        suitable = [one for one in cloud.provider.offerings(name) if wish.fits(one)]
-        if not suitable:
-            return Choice(refusal=NoCapacity(f"pool '{name}' has nothing with {wish}"))
         booked = self._context.registry.in_state(*BOOKED, pool=name) if len(pool.markets) > 1 else []
         on_demand = sum(worker.offering.market is Market.ON_DEMAND for worker in booked)
         shortfall = Shortfall(machines, on_demand, self._drought_since_at(name))
@@ -235,6 +274,7 @@ class LaunchLoop:
         epoch = str(context.claim(cloud)) if cloud.provider.contested else ""
         now_unix, order_id = context.clock.wall(), self._new_order_id()
         order = cloud.provider.prepare(name, order_id, offerings, now_unix, epoch, count)
+        context.home.update(dict.fromkeys(order.places, cloud))
         self._start(order, self._place(self._orders.enter(order)))
 
     def _tell(self, name: str, error: BrokerError, wish: Wish | None = None, doubtful: int = 0) -> None:
@@ -243,11 +283,12 @@ class LaunchLoop:
         supply -= doubtful + self._orders.doubtful(name)
         self._context.waiting.fail(name, error, wish=wish, supply=max(0, supply))
 
-    def _send_again(self, name: str) -> None:
+    def _send_again(self, name: str, sellers: Sequence[Cloud]) -> None:
         """Somebody waits, and an order has lost its answer: ask with the same order, not with a new one."""
         for entry in self._orders.unresolved():
             due = entry.resend_at <= self._context.now() and entry.order.id not in self._in_flight
             due = due and not self._orders.withdrawn(entry)
+            due = due and self._context.cloud_of_order(entry.order) in sellers
             if due and entry.order.pool == name:
                 self._start(entry.order, self._call(entry))
 
@@ -331,7 +372,8 @@ class LaunchLoop:
             return
         if entry.perhaps_launched and not isinstance(error, OfferingRefused | OrderSpent):
             entry.resend_at = now + (NEVER_SECONDS if isinstance(error, OrderMismatch) else RESEND_SECONDS)
-            self._tell(order.pool, error, doubtful=len(entry.vacant))
+            if not self._goes_elsewhere(order.pool, cloud, error):
+                self._tell(order.pool, error, doubtful=len(entry.vacant))
             return
         if entry.perhaps_launched and isinstance(error, OfferingRefused):
             entry.doubtful, entry.resend_at = True, NEVER_SECONDS
@@ -343,8 +385,15 @@ class LaunchLoop:
                     self._cool(order.pool, cloud, offering, error)
         elif isinstance(error, OrderSpent):
             self._context.guard(order.pool).boot_failed(self._context.pool(order.pool), now)
-        else:
+        elif not self._goes_elsewhere(order.pool, cloud, error):
             self._tell(order.pool, error)
+
+    def _goes_elsewhere(self, pool: str, cloud: Cloud | None, error: BrokerError) -> bool:
+        """Whether the pool has other regions: then this one is passed over for a while."""
+        if cloud is None or len(self._context.clouds.of(pool)) < 2:
+            return False
+        self._held_up[pool, id(cloud)] = self._context.now() + HELD_UP_SECONDS, error
+        return True
 
     def _learn(self, order: Order, cloud: Cloud, bought: Bought) -> None:
         """What can be had, and what cannot; in this order, or a sale would undo the refusal of more."""

@@ -17,6 +17,7 @@ from broker.loops.reap import Report
 
 REFRESH_SECONDS = 600.0  # prices move over hours, and a decision about cents needs no fresher one
 RETRY_SECONDS = 60.0  # after a failure; six refreshes have then failed before a price is forgotten
+Key = tuple[str, int]  # pool, cloud
 CALL_SECONDS_MAX = 45.0  # two attempts of a call and a page more: a price is not worth a longer wait
 
 
@@ -28,23 +29,28 @@ class PricesLoop:
     def __init__(self, context: Context, report: Report) -> None:
         self._context = context
         self._report = report
-        self._due_at: dict[str, float] = {}  # pool → when its prices are to be asked for again
+        self._due_at: dict[Key, float] = {}  # when the prices are to be asked for again
 
     async def tick(self) -> float | None:
         """Asks for what is due: nothing without demand and machines. Clients and scans wake this loop."""
         context = self._context
-        self._due_at = {name: at for name, at in self._due_at.items() if name in context.settings.pool}
-        needed = [name for name in context.settings.pool if self._is_needed(name)]
-        for name in needed:
-            cloud = context.cloud(name)
-            if cloud is not None and self._due_at.get(name, context.now()) <= context.now():
-                self._due_at[name] = context.now() + await self._refresh(cloud, name)
-        return min((self._due_at[name] for name in needed if name in self._due_at), default=None)
+        asked = {
+            (name, id(cloud)): cloud for name in context.settings.pool for cloud in context.clouds.of(name)
+        }
+        self._due_at = {key: at for key, at in self._due_at.items() if key in asked}
+        needed = {key: cloud for key, cloud in asked.items() if self._is_needed(key[0], cloud)}
+        for key, cloud in needed.items():
+            if self._due_at.get(key, context.now()) <= context.now():
+                self._due_at[key] = context.now() + await self._refresh(cloud, key[0])
+        return min((self._due_at[key] for key in needed if key in self._due_at), default=None)
 
-    def _is_needed(self, name: str) -> bool:
-        """Whether the pool has clients waiting or machines, and its cloud can be asked and sells on spot."""
-        context, cloud = self._context, self._context.cloud(name)
-        if cloud is None or not cloud.recovered or cloud.rival is not None or cloud.refusal() is not None:
+    def _is_needed(self, name: str, cloud: Cloud) -> bool:
+        """Whether the pool has clients waiting or machines, and this cloud of its can be asked and sells on
+        spot."""
+        context = self._context
+        if name not in context.settings.pool or cloud not in context.clouds.of(name):
+            return False
+        if not cloud.recovered or cloud.rival is not None or cloud.refusal() is not None:
             return False
         if all(offering.market is not Market.SPOT for offering in cloud.provider.offerings(name)):
             return False

@@ -68,22 +68,23 @@ class ReapLoop:
         """End on-demand workers that stand in for spot, once spot can be had again. Whether there are any."""
         found = False
         for name, pool in self._context.settings.pool.items():
-            cloud = self._context.cloud(name) if len(pool.markets) > 1 else None
-            if cloud is None or not cloud.acts(now):
-                continue
-            workers = self._registry.in_state(WorkerState.READY, pool=name)
-            found |= any(is_fallback(worker.offering, pool) for worker in workers)
-            unused = to_replace(
-                self._registry,
-                name,
-                pool,
-                cloud.provider.offerings(name),
-                cooling=cloud.cooling,
-                spot_prices=cloud.quotes.known(now),
-                now=now,
-            )
-            for worker_id in unused:
-                self._registry.drain(worker_id, Reason.REPLACED, now)
+            clouds = self._context.clouds.of(name) if len(pool.markets) > 1 else ()
+            for cloud in clouds:
+                if not cloud.acts(now):
+                    continue
+                workers = self._registry.in_state(WorkerState.READY, pool=name)
+                found |= any(is_fallback(worker.offering, pool) for worker in workers)
+                unused = to_replace(
+                    self._registry,
+                    name,
+                    pool,
+                    cloud.provider.offerings(name),
+                    cooling=cloud.cooling,
+                    spot_prices=cloud.quotes.known(now),
+                    now=now,
+                )
+                for worker_id in unused:
+                    self._registry.drain(worker_id, Reason.REPLACED, now)
         return found
 
     def _judge(self, worker: Worker, now: float) -> None:

@@ -376,7 +376,7 @@ class ReconcileLoop:
         for leases in list(self._context.stored_leases.values()):
             held = leases[0]
             unseen = held.instance_id not in cloud.instance_ids
-            if self._context.cloud(held.pool) is cloud and unseen and held.address:
+            if self._context.cloud_of_held(held) is cloud and unseen and held.address:
                 pending = Instance(held.instance_id, InstanceState.PENDING, held.address)
                 self._enter_unseen(cloud, pending, held.pool, None)
 

@@ -12,7 +12,7 @@ books. When the pool comes back, so do the workers that are still there.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -25,7 +25,7 @@ from broker.core.settings import BrokerSettings, PoolSettings, Settings
 from broker.ledger import Ledger
 from broker.loops.reap import Report
 from broker.opening import keep_cores, open_provider
-from broker.places import LEFT, write_left
+from broker.places import PLACES, write_places
 from broker.providers.base import Change, Provider
 
 LOOK_SECONDS = 10.0  # between looks whether a provider that serves no pool is still needed
@@ -35,7 +35,7 @@ PROVABLE = (WorkerState.READY, WorkerState.SUSPECT)
 # What sockets, files and tags were made with at the start; `connections_max` has set the limit of open files.
 RESTART = ("id", "state_dir", "insecure_listen", "listen", "http", "connections_max", "log_format")
 # Settings whose mending may be what a breaker waits for.
-BOOTS_BY = ("provider", "image", "user_data", "user_data_file", "command", "instance_types")
+BOOTS_BY = ("provider", "image", "in_", "user_data", "user_data_file", "command", "instance_types")
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +73,7 @@ class ReloadLoop:
         ledger: Ledger,
         *,
         load: Callable[[], Settings],
-        providers: Callable[[Settings], Mapping[str, Provider]],
+        providers: Callable[[Settings], Mapping[str, Sequence[Provider]]],
         applied: Callable[[Reloaded], None],
         refused: Callable[[SettingsError], None],
         prove: Callable[[Worker], Awaitable[bool]],
@@ -142,7 +142,7 @@ class ReloadLoop:
         by_pool = self._providers(settings)
         studied = await self._study(settings, by_pool)
         try:
-            await self._remember_left(by_pool)
+            await self._remember_places(*(one for providers in by_pool.values() for one in providers))
         except StoreError as error:  # or a restart would forget where machines may be
             context.outdated = (f"not reloaded, ask again: {error.message}",)
             self._refused(SettingsError([error.message]))
@@ -160,19 +160,28 @@ class ReloadLoop:
         await asyncio.gather(*(self._open(cloud) for cloud in new))
         self._say_what_is_refused()
 
-    async def _remember_left(self, by_pool: Mapping[str, Provider]) -> None:
-        """Returns when the places that no pool names any more are on disk. Raises StoreError."""
-        serving = {id(provider) for provider in by_pool.values()}
-        providers = [cloud.provider for cloud in self._context.clouds.all]
-        left = write_left(one.place for one in providers if id(one) not in serving)
-        if left != (self._context.store.kept(LEFT) or write_left([])):
-            await self._context.store.keep(LEFT, left)
+    async def remember_places(self) -> None:
+        """At the start. A full disk does not keep the broker from its work."""
+        with suppress(StoreError):
+            await self._remember_places()
 
-    async def _study(self, settings: Settings, by_pool: Mapping[str, Provider]) -> list[Studied]:
+    async def _remember_places(self, *more: Provider) -> None:
+        """Returns when all places where machines may be, these among them, are on disk. Raises StoreError."""
+        providers = {id(one): one for one in (*(cloud.provider for cloud in self._context.clouds.all), *more)}
+        places = write_places(one.place for one in providers.values())
+        if places != self._context.store.kept(PLACES):
+            await self._context.store.keep(PLACES, places)
+
+    async def _study(self, settings: Settings, by_pool: Mapping[str, Sequence[Provider]]) -> list[Studied]:
         """What the providers that are there think of it. Their own limits bound how long they take."""
         clouds = self._context.clouds.all
         pools = [
-            {name: settings.pool[name] for name, provider in by_pool.items() if provider is cloud.provider}
+            {
+                name: pool
+                for name, providers in by_pool.items()
+                for provider, pool in zip(providers, settings.pool[name].by_region, strict=True)
+                if provider is cloud.provider
+            }
             for cloud in clouds
         ]
         changes = await asyncio.gather(
@@ -183,7 +192,7 @@ class ReloadLoop:
     def _swap(
         self,
         settings: Settings,
-        by_pool: Mapping[str, Provider],
+        by_pool: Mapping[str, Sequence[Provider]],
         studied: list[Studied],
         needs_restart: tuple[str, ...],
     ) -> tuple[list[Cloud], Reloaded]:
@@ -194,9 +203,9 @@ class ReloadLoop:
             if cloud is not None:
                 context.home[launched.order.places[0]] = cloud
         for name, pool in before.pool.items():
-            cloud = context.cloud(name)
-            if cloud is not None and by_pool.get(name) is not cloud.provider:
-                self._retire(name, pool, cloud)
+            for cloud in context.clouds.of(name):
+                if cloud.provider not in by_pool.get(name, ()):
+                    self._retire(name, pool, cloud)
         new = context.clouds.assign(by_pool, context.now())
         for one in studied:
             one.change.apply()
@@ -231,6 +240,11 @@ class ReloadLoop:
 
     # --- pools that go, and come back ----------------------------------------------------------------
 
+    def left_before(self) -> None:
+        """At the start: pools that are in the file do not buy at these places any more, if they ever did."""
+        for cloud in self._context.clouds.idle():
+            self._former |= {(name, id(cloud)): pool for name, pool in self._context.settings.pool.items()}
+
     def _retire(self, name: str, pool: PoolSettings, cloud: Cloud) -> None:
         self._former[name, id(cloud)] = pool
         for worker in self._registry:
@@ -249,13 +263,14 @@ class ReloadLoop:
         self._registry.look_again(worker.id, now)
 
     def _welcome(self, name: str) -> None:
-        """The pool buys at its cloud: again, perhaps."""
-        context, cloud = self._context, self._context.cloud(name)
+        """The pool buys at its clouds: at some of them again, perhaps."""
+        context = self._context
         context.removed.discard(name)
-        if cloud is None or self._former.pop((name, id(cloud)), None) is None:
-            return
-        for worker in self._registry:
-            if worker.pool == name and worker.id in context.leaving and context.cloud_of(worker) is cloud:
+        clouds = [
+            one for one in context.clouds.of(name) if self._former.pop((name, id(one)), None) is not None
+        ]
+        for worker in self._registry if clouds else ():
+            if worker.pool == name and worker.id in context.leaving and context.cloud_of(worker) in clouds:
                 del context.leaving[worker.id]
                 self._registry.lift_notice(worker.id, NOTICE, context.now())
                 self._returned.append(worker)
@@ -292,19 +307,23 @@ class ReloadLoop:
             await self._idle()
             await cloud.provider.close()
             with suppress(StoreError):  # then the next start looks there once more
-                await self._remember_left({name: one.provider for name, one in self._serving().items()})
+                await self._remember_places()
             self._former = {key: pool for key, pool in self._former.items() if key[1] != id(cloud)}
             self._report("closed: no pool buys there and nothing is left", {"cloud": cloud.provider.name})
 
-    def _serving(self) -> dict[str, Cloud]:
-        clouds = {name: self._context.cloud(name) for name in self._context.settings.pool}
-        return {name: cloud for name, cloud in clouds.items() if cloud is not None}
-
     def _needed(self, cloud: Cloud) -> bool:
         """An earlier run may have left machines where nobody has looked yet."""
-        unseen = cloud.was_there and not cloud.recovered
+        unseen = cloud.was_there and not cloud.recovered and self._may_have_machines(cloud)
         held = any(self._context.cloud_of(worker) is cloud for worker in self._registry)
         return unseen or held or self._ledger.follows(cloud)
+
+    def _may_have_machines(self, cloud: Cloud) -> bool:
+        """What the store tells of a place that was never listed. It tells in which region a machine was
+        ordered: where the AWS configuration says what the region is, that says nothing."""
+        context, region = self._context, cloud.provider.place[1]
+        if context.store.lost or region is None or self._ledger.has_lost_sight():
+            return True
+        return any(context.cloud_of_order(one.order) is cloud for one in context.expected.values())
 
 
 def _for_a_running(old: BrokerSettings, wanted: BrokerSettings) -> tuple[BrokerSettings, tuple[str, ...]]:

@@ -67,12 +67,11 @@ class TopUp:
 
     def _next_look_at(self, name: str) -> float:
         context, now = self._context, self._context.now()
-        moments, cloud = [now + LOOK_SECONDS], context.cloud(name)
+        moments, now_unix = [now + LOOK_SECONDS], context.pool_unix(name, now)
         not_before_at = context.warmth(name).not_before_at
         if now < not_before_at:
             moments.append(not_before_at)
-        if cloud is not None:
-            now_unix = cloud.provider.clock_unix(now).earliest_unix
+        if now_unix is not None:
             moments += [now + seconds for seconds in _seconds_to_change(context.pool(name), now_unix)]
         return min(moments)
 

@@ -22,9 +22,9 @@ from aiobotocore.session import AioSession
 from botocore import exceptions as sdk
 from botocore.loaders import Loader, create_loader
 
-from broker.core.latency import RoundTrip
 from broker.core.cloudtime import CloudClock, Span, hear
 from broker.core.errors import CloudUnreachable, CredentialsRefused, SettingsError, Throttled
+from broker.core.latency import RoundTrip
 from broker.providers.ec2_errors import CANCELLED, LAUNCHES, OK, outcome_of, translate
 from broker.providers.ec2_pace import Pace
 

@@ -151,6 +151,10 @@ class LocalProvider:
     async def spot_prices(self, pool: str) -> Mapping[tuple[str, str], int]:
         return {}
 
+    def round_trip_seconds(self) -> float | None:
+        """There is no way to go."""
+        return None
+
     def clock_unix(self, at: float) -> Span:
         wall_unix = self._clock_wall() - (asyncio.get_running_loop().time() - at)
         return Span(wall_unix, wall_unix)

@@ -268,8 +268,7 @@ class World:
     def _check_demand(self, pool: str) -> None:
         """A new order is in the books: is there somebody for it, or a place under the warm target?"""
         daemon = self.daemon()
-        cloud = daemon.context.cloud(pool) if daemon is not None else None
-        if daemon is None or cloud is None or not cloud.recovered:
+        if daemon is None or not all(cloud.recovered for cloud in daemon.context.clouds.of(pool)):
             return  # it has just started, and takes in the orders that were open
         registry = daemon.context.registry
         unheld = registry.count(pool, WorkerState.ORDERED) - daemon.orders.doubtful(pool)

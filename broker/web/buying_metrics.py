@@ -24,12 +24,11 @@ def _cool_downs(context: Context) -> Metric:
     )
     now = context.now()
     for name in context.settings.pool:
-        cloud = context.cloud(name)
-        offerings = cloud.provider.offerings(name) if cloud is not None else ()
-        for one in cloud.cooling.usable(offerings, now, pool=name)[1] if cloud is not None else ():
-            place = one.offering
-            labels = [name, place.region, place.zone, place.instance_type, str(place.market)]
-            family.add_metric(labels, one.seconds_left)
+        for cloud in context.clouds.of(name):
+            for one in cloud.cooling.usable(cloud.provider.offerings(name), now, pool=name)[1]:
+                place = one.offering
+                labels = [name, place.region, place.zone, place.instance_type, str(place.market)]
+                family.add_metric(labels, one.seconds_left)
     return family
 
 

@@ -272,8 +272,7 @@ class Metrics(Collector):
         yield from _budgets(settings)
 
     def _price_is_assumed(self, pool: str) -> bool:
-        cloud = self._context.cloud(pool)
-        return cloud is not None and any(one.price_assumed for one in cloud.provider.offerings(pool))
+        return any(one.price_assumed for one in self._context.offerings(pool))
 
     def _pools(self) -> list[str]:
         return sorted({*self._context.settings.pool, *(worker.pool for worker in self._context.registry)})

@@ -59,7 +59,7 @@ def no_token_reuse() -> Iterator[Any]:
     async def call(self: launch.LaunchLoop, entry: orders.OpenOrder) -> None:
         for _ in range(launch.CALLS_MAX):
             try:
-                cloud = self._context.cloud(entry.order.pool)
+                cloud = self._context.cloud_of_order(entry.order)
                 assert cloud is not None
                 fresh = replace(entry.order, id=self._new_order_id())
                 bought = await cloud.provider.launch(fresh)
