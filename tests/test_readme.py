@@ -97,8 +97,10 @@ def test_the_lease_examples_hold_a_lease_and_give_it_back(running: BrokerProcess
 
 
 def test_the_sample_settings_are_sound() -> None:
-    sample, warm = (parse(tomllib.loads(block), {}).pool["default"] for block in blocks("settings"))
+    blocks_of_settings = blocks("settings")
+    sample, regional, warm = (parse(tomllib.loads(one), {}).pool["default"] for one in blocks_of_settings)
     assert sample.max_workers == 2
+    assert [one.key_name for one in regional.by_region] == [None, "dserv-workers-eu"]
     assert list(warm.warm_schedule.values()) == [2, 1]
 
 
