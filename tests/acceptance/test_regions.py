@@ -1,4 +1,4 @@
-"""A pool in two regions of a real HTTP API: the second sells what the first has not, and both are looked after."""
+"""A pool in two regions of a real HTTP API: what one has not the other sells, and both are looked after."""
 
 from __future__ import annotations
 
