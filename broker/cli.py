@@ -40,6 +40,7 @@ from broker.cli_base import (
     load_settings,
 )
 from broker.cli_leases import ACQUIRE_CONTEXT, acquire, done, renew, watch
+from broker.cli_offerings import OFFERINGS_EPILOG, offerings
 from broker.client import Client
 from broker.configuration import load, to_toml
 from broker.core.errors import BrokerError, SettingsError
@@ -63,6 +64,7 @@ app = typer.Typer(
 app.command(epilog=EPILOG, context_settings=ACQUIRE_CONTEXT)(acquire)
 for command in (renew, done, watch):
     app.command(epilog=EPILOG)(command)
+app.command(epilog=OFFERINGS_EPILOG)(offerings)
 config_app = typer.Typer(help="Look at the configuration.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
 AddressArgument = Annotated[
