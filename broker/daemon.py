@@ -400,7 +400,7 @@ class Daemon:
 
     async def _announce(self) -> None:
         """READY=1, once workers can be handed out."""
-        while not self.context.clouds.recovered():
+        while not self.context.clouds.serving():
             await self.context.scanned.wait()
         standing = self._standing()
         self._notifier.ready("; ".join(standing) or f"serving clients on {', '.join(self.server.addresses)}")

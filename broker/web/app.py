@@ -56,7 +56,7 @@ class Health:
         unscanned = [
             f"{cloud.provider.name} has not been scanned yet"
             + (f": {cloud.error.message}" if cloud.error else "")
-            for cloud in self._context.clouds.awaited()
+            for cloud in ([] if self._context.clouds.serving() else self._context.clouds.awaited())
         ]
         return unscanned + [error.message for error in self._context.clouds.read_only()]
 

@@ -182,6 +182,10 @@ def test_a_region_that_is_down_at_the_start_is_waited_for_and_not_for_ever(tmp_p
         async with broker_at(sky, tmp_path, pool("earth", "mars")) as broker:
             assert sky["mars"].has(await broker.ask("GET_WORKER client=a"))
             assert 5 < broker.clock.monotonic() < 120
+            assert broker.daemon.health.not_ready() == []
+            assert broker.daemon.health.problems() == []
+            await asyncio.sleep(300)
+            assert "ec2 earth was last scanned" in broker.daemon.health.problems()[0]
 
     run_virtual(main())
 
