@@ -172,7 +172,7 @@ async def _broker(
         clock=clock,
         log=silent_log(),
         environ={},
-        providers=lambda *_: {POOL: provider},
+        providers=lambda *_: {POOL: (provider,)},
         connect=sky.connect,
         store_threaded=False,
         ports=False,

@@ -15,7 +15,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
 
 from bench.machines import POOL, lease, machine
 from broker.clock import SystemClock
@@ -24,8 +23,8 @@ from broker.core.model import Instance
 from broker.core.settings import parse
 from broker.daemon import Daemon
 from broker.logs import Log, configure, get_logger
-from broker.providers.base import Provider
 from broker.store import StoredLease
+from broker.testing import FakeCloud
 
 MACHINES = 10_000
 BROKER = "bench"
@@ -39,7 +38,7 @@ def seconds() -> tuple[float, float]:
 
 async def _first_scan(folder: Path, log: Log) -> tuple[float, float]:
     listing = [_tagged(number) for number in range(MACHINES)]
-    provider = cast(Provider, Cloud(listing))  # a first scan asks a cloud for nothing but its listing
+    provider = Cloud(listing)
     settings = parse({"broker": {"id": BROKER}}, {})
     daemon = Daemon(
         settings,
@@ -47,9 +46,10 @@ async def _first_scan(folder: Path, log: Log) -> tuple[float, float]:
         clock=SystemClock(),
         log=log,
         environ={},
-        providers=lambda *_: {POOL: provider},
+        providers=lambda *_: {POOL: (provider,)},
     )
     context = daemon.context
+    context.known_orders |= {_order(number): 1 for number in range(MACHINES)}  # as the store tells them
     for one in listing[::2]:
         held = StoredLease(lease(one.id, f"client-{one.id}"), one.id, POOL, one.address or "")
         context.stored_leases[one.id] = [held]
@@ -66,22 +66,26 @@ async def _first_scan(folder: Path, log: Log) -> tuple[float, float]:
     return taken
 
 
-class Cloud:
+class Cloud(FakeCloud):
     """A cloud whose listing is ready before it is asked for."""
 
     name = "benchmark"
 
     def __init__(self, listing: list[Instance]) -> None:
+        super().__init__(BROKER, (POOL,), clock=SystemClock())
         self._listing = listing
-
-    async def open(self) -> None: ...
 
     async def listing(self) -> list[Instance]:
         return self._listing
 
 
 def _tagged(number: int) -> Instance:
-    return replace(machine(number), tags={tags.NAME: "worker", tags.BROKER: BROKER, tags.POOL: POOL})
+    ours = {tags.NAME: "worker", tags.BROKER: BROKER, tags.POOL: POOL, tags.ORDER: _order(number)}
+    return replace(machine(number), tags=ours)
+
+
+def _order(number: int) -> str:
+    return f"cb-{number:024d}"
 
 
 @contextlib.contextmanager

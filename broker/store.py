@@ -8,13 +8,15 @@ of the power, because a machine found without its lease counts as busy anyway.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import asdict, dataclass, fields
 
 from broker.clock import Moment
 from broker.core.ledger import Run
 from broker.core.model import Lease, Market, Offering, Order, Worker
 from broker.core.policy import Breaker, BreakerState
 from broker.database import Database
+
+RUN_FIELDS = tuple(field.name for field in fields(Run))  # as the columns of `runs`
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,9 +159,8 @@ class Store(Database):
 
     async def run_changed(self, run: Run) -> None:
         """Returns when the run is on disk as it is now."""
-        await self._write(
-            True, "INSERT OR REPLACE INTO runs VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", astuple(run)
-        )
+        values = tuple(getattr(run, field) for field in RUN_FIELDS)  # dataclasses.astuple copies deeply
+        await self._write(True, "INSERT OR REPLACE INTO runs VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", values)
 
     def runs(self) -> list[Run]:
         """Every machine that is remembered, the one that was written last at the end."""
