@@ -44,6 +44,7 @@ from broker.cli_offerings import OFFERINGS_EPILOG, offerings
 from broker.client import Client
 from broker.configuration import load, to_toml
 from broker.core.errors import BrokerError, SettingsError
+from broker.core.settings import PoolSettings
 from broker.core.settings import schema as settings_schema
 from broker.errand import BrokerUnreachable
 from broker.pool_table import pool_table
@@ -309,11 +310,14 @@ def simulate(
 def check(config: ConfigOption = None) -> None:
     """Say whether the settings are sound; every problem at once."""
     configuration = load_settings(config)
-    pools = (
-        f"{name} -> {' '.join(filter(None, (p.provider, p.region, *p.regions)))}"
-        for name, p in configuration.settings.pool.items()
-    )
+    pools = (f"{name} -> {_where(p)}" for name, p in configuration.settings.pool.items())
     print(f"{configuration.source}: ok ({', '.join(pools)})")
+
+
+def _where(pool: PoolSettings) -> str:
+    """Where the pool buys, in words."""
+    regions = (" then " if pool.region_order == "listed" else " or ").join(pool.regions)
+    return " ".join(filter(None, (pool.provider, pool.region, regions)))
 
 
 @config_app.command(epilog=EPILOG)

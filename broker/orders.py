@@ -8,10 +8,11 @@ supply and against the caps.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from broker.clock import moment
+from broker.clouds import Cloud
 from broker.context import Context
 from broker.core.errors import (
     BrokerError,
@@ -60,6 +61,7 @@ class OpenOrder:
     sent_at: float  # when its last call was made: absence from a listing counts only a good while after it
     perhaps_launched: bool  # a call may have been carried out without an answer
     resend_at: float = 0.0  # not before; never, once the cloud has refused the same order as a different one
+    stranded: bool = False  # perhaps launched where nothing can be asked now, while its pool buys elsewhere
     doubtful: bool = False  # refused when sent again, but its first call may still be on its way
     vacant: dict[str, None] = field(default_factory=dict)  # places without a machine
     machines: set[str] = field(default_factory=set)  # that have taken a place, also those that have ended
@@ -86,20 +88,28 @@ class Orders:
     def doubtful(self, pool: str) -> int:
         """Machines that probably never come: no supply, yet they count against the caps meanwhile."""
         entries = (entry for entry in self._open.values() if entry.order.pool == pool)
-        return sum(len(entry.vacant) for entry in entries if entry.doubtful or self.withdrawn(entry))
+        return sum(len(entry.vacant) for entry in entries if not self._is_supply(entry))
 
     def withdrawn(self, entry: OpenOrder) -> bool:
         """Whether its pool was removed meanwhile: what comes of it ends at once."""
         return any(place in self._context.leaving for place in entry.vacant)
 
-    def coming(
-        self, pool: str, counts: Callable[[Order], bool] = lambda order: True
-    ) -> dict[tuple[Offering, ...], int]:
+    def strand(self, pool: str, sellers: Collection[Cloud]) -> None:
+        """The pool can buy in these regions: what it has perhaps launched elsewhere is not waited for
+        meanwhile. A call that is under way is: its answer comes, or is lost."""
+        for entry in self._open.values():
+            if entry.order.pool == pool:
+                there = self._context.cloud_of_order(entry.order) in sellers
+                entry.stranded = entry.perhaps_launched and not there
+
+    def _is_supply(self, entry: OpenOrder) -> bool:
+        return not (entry.doubtful or entry.stranded or self.withdrawn(entry))
+
+    def coming(self, pool: str) -> dict[tuple[Offering, ...], int]:
         """The pool's machines on order, by what each may turn out to be; without the doubtful ones."""
         found: dict[tuple[Offering, ...], int] = {}
         for entry in self._open.values():
-            expected = entry.order.pool == pool and not entry.doubtful and not self.withdrawn(entry)
-            if expected and counts(entry.order):
+            if entry.order.pool == pool and self._is_supply(entry):
                 found[entry.order.offerings] = found.get(entry.order.offerings, 0) + len(entry.vacant)
         return found
 

@@ -27,7 +27,7 @@ class Overview:
         registry, pool, guard = context.registry, context.pool(name), context.guard(name)
         breaker = guard.breaker(now)
         counts = {str(state): registry.count(name, state) for state in sorted(BOOKED)}
-        return {
+        row: dict[str, object] = {
             "name": name,
             "provider": pool.provider if name in context.settings.pool else None,
             "workers": {state: count for state, count in counts.items() if count},
@@ -49,17 +49,31 @@ class Overview:
                 "limit_usd": pool.budget_usd_per_day,
             },
         }
+        if len(context.clouds.of(name)) > 1:
+            row["regions"] = [self._region(name, cloud) for cloud in context.preferred(name)]
+        return row
+
+    def _region(self, name: str, cloud: Cloud) -> dict[str, object]:
+        """One of several regions, in the order in which they are preferred now."""
+        workers = self._context.registry.in_state(*BOOKED, pool=name)
+        round_trip_seconds = cloud.provider.round_trip_seconds()
+        return {
+            "cloud": cloud.provider.name,
+            "workers": sum(self._context.cloud_of(worker) is cloud for worker in workers),
+            "round_trip_ms": None if round_trip_seconds is None else round(round_trip_seconds * 1000),
+            "obstacle": _refusal(cloud, name),
+        }
 
     def _obstacle(self, name: str) -> str:
         """Why clients wait, or are refused: as far as it is known without one who asks."""
         clouds = self._context.clouds.of(name)
         if not clouds:
             return "the pool is not configured any more"
-        reasons = [reason for cloud in clouds if (reason := _refusal(cloud, name))]
+        reasons = [_refusal(cloud, name) for cloud in clouds]
+        if all(reasons):
+            return "; ".join(reasons)
         obstacle = self._context.obstacles.get(name)
-        if obstacle is not None and len(reasons) < len(clouds):
-            reasons.append(obstacle.message)
-        return "; ".join(reasons)
+        return obstacle.message if obstacle is not None else ""
 
 
 def _refusal(cloud: Cloud, pool: str) -> str:

@@ -20,11 +20,23 @@ def pool_table(rows: list[Row]) -> Table:
         table.add_column(column, overflow="fold")
     for row in rows:
         table.add_row(
-            row["name"], row["provider"] or "-", _workers(row), str(row["leases"]), str(row["waiting"]),
+            row["name"], _provider(row), _workers(row), str(row["leases"]), str(row["waiting"]),
             f"{row['launches_last_hour']}/{row['launches_per_hour']}", _spent(row["budget"]),
-            _breaker(row["breaker"]), row["obstacle"] or "-",
+            _breaker(row["breaker"]), _obstacle(row),
         )  # fmt: skip
     return table
+
+
+def _provider(row: Row) -> str:
+    """With its regions, when there are several: the preferred one first, each with its workers."""
+    regions = [f"{one['cloud']}: {one['workers']}" for one in row.get("regions", ())]
+    return "\n".join([row["provider"] or "-", *regions])
+
+
+def _obstacle(row: Row) -> str:
+    """Why clients wait; else why one of several regions is passed over."""
+    passed_over = [one["obstacle"] for one in row.get("regions", ()) if one["obstacle"]]
+    return row["obstacle"] or "; ".join(passed_over) or "-"
 
 
 def _workers(row: Row) -> str:

@@ -229,7 +229,9 @@ class FakeCloud:
         self.hold: dict[str, asyncio.Event] = {}
         self.calls: list[tuple[str, tuple[Any, ...]]] = []
         self.machines: dict[str, Machine] = {}
-        self._usual = (Offering("moon", "big", Market.SPOT, cores=64, price_usd_micros_per_hour=1_000_000),)
+        self._usual: tuple[Offering, ...] = (
+            Offering("moon", "big", Market.SPOT, cores=64, price_usd_micros_per_hour=1_000_000),
+        )
         self.catalogue: dict[str, tuple[Offering, ...]] = dict.fromkeys(pools, self._usual)
         self.prices: dict[tuple[str, str], int] = {}  # (zone, type) → micro-dollars an hour, on spot
         self.study_problems: dict[str, list[str]] = {}  # what `study` answers

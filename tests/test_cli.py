@@ -546,3 +546,34 @@ def test_terminate_all_asks_first_and_ends_everything(live: Lab) -> None:
     assert ended.code == DONE
     assert len(json.loads(ended.out)) >= 1
     assert live.run("terminate-all", "--yes").out == "nothing was running\n"
+
+
+@pytest.mark.parametrize(("order", "word"), [("listed", "then"), ("latency", "or")])
+def test_check_says_in_which_regions_a_pool_buys(tmp_path: Path, order: str, word: str) -> None:
+    file = tmp_path / "wide.toml"
+    file.write_text(
+        '[pool.default]\nprovider = "ec2"\nregions = ["us-east-1", "eu-central-1"]\n'
+        f'region_order = "{order}"\nimage = "/lab/image"\ninstance_types = ["m7i.large"]\n'
+    )
+    where = f"default -> ec2 us-east-1 {word} eu-central-1"
+    assert Run("config", "check", "--config", str(file)).out == f"{file}: ok ({where})\n"
+    assert 'regions = ["us-east-1", "eu-central-1"]' in Run("config", "show", "--config", str(file)).out
+
+
+def test_a_pool_in_several_regions_shows_each_and_why_one_is_passed_over() -> None:
+    row = {
+        "name": "wide", "provider": "ec2", "workers": {"ready": 2}, "protected": 0, "leases": 2, "waiting": 0,
+        "max_workers": 4, "launches_last_hour": 2, "launches_per_hour": 20, "obstacle": "",
+        "breaker": {"state": "closed", "seconds_left": 0, "failures": 0, "openings": 0},
+        "budget": {"spent_usd": 1.5, "limit_usd": None},
+        "regions": [
+            {"cloud": "ec2 us-east-1", "workers": 0, "round_trip_ms": 9, "obstacle": "no answer"},
+            {"cloud": "ec2 eu-central-1", "workers": 2, "round_trip_ms": 90, "obstacle": ""},
+        ],
+    }  # fmt: skip
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(pool_table([row]))
+    _, first, second, third = console.export_text().splitlines()[:4]
+    assert first.rstrip().endswith("no answer")
+    assert "ec2 us-east-1: 0" in second
+    assert "ec2 eu-central-1: 2" in third

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Collection, Coroutine, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from broker.clouds import Cloud, is_known
@@ -48,6 +49,22 @@ HELD_UP_SECONDS = 60.0  # for so long a region whose launch calls failed is pass
 RETRY_SECONDS = 5.0  # how soon to look again while clients wait behind an obstacle
 
 
+@dataclass(slots=True)
+class Outlook:
+    """Which of a pool's clouds can be bought from now, the preferred one first, and why the others cannot.
+    Those that are `blind` soon can, probably: their clients wait."""
+
+    sellers: list[Cloud] = field(default_factory=list)
+    refusing: list[tuple[Cloud, BrokerError]] = field(default_factory=list)
+    blind: list[tuple[Cloud, BrokerError]] = field(default_factory=list)
+
+    def among(
+        self, passed_over: Sequence[tuple[Cloud, BrokerError]], counts: Callable[[Cloud], bool]
+    ) -> list[tuple[str, BrokerError]]:
+        """By their names, those of the clouds that count."""
+        return [(cloud.provider.name, error) for cloud, error in passed_over if counts(cloud)]
+
+
 class LaunchLoop:
     """See the module. `wake` has this loop tick again."""
 
@@ -71,7 +88,7 @@ class LaunchLoop:
         self._quiet_at = 0.0
         self._batch_ends_at: float | None = None
         self._droughts: dict[str, SpotDrought] = {}
-        self._paused: dict[str, tuple[float, str]] = {}  # pool → until when, and why
+        self._paused: dict[tuple[str, int], tuple[float, str]] = {}  # (pool, cloud) → until when, and why
         self._held_up: dict[
             tuple[str, int], tuple[float, BrokerError]
         ] = {}  # the same of a pool in one cloud
@@ -80,7 +97,7 @@ class LaunchLoop:
     def reloaded(self, pools: Collection[str]) -> None:
         """These pools have new settings: what was refused with the old ones is asked for again."""
         for name in pools:
-            self._paused.pop(name, None)
+            self._paused = {key: pause for key, pause in self._paused.items() if key[0] != name}
             for cloud in self._context.clouds.of(name):
                 cloud.cooling.mended(name)
 
@@ -129,46 +146,47 @@ class LaunchLoop:
         shortage = self.top_up.shortage(name)
         if not clouds or not is_known(clouds) or not (needs or shortage):
             return
-        sellers = self._sellers(name, clouds)
-        obstacle = self._pause(name)
-        if sellers and obstacle:
-            context.obstacles[name] = CloudError(obstacle)
-        if not sellers or obstacle:
+        outlook = self._outlook(name, clouds)
+        sellers = outlook.sellers
+        if not sellers:
+            self._nowhere(name, outlook)
             return
+        self._orders.strand(name, sellers)
         if needs:
             self._send_again(name, sellers)
         offerings = [one for cloud in sellers for one in cloud.provider.offerings(name)]
         room = self._room(name, offerings)
         spare = shortage if room.machines else 0  # clients are told of no obstacle that concerns none of them
         seats = context.pool(name).seats or SEATS_MAX
-        wanted = plan(needs, self._coming(name, sellers), offerings, room.machines, seats=seats, spare=spare)
+        wanted = plan(needs, self._coming(name), offerings, room.machines, seats=seats, spare=spare)
         for purchase in wanted.purchases:
-            self._buy(name, sellers, purchase)
+            self._buy(name, outlook, purchase)
         if wanted.missing and room.why is not None:
             if context.registry.count(name, *BOOKED):
                 context.obstacles[name] = room.why
             else:
                 self._tell(name, room.why)
 
-    def _sellers(self, name: str, clouds: Sequence[Cloud]) -> list[Cloud]:
-        """Those of the pool's clouds that can be bought from now. When there is none, clients hear why."""
-        sellers, blind, refusals = [], "", list[tuple[str, BrokerError]]()
+    def _outlook(self, name: str, clouds: Sequence[Cloud]) -> Outlook:
+        """Which of the pool's clouds can be bought from now, and why not from the others."""
+        outlook = Outlook()
         for cloud in clouds:
             refusal = cloud.read_only() or cloud.refusal(name) or self._hold_up(name, cloud)
-            blindness = self._blindness(cloud)
+            blindness = self._blindness(cloud) or self._pause(name, cloud)
             if refusal is not None:
-                refusals.append((cloud.provider.name, refusal))
+                outlook.refusing.append((cloud, refusal))
             elif blindness:
-                blind = blind or blindness
+                outlook.blind.append((cloud, CloudError(blindness)))
             else:
-                sellers.append(cloud)
-        if sellers:
-            return sellers
-        if blind:
-            self._context.obstacles[name] = CloudError(blind)
-        elif refusals:
-            self._tell(name, sum_up(refusals))
-        return []
+                outlook.sellers.append(cloud)
+        return outlook
+
+    def _nowhere(self, name: str, outlook: Outlook) -> None:
+        """There is no cloud to buy from: clients wait if that helps, or hear why."""
+        if outlook.blind:
+            self._context.obstacles[name] = outlook.blind[0][1]
+        elif outlook.refusing:
+            self._tell(name, sum_up(outlook.among(outlook.refusing, lambda cloud: True)))
 
     def _hold_up(self, name: str, cloud: Cloud) -> BrokerError | None:
         until_at, error = self._held_up.get((name, id(cloud)), (0.0, None))
@@ -181,9 +199,9 @@ class LaunchLoop:
             return f"{cloud.provider.name} has not been listed for a while"
         return context.unseen([cloud])
 
-    def _pause(self, name: str) -> str:
+    def _pause(self, name: str, cloud: Cloud) -> str:
         """What the last call was held up by, or nothing: it was not about what can be bought."""
-        until_at, why = self._paused.get(name, (0.0, ""))
+        until_at, why = self._paused.get((name, id(cloud)), (0.0, ""))
         return why if self._context.now() < until_at else ""
 
     def _room(self, name: str, offerings: Sequence[Offering]) -> Room:
@@ -200,26 +218,29 @@ class LaunchLoop:
             max_workers=context.settings.broker.max_workers,
         )
 
-    def _coming(self, name: str, sellers: Sequence[Cloud]) -> dict[tuple[Offering, ...], int]:
-        """The pool's machines on order and booting, by what each may turn out to be. What was ordered where
-        nothing can be asked for now, while another region sells, is not waited for."""
-        coming = self._orders.coming(name, lambda order: self._context.cloud_of_order(order) in sellers)
+    def _coming(self, name: str) -> dict[tuple[Offering, ...], int]:
+        """The pool's machines on order and booting, by what each may turn out to be."""
+        coming = self._orders.coming(name)
         booting = self._context.registry.in_state(WorkerState.BOOTING, pool=name)
         staying = (worker for worker in booting if worker.id not in self._context.leaving)
         for offerings, count in by_offering(staying).items():
             coming[offerings] = coming.get(offerings, 0) + count
         return coming
 
-    def _buy(self, name: str, sellers: Sequence[Cloud], purchase: Purchase) -> None:
+    def _buy(self, name: str, outlook: Outlook, purchase: Purchase) -> None:
         """Place the orders of one purchase, as few as the providers allow."""
         left, now = purchase.machines, self._context.now()
-        suitable = self._suitable(name, sellers, purchase.wish)
-        if not suitable:
+        suitable = self._suitable(name, outlook.sellers, purchase.wish)
+        blind = outlook.among(outlook.blind, lambda cloud: _has(cloud, name, purchase.wish))
+        passed_over = blind + outlook.among(outlook.refusing, lambda cloud: _has(cloud, name, purchase.wish))
+        if not suitable and not passed_over:
             self._tell(name, NoCapacity(f"pool '{name}' has nothing with {purchase.wish}"), purchase.wish)
             self.top_up.refused(name)
-        while left > 0 and suitable:
+        while left > 0 and (suitable or passed_over):
             number, choice = first_good(
-                (cloud.provider.name, self._choose(name, cloud, some, left)) for cloud, some in suitable
+                ((cloud.provider.name, self._choose(name, cloud, some, left)) for cloud, some in suitable),
+                passed_over,
+                worth_waiting=bool(blind),
             )
             if choice.spot_refused:
                 self._drought(name).refused(now)
@@ -410,7 +431,11 @@ class LaunchLoop:
         if isinstance(error, OfferingRefused | PermanentRefusal):
             cloud.cooling.refused(offering, error, now, pool=pool)
         else:
-            self._paused[pool] = (now + RESEND_SECONDS, error.message)
+            self._paused[pool, id(cloud)] = (now + RESEND_SECONDS, error.message)
+
+
+def _has(cloud: Cloud, pool: str, wish: Wish) -> bool:
+    return any(wish.fits(offering) for offering in cloud.provider.offerings(pool))
 
 
 def _sold_otherwise(order: Order, bought: Bought) -> list[tuple[Offering, BrokerError]]:

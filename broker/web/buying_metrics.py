@@ -14,6 +14,7 @@ def buying_gauges(context: Context) -> Iterator[Metric]:
     """An offering that may be bought has no sample, nor has a price that is not known."""
     yield _cool_downs(context)
     yield _spot_prices(context)
+    yield _round_trips(context)
 
 
 def _cool_downs(context: Context) -> Metric:
@@ -41,4 +42,17 @@ def _spot_prices(context: Context) -> Metric:
     for cloud in context.clouds.all:
         for (zone, instance_type), price in cloud.quotes.known(context.now()).items():
             family.add_metric([cloud.provider.name, zone, instance_type], price / USD_MICROS)
+    return family
+
+
+def _round_trips(context: Context) -> Metric:
+    family = GaugeMetricFamily(
+        "compute_broker_cloud_round_trip_seconds",
+        "The way to the cloud's API and back, by what was called; region_order = latency goes by it.",
+        labels=["cloud"],
+    )
+    for cloud in context.clouds.all:
+        seconds = cloud.provider.round_trip_seconds()
+        if seconds is not None:
+            family.add_metric([cloud.provider.name], seconds)
     return family

@@ -100,3 +100,25 @@ def test_the_round_trip_is_the_least_of_the_last_calls() -> None:
 def test_the_nearest_comes_first_and_who_never_answered_last() -> None:
     assert nearest_first([0.180, None, 0.020]) == [2, 0, 1]
     assert nearest_first([0.0201, 0.0199]) == [0, 1], "as near as each other: as they are listed"
+
+
+def test_regions_that_are_passed_over_are_told_of_only_when_none_sells() -> None:
+    down = [("venus", CloudError("venus cannot be used"))]
+    assert first_good([("earth", SPOT)], down)[1] == SPOT
+    number, choice = first_good([("earth", NONE_LEFT)], down)
+    assert number is None
+    assert isinstance(choice.refusal, NoCapacity)
+    assert choice.refusal.message == "earth: none left; venus cannot be used"
+    assert choice.look_at == 180.0
+
+
+def test_nothing_but_regions_that_are_passed_over_is_no_want_of_spot() -> None:
+    error = CloudError("venus cannot be used")
+    number, choice = first_good([], [("venus", error)])
+    assert (number, choice.refusal, choice.spot_refused) == (None, error, False)
+
+
+def test_it_is_worth_waiting_for_a_region_that_soon_sells_again() -> None:
+    down = [("venus", CloudError("not listed for a while"))]
+    choice = first_good([("earth", NONE_LEFT)], down, worth_waiting=True)[1]
+    assert (choice.refusal, choice.obstacle) == (None, "earth: none left; venus: not listed for a while")

@@ -13,6 +13,7 @@ from broker.core.quotes import QUOTE_SECONDS_MAX
 from broker.testing import RunningBroker
 from tests.support.brokers import live
 
+ROUND_TRIP = "compute_broker_cloud_round_trip_seconds"
 COOL_DOWN, PRICE = "compute_broker_offering_cool_down_seconds", "compute_broker_spot_price_usd_per_hour"
 
 
@@ -56,5 +57,14 @@ def test_a_spot_price_is_shown_as_long_as_it_is_known(tmp_path: Path) -> None:
         await broker.ask(f"RELEASE {address}")
         await asyncio.sleep(QUOTE_SECONDS_MAX)
         assert samples(broker, PRICE) == {}
+
+    live(tmp_path, story)
+
+
+def test_the_round_trip_to_a_cloud_is_shown_once_it_is_known(tmp_path: Path) -> None:
+    async def story(broker: RunningBroker) -> None:
+        assert samples(broker, ROUND_TRIP) == {}
+        broker.cloud.round_trip = 0.09
+        assert samples(broker, ROUND_TRIP) == {(("cloud", "fake"),): 0.09}
 
     live(tmp_path, story)
