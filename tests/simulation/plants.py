@@ -459,8 +459,10 @@ def on_demand_without_a_maximum() -> Iterator[Any]:
 
 @planted
 def a_drought_never_ends() -> Iterator[Any]:
-    """Spot was refused once, long ago, and has been bought since."""
+    """Spot was refused once, long ago, and has been bought since; or those who waited for it have left."""
     yield patch.object(buying.SpotDrought, "ended", lambda self: None)
+    since_at = lambda self, name: self._drought(name).since_at  # noqa: E731
+    yield patch.object(launch.LaunchLoop, "_drought_since_at", since_at)
 
 
 @planted
