@@ -90,17 +90,31 @@ class Acquiring:
         exclusive = command.exclusive or pool.exclusive
         terms = self._terms(command, pool, exclusive)
         waiter = Waiter(name, client, exclusive, wish, asked_at, _future(), terms, say)
-        for _ in range(HAND_OUT_ATTEMPTS_MAX):
-            _, pool = self._admission.pool(command.pool)  # a reload may have removed it meanwhile
-            self._context.require_charge_somewhere(name)
-            leases = self._granting.take(waiter) or await self._wait(waiter, deadline_at)
-            good = await self._good(leases, pool)
-            if len(good) == waiter.count or (len(good) >= waiter.least and self._now() >= deadline_at):
-                return good
-            waiter = self._again(waiter, leases)
+        try:
+            for _ in range(HAND_OUT_ATTEMPTS_MAX):
+                _, pool = self._admission.pool(command.pool)  # a reload may have removed it meanwhile
+                self._context.require_charge_somewhere(name)
+                leases, last = await self._served(waiter, deadline_at)
+                good = await self._good(leases, pool)
+                last = last or self._now() >= deadline_at
+                if len(good) == waiter.count or (len(good) >= waiter.least and last):
+                    self._granting.give_back([one for one in leases if one not in good], "not handed out")
+                    return good
+                waiter = self._again(waiter, leases)
+            raise CloudError("workers are lost as fast as they become ready")
+        except BaseException:  # it may stand in the queue again, and have been served there
+            self._leave(waiter)
+            self._granting.give_back(waiter.leases(), "not handed out")
+            raise
+
+    async def _served(self, waiter: Waiter, deadline_at: float) -> tuple[list[Lease], bool]:
+        """Its leases: it was served already, or is now, or in the queue, which it has left by then. And
+        whether waiting longer brings no more."""
+        leases = waiter.leases() or self._granting.take(waiter)
+        if not leases:
+            return await self._wait(waiter, deadline_at)
         self._leave(waiter)
-        self._granting.give_back(waiter.leases(), "not handed out")
-        raise CloudError("workers are lost as fast as they become ready")
+        return leases, False
 
     def _terms(self, command: Acquire, pool: PoolSettings, exclusive: bool) -> Terms:
         """What is asked for, at most as much as the pool may ever have. Raises LimitReached."""
@@ -128,23 +142,24 @@ class Acquiring:
                     raise
         await self._admission.recovered(pool, deadline_at)
 
-    async def _wait(self, waiter: Waiter, deadline_at: float) -> list[Lease]:
-        """Served in the queue, or with what there is when that is over and it is enough."""
+    async def _wait(self, waiter: Waiter, deadline_at: float) -> tuple[list[Lease], bool]:
+        """Served in the queue, or (True) with what there is when that is over and it is enough."""
         if self._admission.closing:
             raise Draining
         self._join(waiter, deadline_at)
         try:
             async with asyncio.timeout(max(0.0, deadline_at - self._now())):
-                return await asyncio.shield(waiter.served)  # whoever waits is in the queue until it leaves
+                # whoever waits is in the queue until it leaves
+                return await asyncio.shield(waiter.served), False
         except TimeoutError:
             leases = waiter.leases() or self._granting.take(waiter, waiter.least)
             if leases:
-                return leases
+                return leases, True
             raise timed_out(waiter, self._prospects, self._now()) from None
         except BrokerError:  # waiting does not help
             leases = self._granting.take(waiter, waiter.least)
             if leases:
-                return leases
+                return leases, True
             raise
         except asyncio.CancelledError:  # perhaps served in the instant in which the client went away
             self._granting.give_back(waiter.leases(), "not handed out")

@@ -153,6 +153,11 @@ class Granting:
             and (fits is None or fits(worker))
         )
 
+    def is_kept(self, worker: Worker) -> bool:
+        """Whether somebody waits for it who lacks some more."""
+        kept = self._kept.get(worker.pool)
+        return kept is not None and worker.id in kept.worker_ids
+
     def give_back(self, leases: Iterable[Lease], reason: str) -> None:
         """End leases; their workers stay warm, and are looked at again: they may be overdue."""
         now = self._now()
@@ -227,7 +232,8 @@ class Granting:
         for waiter in self._context.waiting.of(pool):
             waiter.found = 0
             kind = (waiter.exclusive, waiter.wish, waiter.count)
-            if kind in hopeless or waiter.served.done():
+            own = bool(self._registry.workers_held(pool, waiter.client))  # what it has, nobody else can get
+            if (kind in hopeless and not own) or waiter.served.done():
                 continue
             try:
                 leases = self.take(waiter)
@@ -238,7 +244,8 @@ class Granting:
             if leases:
                 waiter.served.set_result(leases)
                 continue
-            hopeless.add(kind)
+            if not own:
+                hopeless.add(kind)
             if waiter.count > 1 and first:
                 first = False
                 places = self._places(waiter)

@@ -232,7 +232,12 @@ class Service:
             held_before = self._held(name, client)
             waiter = Waiter(name, client, exclusive, wish, asked_at, _future())
             (lease,) = self._granting.take(waiter) or await self._wait(waiter, deadline_at)
-            worker = await self._granting.confirmed(lease, pool)
+            try:
+                worker = await self._granting.confirmed(lease, pool)
+            except asyncio.CancelledError:  # the client went away
+                if lease.id not in held_before:
+                    self._registry.end_lease(lease.worker_id, client, "not handed out", self._now())
+                raise
             if worker is not None and worker.address is not None:
                 reply = protocol.line(worker.address)
                 if name == "default" and wish == ANYTHING and not command.exclusive:
@@ -324,7 +329,8 @@ class Service:
             for lease in self._registry.leases_of(worker.id, client):
                 self._registry.end_lease(worker.id, lease.key, "released", now)
         # It is busy when a waiting client just got it. A protected one stays, whoever says what.
-        ends = command.force or not self._registry.busy(worker.id)
+        wanted = self._registry.busy(worker.id) or self._granting.is_kept(worker)
+        ends = command.force or not wanted
         if ends and not self._is_protected(worker):
             self._registry.drain(worker.id, Reason.RELEASED, now)
             self._reap()
