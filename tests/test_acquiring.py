@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from broker.core.errors import OfferingRefused
 from broker.core.model import WorkerState
 from broker.core.settings import Settings
 from broker.granting import TURN_SECONDS
@@ -578,3 +579,30 @@ def test_two_hundred_who_acquire_at_once_are_all_served(tmp_path: Path) -> None:
         assert len({ip for ((_, ip),) in held}) == 200
 
     live(tmp_path, story, chosen=exclusive(max_workers=200, launches_per_hour=200))
+
+
+def test_when_waiting_cannot_help_min_will_do_at_once(tmp_path: Path) -> None:
+    async def story(broker: RunningBroker) -> None:
+        ((lease, _),) = await acquire(broker.client(), "client=ann")
+        await broker.ask(f"DONE {lease}")
+        broker.cloud.refuses["big"] = OfferingRefused("none left")
+        assert len(await acquire(broker.client(), "client=ben count=3 min=1 wait=600")) == 1
+        assert broker.clock.monotonic() < 60
+
+    live(tmp_path, story, chosen=exclusive())
+
+
+def test_what_is_not_handed_out_at_the_end_of_the_wait_is_given_back(tmp_path: Path) -> None:
+    async def story(broker: RunningBroker) -> None:
+        pairs = [await acquire(broker.client(), f"client=c{number}") for number in range(3)]
+        for ((lease, _),) in pairs[:2]:
+            await broker.ask(f"DONE {lease}")
+        client = broker.client()
+        client.send(b"ACQUIRE count=3 min=1 wait=10 hold=connection client=dan\n")
+        await asyncio.sleep(5)
+        next(iter(broker.cloud.machines.values())).answers = False
+        told = [line for line in await reply_of(client) if LEASE.fullmatch(line)]
+        assert len(told) == 1
+        assert sum(broker.registry.lease_count(name) for name in ("default",)) == 2, "his and c2's"
+
+    live(tmp_path, story, chosen=exclusive(max_workers=3))
