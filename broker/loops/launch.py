@@ -45,7 +45,9 @@ RESEND_SECONDS = (
 NEVER_SECONDS = float("inf")
 QUIET_SECONDS = 0.035  # after the last who asked: a burst is over (Karpenter waits 35 ms for its CreateFleet)
 BATCH_SECONDS_MAX = 1.0  # and no longer than that after the first
-HELD_UP_SECONDS = 60.0  # for so long a region whose launch calls failed is passed over where others are left
+PASSED_OVER_SECONDS = (
+    60.0  # for so long a region whose launch calls failed is passed over where others are left
+)
 RETRY_SECONDS = 5.0  # how soon to look again while clients wait behind an obstacle
 
 
@@ -58,11 +60,8 @@ class Outlook:
     refusing: list[tuple[Cloud, BrokerError]] = field(default_factory=list)
     blind: list[tuple[Cloud, BrokerError]] = field(default_factory=list)
 
-    def among(
-        self, passed_over: Sequence[tuple[Cloud, BrokerError]], counts: Callable[[Cloud], bool]
-    ) -> list[tuple[str, BrokerError]]:
-        """By their names, those of the clouds that count."""
-        return [(cloud.provider.name, error) for cloud, error in passed_over if counts(cloud)]
+
+Standing = dict[tuple[str, int], tuple[float, BrokerError]]  # (pool, cloud) → until when, and why
 
 
 class LaunchLoop:
@@ -88,10 +87,8 @@ class LaunchLoop:
         self._quiet_at = 0.0
         self._batch_ends_at: float | None = None
         self._droughts: dict[str, SpotDrought] = {}
-        self._paused: dict[tuple[str, int], tuple[float, str]] = {}  # (pool, cloud) → until when, and why
-        self._held_up: dict[
-            tuple[str, int], tuple[float, BrokerError]
-        ] = {}  # the same of a pool in one cloud
+        self._paused: Standing = {}  # the last call was held up: it was not about what can be bought
+        self._passed_over: Standing = {}  # the launch calls have failed, and there are other regions
         self.top_up = TopUp(context)
 
     def reloaded(self, pools: Collection[str]) -> None:
@@ -171,12 +168,13 @@ class LaunchLoop:
         """Which of the pool's clouds can be bought from now, and why not from the others."""
         outlook = Outlook()
         for cloud in clouds:
-            refusal = cloud.read_only() or cloud.refusal(name) or self._hold_up(name, cloud)
-            blindness = self._blindness(cloud) or self._pause(name, cloud)
+            passed_over = self._standing(self._passed_over, name, cloud)
+            refusal = cloud.read_only() or cloud.refusal(name) or passed_over
+            blindness = self._blindness(cloud) or self._standing(self._paused, name, cloud)
             if refusal is not None:
                 outlook.refusing.append((cloud, refusal))
-            elif blindness:
-                outlook.blind.append((cloud, CloudError(blindness)))
+            elif blindness is not None:
+                outlook.blind.append((cloud, blindness))
             else:
                 outlook.sellers.append(cloud)
         return outlook
@@ -186,23 +184,20 @@ class LaunchLoop:
         if outlook.blind:
             self._context.obstacles[name] = outlook.blind[0][1]
         elif outlook.refusing:
-            self._tell(name, sum_up(outlook.among(outlook.refusing, lambda cloud: True)))
+            self._tell(name, sum_up(_named(outlook.refusing)))
 
-    def _hold_up(self, name: str, cloud: Cloud) -> BrokerError | None:
-        until_at, error = self._held_up.get((name, id(cloud)), (0.0, None))
+    def _standing(self, reasons: Standing, name: str, cloud: Cloud) -> BrokerError | None:
+        """The reason that still stands, if any."""
+        until_at, error = reasons.get((name, id(cloud)), (0.0, None))
         return error if self._context.now() < until_at else None
 
-    def _blindness(self, cloud: Cloud) -> str:
-        """Why it is not known well enough what runs there, or nothing."""
+    def _blindness(self, cloud: Cloud) -> CloudError | None:
+        """Why it is not known well enough what runs there, or None."""
         context = self._context
         if not cloud.acts(context.now()):
-            return f"{cloud.provider.name} has not been listed for a while"
-        return context.unseen([cloud])
-
-    def _pause(self, name: str, cloud: Cloud) -> str:
-        """What the last call was held up by, or nothing: it was not about what can be bought."""
-        until_at, why = self._paused.get((name, id(cloud)), (0.0, ""))
-        return why if self._context.now() < until_at else ""
+            return CloudError(f"{cloud.provider.name} has not been listed for a while")
+        unseen = context.unseen([cloud])
+        return CloudError(unseen) if unseen else None
 
     def _room(self, name: str, offerings: Sequence[Offering]) -> Room:
         context, budgets = self._context, self._ledger.budgets(name)
@@ -230,11 +225,13 @@ class LaunchLoop:
     def _buy(self, name: str, outlook: Outlook, purchase: Purchase) -> None:
         """Place the orders of one purchase, as few as the providers allow."""
         left, now = purchase.machines, self._context.now()
-        suitable = self._suitable(name, outlook.sellers, purchase.wish)
-        blind = outlook.among(outlook.blind, lambda cloud: _has(cloud, name, purchase.wish))
-        passed_over = blind + outlook.among(outlook.refusing, lambda cloud: _has(cloud, name, purchase.wish))
+        wish = purchase.wish
+        suitable = [(cloud, some) for cloud in outlook.sellers if (some := _suiting(cloud, name, wish))]
+        blind = [one for one in outlook.blind if _suiting(one[0], name, wish)]
+        refusing = [one for one in outlook.refusing if _suiting(one[0], name, wish)]
+        passed_over = _named(blind + refusing)
         if not suitable and not passed_over:
-            self._tell(name, NoCapacity(f"pool '{name}' has nothing with {purchase.wish}"), purchase.wish)
+            self._tell(name, NoCapacity(f"pool '{name}' has nothing with {wish}"), wish)
             self.top_up.refused(name)
         while left > 0 and (suitable or passed_over):
             number, choice = first_good(
@@ -245,7 +242,7 @@ class LaunchLoop:
             if choice.spot_refused:
                 self._drought(name).refused(now)
             if choice.refusal is not None:
-                self._tell(name, choice.refusal, purchase.wish)
+                self._tell(name, choice.refusal, wish)
             if choice.obstacle:
                 self._context.obstacles[name] = NoCapacity(choice.obstacle)
             if number is None:
@@ -255,13 +252,6 @@ class LaunchLoop:
             count = min(choice.machines, cloud.provider.machines_max)
             self._order(name, cloud, choice.offerings, count)
             left -= count
-
-    def _suitable(
-        self, name: str, sellers: Sequence[Cloud], wish: Wish
-    ) -> list[tuple[Cloud, list[Offering]]]:
-        """What suits of the pool's offerings, in each cloud where something does."""
-        found = [(cloud, [o for o in cloud.provider.offerings(name) if wish.fits(o)]) for cloud in sellers]
-        return [(cloud, some) for cloud, some in found if some]
 
     def _choose(self, name: str, cloud: Cloud, suitable: Sequence[Offering], machines: int) -> Choice:
         """What to ask the cloud for."""
@@ -413,7 +403,7 @@ class LaunchLoop:
         """Whether the pool has other regions: then this one is passed over for a while."""
         if cloud is None or len(self._context.clouds.of(pool)) < 2:
             return False
-        self._held_up[pool, id(cloud)] = self._context.now() + HELD_UP_SECONDS, error
+        self._passed_over[pool, id(cloud)] = self._context.now() + PASSED_OVER_SECONDS, error
         return True
 
     def _learn(self, order: Order, cloud: Cloud, bought: Bought) -> None:
@@ -431,11 +421,16 @@ class LaunchLoop:
         if isinstance(error, OfferingRefused | PermanentRefusal):
             cloud.cooling.refused(offering, error, now, pool=pool)
         else:
-            self._paused[pool, id(cloud)] = (now + RESEND_SECONDS, error.message)
+            self._paused[pool, id(cloud)] = now + RESEND_SECONDS, CloudError(error.message)
 
 
-def _has(cloud: Cloud, pool: str, wish: Wish) -> bool:
-    return any(wish.fits(offering) for offering in cloud.provider.offerings(pool))
+def _suiting(cloud: Cloud, pool: str, wish: Wish) -> list[Offering]:
+    """What suits of the pool's offerings there."""
+    return [offering for offering in cloud.provider.offerings(pool) if wish.fits(offering)]
+
+
+def _named(reasons: Sequence[tuple[Cloud, BrokerError]]) -> list[tuple[str, BrokerError]]:
+    return [(cloud.provider.name, error) for cloud, error in reasons]
 
 
 def _sold_otherwise(order: Order, bought: Bought) -> list[tuple[Offering, BrokerError]]:
