@@ -159,13 +159,7 @@ class ManualClock:
 
 def _context(clock: ManualClock, registry: Registry) -> Context:
     # No cloud: a tick that finds nothing due asks none.
-    return Context(
-        parse({}, {}),
-        registry,
-        Clouds({}),
-        Store(Path("unused")),
-        clock,
-    )
+    return Context(parse({}, {}), registry, Clouds({}), Store(Path("unused")), clock)
 
 
 def _unheard(event: str, details: dict[str, object]) -> None:

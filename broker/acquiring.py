@@ -102,7 +102,7 @@ class Acquiring:
                     return good
                 waiter = self._again(waiter, leases)
             raise CloudError("workers are lost as fast as they become ready")
-        except BaseException:  # it may stand in the queue again, and have been served there
+        except BaseException:  # it may stand in the queue, or have been served there in this instant
             self._leave(waiter)
             self._granting.give_back(waiter.leases(), "not handed out")
             raise
@@ -160,9 +160,6 @@ class Acquiring:
             leases = self._granting.take(waiter, waiter.least)
             if leases:
                 return leases, True
-            raise
-        except asyncio.CancelledError:  # perhaps served in the instant in which the client went away
-            self._granting.give_back(waiter.leases(), "not handed out")
             raise
         finally:
             self._leave(waiter)

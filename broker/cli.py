@@ -38,6 +38,7 @@ from broker.cli_base import (
     fail,
     fail_settings,
     load_settings,
+    table_console,
 )
 from broker.cli_leases import ACQUIRE_CONTEXT, acquire, done, renew, watch
 from broker.cli_offerings import OFFERINGS_EPILOG, offerings
@@ -211,7 +212,7 @@ def workers(
 ) -> None:
     """Show the workers in the broker's books."""
     asker = client_of(config, broker, None)
-    console = Console(width=None if sys.stdout.isatty() else 160, markup=False, emoji=False)
+    console = table_console()
     with answers():
         if as_json and watch:
             raise typer.BadParameter("--json prints once; leave out --watch")
@@ -227,7 +228,7 @@ def workers(
 def pools(config: ConfigOption = None, broker: BrokerOption = None, as_json: JsonOption = False) -> None:
     """Show the pools: workers, caps, breaker, budget, and why clients wait."""
     asker = client_of(config, broker, None)
-    console = Console(width=None if sys.stdout.isatty() else 160, markup=False, emoji=False)
+    console = table_console()
     with answers():
         rows = asker.pools()
         if as_json:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,6 +49,11 @@ ClientOption = Annotated[
         help="The name to ask under; a lease belongs to a name. Default: you, in all your terminals.",
     ),
 ]
+
+
+def table_console() -> Console:
+    """For tables on stdout: as wide as the terminal, and wide enough where there is none."""
+    return Console(width=None if sys.stdout.isatty() else 160, markup=False, emoji=False)
 
 
 def load_settings(config: Path | None) -> Configuration:

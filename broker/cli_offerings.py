@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from broker.cli_base import (
@@ -22,6 +20,7 @@ from broker.cli_base import (
     fail,
     fail_settings,
     load_settings,
+    table_console,
 )
 from broker.core.errors import SettingsError
 
@@ -58,7 +57,7 @@ def offerings(
             cores = str(one.cores or "?")
             zone = one.zone or "any"
             table.add_row(one.pool, one.region, zone, one.instance_type, cores, one.market, spot, counted)
-        Console(width=None if sys.stdout.isatty() else 160, markup=False, emoji=False).print(table)
+        table_console().print(table)
     for sentence in found.unknown:
         errors.print(f"compute-broker: {sentence}")
     if found.problems:

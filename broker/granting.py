@@ -232,8 +232,7 @@ class Granting:
         for waiter in self._context.waiting.of(pool):
             waiter.found = 0
             kind = (waiter.exclusive, waiter.wish, waiter.count)
-            own = bool(self._registry.workers_held(pool, waiter.client))  # what it has, nobody else can get
-            if (kind in hopeless and not own) or waiter.served.done():
+            if waiter.served.done() or (kind in hopeless and not self._has_some(waiter)):
                 continue
             try:
                 leases = self.take(waiter)
@@ -244,7 +243,7 @@ class Granting:
             if leases:
                 waiter.served.set_result(leases)
                 continue
-            if not own:
+            if not self._has_some(waiter):
                 hopeless.add(kind)
             if waiter.count > 1 and first:
                 first = False
@@ -252,6 +251,10 @@ class Granting:
                 waiter.found = len(places)
                 if self._keeps(pool):
                     self._kept[pool] = Kept(waiter, frozenset(places))
+
+    def _has_some(self, waiter: Waiter) -> bool:
+        """Whether it holds workers of the pool: those it may get although others like it cannot."""
+        return bool(self._registry.workers_held(waiter.pool, waiter.client))
 
     def serve_groups(self, pool: str) -> None:
         """To be called every second or so while somebody waits for several: a turn may be over."""

@@ -8,7 +8,7 @@ lease on disk; after every await each of the three is looked at again.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from importlib.metadata import version
 
@@ -235,16 +235,14 @@ class Service:
             try:
                 worker = await self._granting.confirmed(lease, pool)
             except asyncio.CancelledError:  # the client went away
-                if lease.id not in held_before:
-                    self._registry.end_lease(lease.worker_id, client, "not handed out", self._now())
+                self._let_go([lease], held_before)
                 raise
             if worker is not None and worker.address is not None:
                 reply = protocol.line(worker.address)
                 if name == "default" and wish == ANYTHING and not command.exclusive:
                     self._remember(client, lease, pool, reply)
                 return reply
-            if lease.id not in held_before:
-                self._registry.end_lease(lease.worker_id, client, "not handed out", self._now())
+            self._let_go([lease], held_before)
         raise CloudError("workers are lost as fast as they become ready")
 
     async def _wait(self, waiter: Waiter, deadline_at: float) -> list[Lease]:
@@ -263,12 +261,16 @@ class Service:
                 return leases
             raise timed_out(waiter, self._prospects, self._now()) from None
         except asyncio.CancelledError:
-            for lease in waiter.leases():  # served in the instant in which the client went away
-                if lease.id not in held_before:
-                    self._registry.end_lease(lease.worker_id, lease.key, "not handed out", self._now())
+            self._let_go(waiter.leases(), held_before)  # served in the instant in which the client went away
             raise
         finally:
             waiting.leave(waiter)
+
+    def _let_go(self, leases: Iterable[Lease], held_before: frozenset[str]) -> None:
+        """What was granted and not handed out ends; what the client held before stays."""
+        for lease in leases:
+            if lease.id not in held_before:
+                self._registry.end_lease(lease.worker_id, lease.key, "not handed out", self._now())
 
     def _remember(self, client: str, lease: Lease, pool: PoolSettings, reply: bytes) -> None:
         if len(self._warm) >= WARM_REPLIES_MAX and client not in self._warm:

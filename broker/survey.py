@@ -10,6 +10,7 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from broker.core.buying import known_prices
 from broker.core.errors import BrokerError, CloudUnreachable, SettingsError
 from broker.core.model import Market, Offering
 from broker.core.money import USD_MICROS
@@ -86,11 +87,7 @@ async def _offers(name: str, provider: Provider, found: Survey) -> list[Offer]:
 
 
 def _offer(pool: str, one: Offering, prices: Mapping[tuple[str, str], int]) -> Offer:
-    here = [
-        price
-        for (zone, kind), price in prices.items()
-        if kind == one.instance_type and one.zone in ("", zone) and one.market is Market.SPOT
-    ]
+    here = known_prices(one, prices).values() if one.market is Market.SPOT else ()
     return Offer(
         pool,
         one.region,

@@ -193,7 +193,7 @@ def _affordable(
             kept.append(offering)
             continue
         most = min(price for one, price in listed if _does_for(one, offering))
-        known = _known_prices(offering, spot_prices)
+        known = known_prices(offering, spot_prices)
         good = [zone for zone, price in known.items() if price <= most]
         if len(good) == len(known):
             kept.append(offering)
@@ -204,7 +204,7 @@ def _affordable(
     return kept, dear
 
 
-def _known_prices(offering: Offering, spot_prices: SpotPrices) -> dict[str, int]:
+def known_prices(offering: Offering, spot_prices: SpotPrices) -> dict[str, int]:
     """By zone, in the order of their names; only the offering's own zone where it has one."""
     return {
         zone: price

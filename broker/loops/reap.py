@@ -69,11 +69,10 @@ class ReapLoop:
         found = False
         for name, pool in self._context.settings.pool.items():
             clouds = self._context.clouds.of(name) if len(pool.markets) > 1 else ()
-            for cloud in clouds:
-                if not cloud.acts(now):
-                    continue
-                workers = self._registry.in_state(WorkerState.READY, pool=name)
-                found |= any(is_fallback(worker.offering, pool) for worker in workers)
+            acting = [cloud for cloud in clouds if cloud.acts(now)]
+            workers = self._registry.in_state(WorkerState.READY, pool=name) if acting else []
+            found |= any(is_fallback(worker.offering, pool) for worker in workers)
+            for cloud in acting:
                 unused = to_replace(
                     self._registry,
                     name,
