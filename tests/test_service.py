@@ -12,8 +12,16 @@ import pytest
 
 from broker.core.errors import OfferingRefused, PermanentRefusal, SettingsError, Throttled
 from broker.core.model import InstanceState, Market, Offering, WorkerState
-from broker.core.settings import parse
-from broker.testing import FakeCloud, LoopClock, RunningBroker, lost_answer, run_virtual, running_broker
+from broker.core.settings import Settings, parse
+from broker.testing import (
+    FakeCloud,
+    LoopClock,
+    Machine,
+    RunningBroker,
+    lost_answer,
+    run_virtual,
+    running_broker,
+)
 from tests.support.brokers import live, settings
 from tests.support.buying import launch_one
 
@@ -707,6 +715,16 @@ def test_a_full_disk_does_not_end_an_exclusive_hold_from_before_the_restart(
     run_virtual(main())
 
 
+async def unlisted_and_store_damaged(chosen: Settings, directory: Path) -> tuple[FakeCloud, Machine]:
+    """A broker has launched for client a and is gone; no listing shows the machine, the store is damaged."""
+    async with running_broker(chosen, directory) as broker:
+        await broker.ask("GET_WORKER client=a")
+    (machine,) = broker.cloud.machines.values()
+    machine.hidden = True
+    (directory / "broker.db").write_bytes(bytes(4096))
+    return broker.cloud, machine
+
+
 def test_after_its_store_was_damaged_a_broker_waits_until_every_machine_must_be_listed(
     tmp_path: Path,
 ) -> None:
@@ -714,18 +732,14 @@ def test_after_its_store_was_damaged_a_broker_waits_until_every_machine_must_be_
 
     async def main() -> None:
         chosen = settings(sharing="exclusive", max_workers=1)
-        async with running_broker(chosen, tmp_path) as broker:
-            await broker.ask("GET_WORKER client=a")
-        (machine,) = broker.cloud.machines.values()
-        machine.hidden = True
-        (tmp_path / "broker.db").write_bytes(bytes(4096))
-        async with running_broker(chosen, tmp_path, cloud=broker.cloud) as again:
+        cloud, machine = await unlisted_and_store_damaged(chosen, tmp_path)
+        async with running_broker(chosen, tmp_path, cloud=cloud) as again:
             reply = await again.ask("GET_WORKER client=b wait=60")
             assert "the store was damaged: for" in reply
             machine.hidden = False
             await asyncio.sleep(100)
             assert "[TIMEOUT]" in await again.ask("GET_WORKER client=b wait=60")
-            assert broker.cloud.count("launch") == 1
+            assert cloud.count("launch") == 1
 
     run_virtual(main())
 
@@ -756,17 +770,13 @@ def test_after_its_store_was_damaged_a_broker_waits_for_a_listing_that_must_show
     async def main() -> None:
         one = {"sharing": "exclusive", "max_workers": 1}
         seldom = parse({"broker": {"id": "lab", "reconcile_interval": 120}, "pool": {"default": one}}, {})
-        async with running_broker(seldom, tmp_path) as broker:
-            await broker.ask("GET_WORKER client=a")
-        (machine,) = broker.cloud.machines.values()
-        machine.hidden = True
-        (tmp_path / "broker.db").write_bytes(bytes(4096))
-        async with running_broker(seldom, tmp_path, cloud=broker.cloud) as again:
+        cloud, machine = await unlisted_and_store_damaged(seldom, tmp_path)
+        async with running_broker(seldom, tmp_path, cloud=cloud) as again:
             await again.until(again.daemon.context.clouds.recovered)
             await asyncio.sleep(400)
             machine.hidden = False
             assert "[TIMEOUT]" in await again.ask("GET_WORKER client=b wait=200")
-            assert broker.cloud.count("launch") == 1
+            assert cloud.count("launch") == 1
 
     run_virtual(main())
 
@@ -776,21 +786,17 @@ def test_a_broker_that_is_started_again_knows_that_its_store_was_damaged_a_momen
 
     async def main() -> None:
         chosen = settings(sharing="exclusive", max_workers=1)
-        async with running_broker(chosen, tmp_path) as broker:
-            await broker.ask("GET_WORKER client=a")
-        (machine,) = broker.cloud.machines.values()
-        machine.hidden = True
-        (tmp_path / "broker.db").write_bytes(bytes(4096))
-        async with running_broker(chosen, tmp_path, cloud=broker.cloud) as second:
+        cloud, machine = await unlisted_and_store_damaged(chosen, tmp_path)
+        async with running_broker(chosen, tmp_path, cloud=cloud) as second:
             await second.until(second.daemon.context.clouds.recovered)
-        async with running_broker(chosen, tmp_path, cloud=broker.cloud) as third:
+        async with running_broker(chosen, tmp_path, cloud=cloud) as third:
             assert "the store was damaged: for" in await third.ask("GET_WORKER client=b wait=60")
             machine.hidden = False
             await asyncio.sleep(500)
             assert not third.daemon.context.store.lost
-        async with running_broker(chosen, tmp_path, cloud=broker.cloud) as fourth:
+        async with running_broker(chosen, tmp_path, cloud=cloud) as fourth:
             assert not fourth.daemon.context.store.lost, "that is over"
-            assert broker.cloud.count("launch") == 1
+            assert cloud.count("launch") == 1
 
     run_virtual(main())
 
@@ -801,12 +807,9 @@ def test_after_its_store_was_damaged_a_broker_does_not_say_that_a_worker_is_gone
     """Simulated history, seed 306: a young machine that was not listed, and its client let go of it."""
 
     async def main() -> None:
-        async with running_broker(settings(), tmp_path) as broker:
-            address = await broker.ask("GET_WORKER client=a")
-        (machine,) = broker.cloud.machines.values()
-        machine.hidden = True
-        (tmp_path / "broker.db").write_bytes(bytes(4096))
-        async with running_broker(settings(), tmp_path, cloud=broker.cloud) as again:
+        cloud, machine = await unlisted_and_store_damaged(settings(), tmp_path)
+        address = machine.instance.address
+        async with running_broker(settings(), tmp_path, cloud=cloud) as again:
             await again.until(again.daemon.context.clouds.recovered)
             reply = await again.ask(f"PING {address} client=a")
             assert reply.startswith("ERROR: the store was damaged: for")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,58 +11,26 @@ from typing import Any
 from broker.core import tags
 from broker.core.claim import STALE_SECONDS, Claim
 from broker.core.errors import CloudUnreachable, NoCapacity, OfferingRefused
-from broker.core.model import Market, Offering, WorkerState
-from broker.core.settings import Settings, parse
+from broker.core.model import Market, WorkerState
 from broker.testing import (
     EPOCH_UNIX,
     FakeCloud,
-    LoopClock,
     RunningBroker,
     lost_answer,
     run_virtual,
-    running_broker,
 )
+from tests.support.regions import Regions, live_in_two_regions, pool
 
 NONE_LEFT = OfferingRefused("no big machines today")
-Sky = dict[str, FakeCloud]
-
-
-def pool(*regions: str, **more: Any) -> Settings:
-    recipe = {
-        "provider": "ec2",
-        "image": "/image",
-        "instance_types": ["big"],
-        "regions": list(regions),
-        **more,
-    }
-    return parse({"broker": {"id": "lab"}, "pool": {"default": recipe}}, {})
-
-
-def skies() -> Sky:
-    """Two regions, to be made on the running loop."""
-    clock = LoopClock(asyncio.get_running_loop())
-    found = {}
-    for number, name in enumerate(("earth", "mars")):
-        cloud = found[name] = FakeCloud("lab", clock=clock, first=1 + 1000 * number)
-        cloud.name, cloud.place = f"ec2 {name}", ("ec2", name, None)
-        offering = Offering(name, "big", Market.SPOT, cores=64, price_usd_micros_per_hour=1_000_000)
-        cloud.catalogue["default"] = (offering,)
-    return found
-
-
-def broker_at(sky: Sky, directory: Path, settings: Settings) -> AbstractAsyncContextManager[RunningBroker]:
-    return running_broker(settings, directory, others=sky)
 
 
 def live(
     directory: Path, story: Callable[[RunningBroker, FakeCloud, FakeCloud], Awaitable[None]], **more: Any
 ) -> None:
-    async def main() -> None:
-        sky = skies()
-        async with broker_at(sky, directory, pool("earth", "mars", **more)) as broker:
-            await story(broker, sky["earth"], sky["mars"])
+    async def in_both(regions: Regions, broker: RunningBroker) -> None:
+        await story(broker, regions.earth, regions.mars)
 
-    run_virtual(main())
+    live_in_two_regions(directory, in_both, pool(**more))
 
 
 # --- where to buy ------------------------------------------------------------------------------------------
@@ -146,14 +113,15 @@ def test_the_caps_are_those_of_the_pool_wherever_its_workers_are(tmp_path: Path)
 
 
 def test_a_spare_is_kept_warm_in_whichever_region_has_one(tmp_path: Path) -> None:
-    async def story(broker: RunningBroker, earth: FakeCloud, mars: FakeCloud) -> None:
-        earth.refuses["big"] = NONE_LEFT
-        await broker.until(lambda: broker.registry.count("default", WorkerState.READY) == 1)
-        await asyncio.sleep(600)
-        assert len(mars.running()) == 1
-        assert earth.running() == []
+    async def main() -> None:
+        regions = Regions(tmp_path)
+        regions.earth.refuses["big"] = NONE_LEFT
+        async with regions.broker(pool(warm=1)) as broker:
+            await broker.until(lambda: broker.registry.count("default", WorkerState.READY) == 1)
+            await asyncio.sleep(600)
+            assert regions.running() == (0, 1)
 
-    live(tmp_path, story, warm=1)
+    run_virtual(main())
 
 
 # --- regions that are silent -------------------------------------------------------------------------------
@@ -177,10 +145,10 @@ def test_a_region_that_is_down_at_the_start_is_waited_for_and_not_for_ever(tmp_p
     """It may have a warm worker: but after some scans in vain another region sells one."""
 
     async def main() -> None:
-        sky = skies()
-        sky["earth"].fail["listing"].extend(CloudUnreachable("no connection") for _ in range(500))
-        async with broker_at(sky, tmp_path, pool("earth", "mars")) as broker:
-            assert sky["mars"].has(await broker.ask("GET_WORKER client=a"))
+        regions = Regions(tmp_path)
+        regions.earth.fail["listing"].extend(CloudUnreachable("no connection") for _ in range(500))
+        async with regions.broker(pool()) as broker:
+            assert regions.mars.has(await broker.ask("GET_WORKER client=a"))
             assert 5 < broker.clock.monotonic() < 120
             assert broker.daemon.health.not_ready() == []
             assert broker.daemon.health.problems() == []
@@ -219,15 +187,15 @@ def test_a_region_of_which_another_broker_is_in_charge_is_passed_over(tmp_path: 
 
 def test_a_restart_finds_the_workers_and_leases_of_both_regions(tmp_path: Path) -> None:
     async def main() -> None:
-        sky, both = skies(), pool("earth", "mars", sharing="exclusive")
-        async with broker_at(sky, tmp_path, both) as broker:
+        regions, both = Regions(tmp_path), pool(sharing="exclusive")
+        async with regions.broker(both) as broker:
             here = await broker.ask("GET_WORKER client=a region=earth")
             there = await broker.ask("GET_WORKER client=b region=mars")
-        async with broker_at(sky, tmp_path, both) as again:
+        async with regions.broker(both) as again:
             assert await again.ask(f"PING {here} client=a") == "OK"
             assert await again.ask(f"PING {there} client=b") == "OK"
             assert await again.ask("GET_WORKER client=b region=mars") == there
-            assert len(sky["earth"].machines) == len(sky["mars"].machines) == 1
+            assert len(regions.earth.machines) == len(regions.mars.machines) == 1
 
     run_virtual(main())
 
@@ -239,7 +207,7 @@ def test_workers_of_a_region_that_a_reload_has_removed_end_when_nobody_holds_the
         worker = broker.registry.by_address(idle)
         assert worker is not None
         broker.registry.end_lease(worker.id, "a", "done", broker.clock.monotonic())
-        await broker.reload(pool("earth"))
+        await broker.reload(pool(regions=["earth"]))
         await asyncio.sleep(10)
         assert len(mars.running()) == 1
         assert await broker.ask(f"PING {held} client=b") == "OK"
@@ -252,12 +220,12 @@ def test_workers_of_a_region_that_a_reload_has_removed_end_when_nobody_holds_the
 
 def test_a_region_that_a_reload_brings_is_bought_in(tmp_path: Path) -> None:
     async def main() -> None:
-        sky = skies()
-        async with broker_at(sky, tmp_path, pool("earth")) as broker:
-            sky["earth"].refuses["big"] = NONE_LEFT
-            await broker.reload(pool("earth", "mars"))
+        regions = Regions(tmp_path)
+        async with regions.broker(pool(regions=["earth"])) as broker:
+            regions.earth.refuses["big"] = NONE_LEFT
+            await broker.reload(pool())
             await broker.until(broker.daemon.context.clouds.recovered)
-            assert sky["mars"].has(await broker.ask("GET_WORKER client=a"))
+            assert regions.mars.has(await broker.ask("GET_WORKER client=a"))
 
     run_virtual(main())
 
@@ -268,14 +236,14 @@ def test_a_broker_whose_file_was_changed_while_it_was_down_looks_where_its_machi
     """No machine is ever orphaned, also when somebody writes another region into the file."""
 
     async def main() -> None:
-        sky = skies()
-        async with broker_at(sky, tmp_path, pool("mars")) as broker:
+        regions = Regions(tmp_path)
+        async with regions.broker(pool(regions=["mars"])) as broker:
             await broker.ask("GET_WORKER client=a")
-        async with broker_at(sky, tmp_path, pool("earth")) as again:
+        async with regions.broker(pool(regions=["earth"])) as again:
             await again.until(again.daemon.context.clouds.recovered)
-            assert sky["earth"].has(await again.ask("GET_WORKER client=b")), "nobody new gets the other one"
+            assert regions.earth.has(await again.ask("GET_WORKER client=b")), "nobody new gets the other one"
             await asyncio.sleep(1000)
-            assert sky["mars"].running() == []
+            assert regions.mars.running() == []
             assert [cloud.provider.name for cloud in again.daemon.context.clouds.all] == ["ec2 earth"]
 
     run_virtual(main())
@@ -285,11 +253,11 @@ def test_a_place_where_nothing_was_left_is_not_looked_for(tmp_path: Path) -> Non
     """Its credentials may be gone: that must not keep the health check red for ever."""
 
     async def main() -> None:
-        sky = skies()
-        async with broker_at(sky, tmp_path, pool("mars")) as broker:
+        regions = Regions(tmp_path)
+        async with regions.broker(pool(regions=["mars"])) as broker:
             await broker.until(broker.daemon.context.clouds.recovered)
-        sky["mars"].fail["listing"].extend(CloudUnreachable("no connection") for _ in range(500))
-        async with broker_at(sky, tmp_path, pool("earth")) as again:
+        regions.mars.fail["listing"].extend(CloudUnreachable("no connection") for _ in range(500))
+        async with regions.broker(pool(regions=["earth"])) as again:
             await asyncio.sleep(900)
             assert again.daemon.health.problems() == []
 
