@@ -223,6 +223,7 @@ class Stage:
             for m in world.ours()
         ]
         found += [("the books are empty at rest", f"{one.id} is {one.state}") for one in context.registry]
+        found += [("nobody is left in a queue", one.client) for one in context.waiting.of("default")]
         if world.witness.seen["write failed on a full disk"]:
             return found  # what the disk did not take is cleaned up at the next start
         found += [("no order stays open", order.id) for order in context.store.open_orders()]

@@ -35,6 +35,10 @@ from broker.simulation.referee import STRAY, Referee, Violation
 from broker.simulation.witness import Witness
 from broker.testing import EPOCH_UNIX, LoopClock
 
+TOLD_SECONDS_MAX = (
+    120.0  # from a grant to the answer that tells of it: rounds of tries of silent ports, a slow disk
+)
+
 
 class World:
     """See the module."""
@@ -262,8 +266,19 @@ class World:
             self.fairness.restarted()
         if isinstance(event, LeaseGranted):
             self.fairness.granted(event.lease, self.now)
+            if event.lease.bound:
+                self.loop.call_later(TOLD_SECONDS_MAX, self._check_bound, event.lease.id)
         elif isinstance(event, LeaseEnded):
             self.fairness.ended(event.lease)
+
+    def _check_bound(self, lease_id: str) -> None:
+        """A lease that lives as long as a connection lives no longer: nobody else would ever end it."""
+        daemon = self.daemon()
+        lease = None if daemon is None else daemon.context.registry.lease(lease_id)
+        if daemon is None or lease is None or not lease.bound:
+            return
+        if not any(lease_id in one.session.leases for one in daemon.server.connections):
+            self.referee.broken(self.now, "no lease is held by nobody", f"{lease_id} of {lease.client}")
 
     def _check_demand(self, pool: str) -> None:
         """A new order is in the books: is there somebody for it, or a place under the warm target?"""

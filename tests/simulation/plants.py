@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
-from broker import context, granting, orders, service, store, waiting
+from broker import acquiring, context, granting, orders, service, store, waiting
 from broker.clock import Clock
 from broker.clouds import Cloud
 from broker.core import buying, claim, planning, policy, schedule
@@ -483,6 +483,17 @@ def a_fleet_counts_as_one_machine() -> Iterator[Any]:
 
 
 # --- the queue ---------------------------------------------------------------------------------------------
+
+
+@planted
+def served_twice() -> Iterator[Any]:
+    """Who was served in the queue takes once more and stays there: nobody knows of the first leases."""
+
+    async def served(self: Any, waiter: Any, deadline_at: float) -> Any:
+        leases = self._granting.take(waiter)
+        return (leases, False) if leases else await self._wait(waiter, deadline_at)
+
+    yield patch.object(acquiring.Acquiring, "_served", served)
 
 
 @planted
