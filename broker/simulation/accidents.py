@@ -170,9 +170,18 @@ class Accidents:
                 self._world.sky.run_dry(kind, spot=True, seconds=scarcity.seconds)
 
     def silent_port(self, silent: SilentPort) -> None:
-        self._world.say(f"worker ports are silent for {silent.seconds:.0f} s")
-        for machine in self._world.ours():
-            self._world.sky.shut_port(machine.id, silent.seconds)
+        world, daemon = self._world, self._world.daemon()
+        if not silent.first:
+            world.say(f"worker ports are silent for {silent.seconds:.0f} s")
+            for machine in world.ours():
+                world.sky.shut_port(machine.id, silent.seconds)
+            return
+        books = None if daemon is None else daemon.context.registry
+        exclusive = world.pool.exclusive
+        worker = None if books is None else books.available("default", "nobody", exclusive=exclusive)
+        if worker is not None and worker.instance_id is not None:
+            world.say(f"the worker port of {worker.instance_id} is silent for {silent.seconds:.0f} s")
+            world.sky.shut_port(worker.instance_id, silent.seconds)
 
     async def broken_image(self, broken: BrokenImage) -> None:
         """Whoever has made that image mends it later."""

@@ -64,6 +64,7 @@ SHIFTS = (
     ("Australia/Lord_Howe", datetime(2027, 4, 3, 15, tzinfo=UTC)),
     ("Australia/Lord_Howe", datetime(2027, 10, 2, 15, 30, tzinfo=UTC)),
 )
+SILENT_FIRST_PROBABILITY = 0.25
 RARE = 0.01  # of the histories: what costs as much as a hundred others
 OUTAGE_SECONDS = 8 * HOUR_SECONDS  # scenario 27
 
@@ -86,6 +87,7 @@ def draw(seed: int, hours: float) -> History:
     entries += _accidents(rng, hours, sessions)
     entries += _reloads(seed, entries)
     entries += _protections(limits, sessions)
+    entries += _broken_promises(seed, entries, settings)
     history = _in_order(seed, hours, settings, weather, entries)
     warm = random.Random(f"warm {seed}")  # noqa: S311 (of its own: the other histories stay as they are)
     history = _keeping_warm(warm, history) if warm.random() < WARM_PROBABILITY else history
@@ -307,6 +309,23 @@ def _silences(rng: random.Random, entries: list[Entry]) -> list[Entry]:
     count = rng.choice([0, 0, 1, 2]) if entries else 0
     moments = [max(0.0, rng.choice(entries).at - rng.uniform(0.0, 20.0)) for _ in range(count)]
     return [SilentPort(at, rng.uniform(5.0, 300.0)) for at in moments]
+
+
+def _broken_promises(seed: int, entries: list[Entry], settings: Settings) -> list[Entry]:
+    """In a quarter of the histories: of the workers that are free after some work, the one that the next
+    program would get has just fallen silent, when it comes. From dice of its own, as `_reloads` does."""
+    rng = random.Random(f"silent {seed}")  # noqa: S311
+    visits = [entry for entry in entries if isinstance(entry, Visit)]
+    found: list[Entry] = []
+    if rng.random() >= SILENT_FIRST_PROBABILITY or not visits:
+        return found
+    for number in range(rng.choice([2, 4, 8])):
+        at = rng.choice(visits).at + rng.uniform(120.0, 900.0)
+        visit = _visit(rng, at, 1000 + number, settings, polite=False)
+        count, bound = rng.choice([1, 1, 2]), rng.random() < 0.7
+        found.append(SilentPort(at - rng.uniform(0.1, 10.0), rng.uniform(5.0, 120.0), first=True))
+        found.append(replace(visit, acquire=count, bound=bound, again=0, wait=rng.choice([None, 2.0, 30.0])))
+    return found
 
 
 def _accidents(rng: random.Random, hours: float, sessions: list[Session]) -> list[Entry]:

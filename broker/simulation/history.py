@@ -137,10 +137,14 @@ class BrokenImage:
 
 @dataclass(frozen=True, slots=True)
 class SilentPort:
-    """The worker program on every running machine stops answering for so long; the machines run on."""
+    """The worker program on every running machine stops answering for so long; the machines run on.
+
+    `first`: only on the one that the broker would hand out first.
+    """
 
     at: float
     seconds: float
+    first: bool = False
 
 
 @dataclass(frozen=True, slots=True)
