@@ -20,7 +20,7 @@ from broker.core.protocol import Acquire
 from broker.core.replies import Granted
 from broker.core.settings import PoolSettings
 from broker.core.wish import Wish
-from broker.granting import Granting
+from broker.granting import PROOF_GRACE_SECONDS, Granting
 from broker.prospects import Prospects
 from broker.waiting import Terms, Waiter
 
@@ -31,10 +31,20 @@ Say = Callable[[bytes], None]
 
 def timed_out(waiter: Waiter, prospects: Prospects, now: float) -> WaitTimedOut:
     """What a client hears when its wait is over: how long it was, and why."""
-    who = "no worker" if waiter.count == 1 else f"fewer than {waiter.least} workers"
-    sentence = f"{who} became ready within {now - waiter.asked_at:.0f} s"
-    why = prospects.why(waiter)
+    sentence, why = _too_late(waiter, now), prospects.why(waiter)
     return WaitTimedOut(f"{sentence}: {why}" if why else sentence)
+
+
+def not_proved(waiter: Waiter, deadline_at: float) -> WaitTimedOut:
+    """What a client hears that was to have a worker, when its wait is over before the worker has answered."""
+    return WaitTimedOut(
+        f"{_too_late(waiter, deadline_at)}: what was free did not answer on its worker port; ask again"
+    )
+
+
+def _too_late(waiter: Waiter, at: float) -> str:
+    who = "no worker" if waiter.count == 1 else f"fewer than {waiter.least} workers"
+    return f"{who} became ready within {at - waiter.asked_at:.0f} s"
 
 
 def granted(lease: Lease, worker: Worker, expires_unix: float, of: int) -> Granted:
@@ -95,11 +105,13 @@ class Acquiring:
                 _, pool = self._admission.pool(command.pool)  # a reload may have removed it meanwhile
                 self._context.require_charge_somewhere(name)
                 leases, last = await self._served(waiter, deadline_at)
-                good = await self._good(leases, pool)
-                last = last or self._now() >= deadline_at
-                if len(good) == waiter.count or (len(good) >= waiter.least and last):
+                good = await self._good(leases, pool, deadline_at + PROOF_GRACE_SECONDS)
+                over = self._now() >= deadline_at
+                if len(good) == waiter.count or (len(good) >= waiter.least and (last or over)):
                     self._granting.give_back([one for one in leases if one not in good], "not handed out")
                     return good
+                if over:
+                    raise not_proved(waiter, deadline_at)
                 waiter = self._again(waiter, leases)
             raise CloudError("workers are lost as fast as they become ready")
         except BaseException:  # it may stand in the queue, or have been served there in this instant
@@ -193,10 +205,10 @@ class Acquiring:
         self._granting.give_back(leases, "not handed out")
         return after
 
-    async def _good(self, leases: list[Lease], pool: PoolSettings) -> list[Lease]:
+    async def _good(self, leases: list[Lease], pool: PoolSettings, until_at: float) -> list[Lease]:
         """Those that may be handed out in this instant. Whatever goes wrong, nothing stays held."""
         try:
-            return await self._granting.all_confirmed(leases, pool)
+            return await self._granting.all_confirmed(leases, pool, until_at)
         except BaseException:
             self._granting.give_back(leases, "not handed out")
             raise

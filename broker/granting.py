@@ -21,6 +21,7 @@ from broker.waiting import Waiter
 
 TURN_SECONDS = 300.0  # longer than a machine takes to boot: what is missing is mostly on its way
 CONFIRMED_AT_ONCE_MAX = 64  # connections to worker ports for one command: file descriptors are few
+PROOF_GRACE_SECONDS = 1.0  # beyond a client's wait: the proof of a worker that came in its last moment
 PROOF_ROUNDS_MAX = 3  # of one hand-out: ports that answer slowly make the others' proofs old
 
 Prove = Callable[[Worker], Awaitable[bool]]
@@ -168,27 +169,32 @@ class Granting:
                 self._registry.look_again(worker.id, now)
         self._reap()
 
-    async def all_confirmed(self, leases: Sequence[Lease], pool: PoolSettings) -> list[Lease]:
+    async def all_confirmed(
+        self, leases: Sequence[Lease], pool: PoolSettings, until_at: float
+    ) -> list[Lease]:
         """Those whose workers may be handed out in this instant: each is proved, and each lease on disk.
+        Those of which that is not known by `until_at` are not among them.
 
         Proving one may take so long that the proof of another is old by then. Raises StoreError.
         """
         good = list(leases)
         for _ in range(PROOF_ROUNDS_MAX):
-            found = await self._confirm_each(good, pool)
+            found = await self._confirm_each(good, pool, until_at)
             good = [lease for lease, worker in zip(good, found, strict=True) if worker is not None]
             if all(self._may_go(lease, pool) for lease in good):
                 return good
         return [lease for lease in good if self._may_go(lease, pool)]
 
-    async def _confirm_each(self, leases: Sequence[Lease], pool: PoolSettings) -> list[Worker | None]:
+    async def _confirm_each(
+        self, leases: Sequence[Lease], pool: PoolSettings, until_at: float
+    ) -> list[Worker | None]:
         if len(leases) == 1:
-            return [await self.confirmed(leases[0], pool)]
+            return [await self.confirmed(leases[0], pool, until_at)]
         places = asyncio.Semaphore(CONFIRMED_AT_ONCE_MAX)
 
         async def confirm(lease: Lease) -> Worker | None:
             async with places:
-                return await self.confirmed(lease, pool)
+                return await self.confirmed(lease, pool, until_at)
 
         found = await asyncio.gather(*(confirm(lease) for lease in leases), return_exceptions=True)
         for one in found:
@@ -203,8 +209,18 @@ class Granting:
         )
         return ready and self._registry.lease(lease.id) is not None
 
-    async def confirmed(self, lease: Lease, pool: PoolSettings) -> Worker | None:
-        """The lease's worker, when its readiness is proved, the lease is on disk, and both are still so."""
+    async def confirmed(self, lease: Lease, pool: PoolSettings, until_at: float) -> Worker | None:
+        """The lease's worker, when its readiness is proved, the lease is on disk, and both are still so.
+
+        None also when that takes longer than until then: the client waits no longer. Raises StoreError.
+        """
+        try:
+            async with asyncio.timeout(max(0.0, until_at - self._now())):
+                return await self._confirmed(lease, pool)
+        except TimeoutError:
+            return None
+
+    async def _confirmed(self, lease: Lease, pool: PoolSettings) -> Worker | None:
         worker = self._registry.get(lease.worker_id)
         if worker is None or worker.state is not WorkerState.READY:
             return None

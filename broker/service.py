@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from importlib.metadata import version
 
-from broker.acquiring import Acquiring, granted, timed_out
+from broker.acquiring import Acquiring, granted, not_proved, timed_out
 from broker.admission import HAND_OUT_ATTEMPTS_MAX, Admission
 from broker.context import Context
 from broker.core import protocol
@@ -51,7 +51,7 @@ from broker.core.protocol import (
 from broker.core.replies import Versions
 from broker.core.settings import PoolSettings
 from broker.core.wish import ANYTHING, Wish
-from broker.granting import Granting, Prove
+from broker.granting import PROOF_GRACE_SECONDS, Granting, Prove
 from broker.notices import Notices
 from broker.operations import Operations
 from broker.prospects import Prospects
@@ -233,7 +233,7 @@ class Service:
             waiter = Waiter(name, client, exclusive, wish, asked_at, _future())
             (lease,) = self._granting.take(waiter) or await self._wait(waiter, deadline_at)
             try:
-                worker = await self._granting.confirmed(lease, pool)
+                worker = await self._granting.confirmed(lease, pool, deadline_at + PROOF_GRACE_SECONDS)
             except asyncio.CancelledError:  # the client went away
                 self._let_go([lease], held_before)
                 raise
@@ -243,6 +243,8 @@ class Service:
                     self._remember(client, lease, pool, reply)
                 return reply
             self._let_go([lease], held_before)
+            if self._now() >= deadline_at:
+                raise not_proved(waiter, deadline_at)
         raise CloudError("workers are lost as fast as they become ready")
 
     async def _wait(self, waiter: Waiter, deadline_at: float) -> list[Lease]:

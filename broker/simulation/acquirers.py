@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from broker.core.model import WorkerState
 from broker.core.protocol import ERROR_LINE
 from broker.providers.simulated import BROKER
+from broker.simulation.asking import ANSWER_SLACK_SECONDS
 from broker.simulation.history import Visit
 from broker.simulation.world import World
 from broker.testing import Client
 
-ANSWER_SLACK_SECONDS = 60.0  # beyond its wait: rounds of two tries of silent worker ports, and a disk
 PATIENCE_SECONDS = 120.0  # how long clients try to reach a broker that is down
 TRY_AGAIN_SECONDS = 5.0
 REPLY_SECONDS_MAX = 60.0

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 LEAVING_SECONDS = 1.0  # the broker may hear of a client that has left a moment after the client knows
 
+ANSWER_SLACK_SECONDS = 2.0  # beyond a wait: the proof of a worker that came in its last moment
+
 
 @dataclass(eq=False, slots=True)
 class Ask:

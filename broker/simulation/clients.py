@@ -9,12 +9,11 @@ from broker.core.planning import SEATS_MAX
 from broker.core.protocol import ERROR_LINE
 from broker.providers.simulated import BROKER
 from broker.simulation.acquirers import Acquirers
-from broker.simulation.asking import Ask
+from broker.simulation.asking import ANSWER_SLACK_SECONDS, Ask
 from broker.simulation.history import Crowd, Visit
 from broker.simulation.world import World
 from broker.testing import Client
 
-ANSWER_SLACK_SECONDS = 20.0  # beyond its wait: two tries of a silent worker port, and a disk
 PATIENCE_SECONDS = 120.0  # how long clients try to reach a broker that is down
 TRY_AGAIN_SECONDS = 5.0
 DYING_STEP_SECONDS, DYING_SECONDS_MAX = 37.0, 600.0  # members of a crowd die one after the other, in no order
