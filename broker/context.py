@@ -67,6 +67,9 @@ class Context:
     scanned: Signal = field(default_factory=Signal)  # a scan of a cloud ended, well or not
     guards: dict[str, LaunchGuard] = field(default_factory=dict)
     warm: dict[str, Warmth] = field(default_factory=dict)  # ask `warmth`, which looks at the clock
+    wanted: dict[str, frozenset[str]] = field(
+        default_factory=dict
+    )  # pool → workers that wait, with the first client that asks for several at once, for the others
     obstacles: dict[str, BrokerError] = field(
         default_factory=dict
     )  # pool → why its clients wait without a launch

@@ -29,10 +29,11 @@ Prove = Callable[[Worker], Awaitable[bool]]
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """Workers that nobody but this waiter is given: it lacks some more."""
+    """Workers that this waiter could have: it lacks some more."""
 
     waiter: Waiter
     worker_ids: frozenset[str]
+    alone: bool  # it has its turn: nobody else is given them
 
 
 class Granting:
@@ -146,7 +147,7 @@ class Granting:
     def _test(self, waiter: Waiter) -> Callable[[Worker], bool] | None:
         """What a worker must be: as the client wishes, and not kept for another one."""
         fits, kept = waiter.wish.test(), self._kept.get(waiter.pool)
-        if kept is None or kept.waiter is waiter:
+        if kept is None or kept.waiter is waiter or not kept.alone:
             return fits
         lease_of = self._registry.lease_of
         return lambda worker: (
@@ -155,9 +156,8 @@ class Granting:
         )
 
     def is_kept(self, worker: Worker) -> bool:
-        """Whether somebody waits for it who lacks some more."""
-        kept = self._kept.get(worker.pool)
-        return kept is not None and worker.id in kept.worker_ids
+        """Whether somebody waits who would have it, and lacks some more: then it is not idle."""
+        return worker.id in self._context.wanted.get(worker.pool, ())
 
     def give_back(self, leases: Iterable[Lease], reason: str) -> None:
         """End leases; their workers stay warm, and are looked at again: they may be overdue."""
@@ -242,9 +242,26 @@ class Granting:
         once, what there is of them is kept meanwhile: for TURN_SECONDS, then those behind it are served for
         as long, and so on. So neither can keep the other out for ever.
         """
+        before = self._kept.pop(pool, None)
+        self._serve_all(pool)
+        self._note_wanted(pool, before)
+
+    def _note_wanted(self, pool: str, before: Kept | None) -> None:
+        """Tell what must not be reaped as idle, and have what may be again be looked at."""
+        kept, wanted = self._kept.get(pool), self._context.wanted
+        if kept is not None:
+            wanted[pool] = kept.worker_ids
+        else:
+            wanted.pop(pool, None)
+        now = self._now()
+        for worker_id in before.worker_ids - wanted.get(pool, frozenset()) if before else ():
+            worker = self._registry.get(worker_id)
+            if worker is not None and worker.state in USABLE:
+                self._registry.look_again(worker_id, now)
+
+    def _serve_all(self, pool: str) -> None:
         hopeless: set[tuple[bool, Wish, int]] = set()
         first = True
-        self._kept.pop(pool, None)
         for waiter in self._context.waiting.of(pool):
             waiter.found = 0
             kind = (waiter.exclusive, waiter.wish, waiter.count)
@@ -265,8 +282,7 @@ class Granting:
                 first = False
                 places = self._places(waiter)
                 waiter.found = len(places)
-                if self._keeps(pool):
-                    self._kept[pool] = Kept(waiter, frozenset(places))
+                self._kept[pool] = Kept(waiter, frozenset(places), alone=self._keeps(pool))
 
     def _has_some(self, waiter: Waiter) -> bool:
         """Whether it holds workers of the pool: those it may get although others like it cannot."""

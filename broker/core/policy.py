@@ -69,10 +69,12 @@ def judge(
     warmth: Warmth | None = None,
     *,
     leaving: bool = False,
+    wanted: bool = False,
 ) -> Verdict:
     """One worker, after `registry.expire_leases`: must it go? Times are monotonic seconds.
 
-    One that the warm target keeps is not idle, however long nobody has used it. One that is `leaving`,
+    One that the warm target keeps is not idle, however long nobody has used it, nor is one that is `wanted`
+    by somebody who waits until there are more like it. One that is `leaving`,
     because its pool was removed, goes as soon as nobody holds it. A protected one that has come up never
     must; one that has not is drained, so that nobody waits for it. Draining alone ends no machine: `may_end`
     has the last word.
@@ -83,7 +85,7 @@ def judge(
         case WorkerState.BOOTING:
             return _judge_booting(registry, worker, pool, now)
         case WorkerState.READY | WorkerState.SUSPECT:
-            return _judge_usable(registry, worker, pool, now, warmth or Warmth())
+            return _judge_usable(registry, worker, pool, now, warmth or Warmth(), wanted=wanted)
         case _:
             return Verdict()
 
@@ -152,7 +154,7 @@ def _judge_booting(registry: Registry, worker: Worker, pool: PoolSettings, now: 
 
 
 def _judge_usable(
-    registry: Registry, worker: Worker, pool: PoolSettings, now: float, warmth: Warmth
+    registry: Registry, worker: Worker, pool: PoolSettings, now: float, warmth: Warmth, *, wanted: bool
 ) -> Verdict:
     retire_at, hard_at = worker.born_at + pool.max_lifetime, _hard_at(worker, pool)
     if registry.busy(worker.id):
@@ -167,13 +169,13 @@ def _judge_usable(
     if used_up(registry, worker, pool) or worker.closed:
         return Verdict(drain=Reason.USED_UP)
     limits = [(retire_at, Reason.MAX_LIFETIME)]
-    idle_at = idle_since_at(registry, worker, pool, warmth, now)
+    idle_at = None if wanted else idle_since_at(registry, worker, pool, warmth, now)
     if idle_at is not None:
         limits.append((idle_at + pool.idle_timeout, Reason.IDLE))
     if worker.state is WorkerState.SUSPECT:
         limits.append((worker.since_at + SUSPECT_SECONDS_MAX, Reason.UNRESPONSIVE))
     deadline_at, reason = min(limits)
-    if idle_at is None and deadline_at > now:  # whether it is still a spare is looked at again and again
+    if idle_at is None and deadline_at > now:  # whether it is still of use is looked at again and again
         return Verdict(next_look_at=min(deadline_at, now + LOOK_SECONDS))
     return _drain_at(deadline_at, reason, now)
 

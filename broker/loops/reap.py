@@ -83,8 +83,13 @@ class ReapLoop:
                     now=now,
                 )
                 for worker_id in unused:
+                    if self._is_wanted(name, worker_id):
+                        continue
                     self._registry.drain(worker_id, Reason.REPLACED, now)
         return found
+
+    def _is_wanted(self, pool: str, worker_id: str) -> bool:
+        return worker_id in self._context.wanted.get(pool, ())
 
     def _judge(self, worker: Worker, now: float) -> None:
         self._registry.expire_leases(worker.id, now)
@@ -94,7 +99,8 @@ class ReapLoop:
         close_when_used_up(self._context, current)
         leaving, pool = current.id in self._context.leaving, self._context.pool_of(current)
         warmth = None if leaving else self._context.warmth(current.pool)
-        verdict = judge(self._registry, current, pool, now, warmth, leaving=leaving)
+        wanted = self._is_wanted(current.pool, current.id)
+        verdict = judge(self._registry, current, pool, now, warmth, leaving=leaving, wanted=wanted)
         if verdict.retire and not current.standing_notice:
             self._registry.suspect(worker.id, RETIRED, now, standing=True)
         if verdict.next_look_at is not None:
