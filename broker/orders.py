@@ -62,6 +62,7 @@ class OpenOrder:
     perhaps_launched: bool  # a call may have been carried out without an answer
     resend_at: float = 0.0  # not before; never, once the cloud has refused the same order as a different one
     stranded: bool = False  # perhaps launched where nothing can be asked now, while its pool buys elsewhere
+    absences: int = 0  # listings that should have shown its machine and did not
     doubtful: bool = False  # refused when sent again, but its first call may still be on its way
     vacant: dict[str, None] = field(default_factory=dict)  # places without a machine
     machines: set[str] = field(default_factory=set)  # that have taken a place, also those that have ended
@@ -105,11 +106,12 @@ class Orders:
     def _is_supply(self, entry: OpenOrder) -> bool:
         return not (entry.doubtful or entry.stranded or self.withdrawn(entry))
 
-    def coming(self, pool: str) -> dict[tuple[Offering, ...], int]:
-        """The pool's machines on order, by what each may turn out to be; without the doubtful ones."""
+    def coming(self, pool: str, without: OpenOrder | None = None) -> dict[tuple[Offering, ...], int]:
+        """The pool's machines on order, by what each may turn out to be; without the doubtful ones, and those
+        of one order that is in doubt now."""
         found: dict[tuple[Offering, ...], int] = {}
         for entry in self._open.values():
-            if entry.order.pool == pool and self._is_supply(entry):
+            if entry.order.pool == pool and entry is not without and self._is_supply(entry):
                 found[entry.order.offerings] = found.get(entry.order.offerings, 0) + len(entry.vacant)
         return found
 

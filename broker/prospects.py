@@ -2,40 +2,60 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from broker.context import Context
 from broker.core.errors import BrokerError, Code
 from broker.core.estimate import BootTimes
-from broker.core.model import Worker, WorkerState
+from broker.core.model import Offering, Worker, WorkerState
+from broker.core.planning import SEATS_MAX
 from broker.core.replies import Pending
-from broker.core.wish import ANYTHING
 from broker.waiting import Waiter
 
 BOOTING, QUEUED, STARTING = "BOOTING", "QUEUED", "STARTING"
 OBSTACLES = {Code.NO_CAPACITY, Code.LIMIT, Code.BUDGET}  # an obstacle with another code is called CLOUD
 
 
-@dataclass(slots=True)
 class Queue:
-    """One pool's queue as it is being walked: how many machines those in front are waiting for."""
+    """One pool's queue as it is being walked: which machines on their way those in front are waiting for."""
 
-    booting: list[Worker]  # the oldest first
-    seats: int | None
-    alone: int = 0
-    sharing: int = 0
+    def __init__(self, booting: Iterable[Worker], seats: int) -> None:
+        """`booting`: the oldest first; `seats`: so many clients share one, at most."""
+        self._free: dict[Offering, deque[Worker]] = {}
+        for worker in booting:
+            self._free.setdefault(worker.offering, deque()).append(worker)
+        self._seats = seats
+        self._shared: list[tuple[Worker, int]] = []  # with the seats that are left
 
     def machine_of(self, waiter: Waiter) -> Worker | None:
         """The machine on its way with which this waiter has all it wants; None when that is not ordered."""
-        self.alone += waiter.lacking if waiter.exclusive else 0
-        self.sharing += 0 if waiter.exclusive else waiter.lacking
-        shared = min(self.sharing, 1) if self.seats is None else -(-self.sharing // self.seats)
-        number = self.alone + shared - 1
-        fitting = self.booting
-        if waiter.wish != ANYTHING:
-            fitting = [worker for worker in fitting if waiter.wish.fits(worker.offering)]
-        return fitting[number] if number < len(fitting) else None
+        last: Worker | None = None
+        lacking = waiter.lacking
+        while lacking > 0:
+            worker, seats = self._next(waiter)
+            if worker is None:
+                return None
+            here = min(seats, lacking)
+            lacking -= here
+            if not waiter.exclusive:
+                self._shared.append((worker, seats - here))
+            last = worker
+        return last
+
+    def _next(self, waiter: Waiter) -> tuple[Worker | None, int]:
+        """A machine that fits, and how many may have it: one with free seats, or else the oldest."""
+        if not waiter.exclusive:
+            for number, (worker, seats) in enumerate(self._shared):
+                if seats and waiter.wish.fits(worker.offering):
+                    del self._shared[number]
+                    return worker, seats
+        fitting = [free for offering, free in self._free.items() if free and waiter.wish.fits(offering)]
+        if not fitting:
+            return None, 0
+        worker = min(fitting, key=lambda free: free[0].born_at).popleft()
+        return worker, 1 if waiter.exclusive else self._seats
 
 
 @dataclass(slots=True)
@@ -50,7 +70,7 @@ class Prospects:
         context = self.context
         on_order = context.registry.in_state(WorkerState.ORDERED, WorkerState.BOOTING, pool=pool)
         booting = sorted(on_order, key=lambda worker: worker.born_at)
-        queue = Queue(booting, context.pool(pool).seats)
+        queue = Queue(booting, context.pool(pool).seats or SEATS_MAX)
         obstacle = context.obstacles.get(pool)
         for position, waiter in enumerate(context.waiting.of(pool), start=1):
             yield waiter, self._pending(waiter, position, queue.machine_of(waiter), obstacle)

@@ -284,6 +284,8 @@ class FakeCloud:
     async def connect(self, address: str, port: int) -> bool:
         """The network, for a ProbeLoop."""
         await asyncio.sleep(0.001)
+        if "connect" in self.hold:
+            await self.hold["connect"].wait()
         machines = [m for m in self.machines.values() if m.instance.address == address]
         return any(m.answers and m.instance.state is InstanceState.RUNNING for m in machines)
 

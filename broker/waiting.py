@@ -8,7 +8,7 @@ so that no two can wait for what the other has (granting.py has the rule).
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from broker.core.errors import BrokerError
@@ -111,10 +111,14 @@ class Waiting:
     def of(self, pool: str) -> list[Waiter]:
         return [waiter for waiter in self._queues.get(pool, ()) if not waiter.served.done()]
 
-    def needs(self, pool: str) -> list[Need]:
-        """What they wait for, the one who came first at the front; those who want the same are one need."""
+    def needs(self, pool: str, room_of: Callable[[str], int | None] | None = None) -> list[Need]:
+        """What they wait for, the one who came first at the front; those who want the same are one need.
+
+        `room_of` tells how many workers more a client may hold at all, None for no limit.
+        """
         groups: dict[tuple[Wish, bool], dict[str, int]] = {}
         known: dict[int, tuple[Wish, dict[str, int]]] = {}  # by wish: telling thousands apart costs more
+        room: dict[str, int | None] = {}
         for waiter in self._queues.get(pool, ()):
             if waiter.served.done():
                 continue
@@ -123,25 +127,55 @@ class Waiting:
             if found is None:
                 group = groups.setdefault((waiter.wish, waiter.exclusive), {})
                 found = known[number] = (waiter.wish, group)
-            found[1][waiter.who] = waiter.lacking
+            lacking = waiter.lacking
+            if room_of is not None and waiter.exclusive and waiter.who not in found[1]:
+                lacking = _within(waiter, room, room_of)
+            found[1][waiter.who] = lacking
         return [Need(wish, sum(each.values()), exclusive) for (wish, exclusive), each in groups.items()]
 
-    def fail(self, pool: str, error: BrokerError, *, wish: Wish | None = None, supply: int = 0) -> None:
-        """Tell those who wait in the pool (for that wish) that waiting does not help.
+    def fail(
+        self,
+        pool: str,
+        error: BrokerError,
+        *,
+        unserved: Mapping[tuple[Wish, bool], int] | None = None,
+        helped: Callable[[Waiter], bool] = lambda waiter: False,
+    ) -> bool:
+        """Tell those who wait in the pool that waiting does not help. Returns whether anybody goes on.
 
-        `supply` machines are on their way: they are enough for everybody who shares, and for as many others.
-        One who wants several at once is told only when none of them is on its way.
+        `unserved`: for so many of each need no machine is on its way, and only they are told, who came last
+        first; without it everybody is. Those go on whom waiting has `helped` for another reason.
         """
-        concerned = [w for w in self.of(pool) if wish is None or w.wish == wish]
-        needs = {waiter.need: waiter for waiter in concerned if waiter.exclusive}
-        hopeless: set[tuple[str, Wish]] = set()
-        left = supply
-        for need, waiter in needs.items():
-            if left <= 0:
-                hopeless.add(need)
-            left -= waiter.lacking
-        alone = [waiter for waiter in concerned if waiter.exclusive and waiter.need in hopeless]
-        sharing = [] if supply else [waiter for waiter in concerned if not waiter.exclusive]
-        for waiter in [*alone, *sharing]:
-            waiter.served.set_exception(error)
-            waiter.served.exception()  # retrieved: the client may be gone before it hears it
+        left = dict.fromkeys(self._kinds(pool), 0)
+        if unserved is not None:
+            left = {kind: clients - unserved.get(kind, 0) for kind, clients in self._kinds(pool).items()}
+        told: dict[tuple[str, Wish], bool] = {}  # one client with one wish on many connections: one answer
+        concerned, going_on = self.of(pool), False
+        for waiter in concerned:
+            kind = (waiter.wish, waiter.exclusive)
+            if unserved is not None and kind not in unserved:
+                going_on = True
+                continue
+            if waiter.need not in told:
+                told[waiter.need] = left[kind] <= 0 and not helped(waiter)
+                left[kind] -= waiter.lacking
+            if told[waiter.need]:
+                waiter.served.set_exception(error)
+                waiter.served.exception()  # retrieved: the client may be gone before it hears it
+            going_on |= not told[waiter.need]
+        return going_on
+
+    def _kinds(self, pool: str) -> dict[tuple[Wish, bool], int]:
+        return {(need.wish, need.exclusive): need.clients for need in self.needs(pool)}
+
+
+def _within(waiter: Waiter, room: dict[str, int | None], room_of: Callable[[str], int | None]) -> int:
+    """What it lacks, as far as it may have it: `room` is what is left of that for each client."""
+    if waiter.client not in room:
+        room[waiter.client] = room_of(waiter.client)
+    left = room[waiter.client]
+    if left is None:
+        return waiter.lacking
+    lacking = min(waiter.lacking, left)
+    room[waiter.client] = left - lacking
+    return lacking

@@ -212,20 +212,20 @@ async def test_bad_news_of_one_pool_is_no_news_of_another() -> None:
 
 async def test_only_those_with_the_wish_that_cannot_be_met_hear_it() -> None:
     plain, big = waiter(), waiter(wish=BIG)
-    queue(plain, big).fail("default", NoCapacity(), wish=BIG)
+    assert queue(plain, big).fail("default", NoCapacity(), unserved={(BIG, False): 1}), "one goes on"
     assert failed(plain, big) == [False, True]
 
 
 async def test_one_machine_on_its_way_is_enough_for_all_who_share() -> None:
     sharing = [waiter() for _ in range(5)]
-    queue(*sharing).fail("default", NoCapacity(), supply=1)
+    queue(*sharing).fail("default", NoCapacity(), unserved={})
     assert not any(failed(*sharing))
 
 
 async def test_machines_on_their_way_are_for_those_who_came_first() -> None:
     alone = [waiter(float(number), client=f"c{number}", exclusive=True) for number in range(4)]
     sharing = waiter(9.0)
-    queue(*alone, sharing).fail("default", NoCapacity(), supply=2)
+    queue(*alone, sharing).fail("default", NoCapacity(), unserved={(ANYTHING, True): 2})
     assert failed(*alone, sharing) == [False, False, True, True, False]
 
 

@@ -7,7 +7,7 @@ for `on_demand_after` while clients waited, for what is short only, never for mo
 machines at a time, and no longer than spot cannot be had. Such a machine is a *fallback*; once nobody uses it
 and spot can be had again, it is replaced.
 
-Everything is handed in and nothing is remembered, except in SpotDrought.
+Everything is handed in and nothing is remembered.
 """
 
 from __future__ import annotations
@@ -33,26 +33,10 @@ LISTED_REGION, ELSEWHERE_SHARE = "us-east-1", 1.5
 SpotPrices = Mapping[tuple[str, str], int]  # (zone, instance type) → micro-dollars an hour
 
 
-@dataclass(slots=True)
-class SpotDrought:
-    """Since when a pool's clients have waited while spot was refused. One for each pool."""
-
-    since_at: float | None = None
-
-    def refused(self, now: float) -> None:
-        """Somebody waits, and spot cannot be had."""
-        if self.since_at is None:
-            self.since_at = now
-
-    def ended(self) -> None:
-        """A spot machine was bought, or nobody waits any more."""
-        self.since_at = None
-
-
 @dataclass(frozen=True, slots=True)
 class Shortfall:
     """What a pool lacks: so many machines beyond those on order and booting. What it has already (on order
-    included) of on-demand ones, and since when spot has been refused for it (monotonic; see SpotDrought)."""
+    included) of on-demand ones, and since when spot has been refused for it (monotonic)."""
 
     machines: int
     on_demand_machines: int = 0

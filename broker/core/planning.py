@@ -29,15 +29,17 @@ class Need:
 
 @dataclass(frozen=True, slots=True)
 class Purchase:
-    """So many machines for a wish."""
+    """So many machines for a wish; with `spare` no client waits for them."""
 
     wish: Wish
     machines: int
+    spare: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What to order, the client that has waited longest first. `missing` machines find no room."""
+    """What to order, the client that has waited longest first; spare ones last. `missing` machines, for which
+    clients wait, find no room."""
 
     purchases: tuple[Purchase, ...] = ()
     missing: int = 0
@@ -123,39 +125,55 @@ def plan(
     that share one worker, at most; `spare`: machines wanted beyond what clients wait for, already without
     those that are ready.
     """
-    supply, short = _Supply(dict(coming)), dict.fromkeys(range(len(needs)), 0)
-    choices = {need.wish: sum(need.wish.fits(one) for one in offerings) for need in needs}
-    for number in sorted(short, key=lambda one: choices[needs[one].wish]):  # stable: the queue's order counts
-        need = needs[number]
-        if need.exclusive:
-            short[number] = need.clients - supply.take_all(need.wish, need.clients)
+    supply, wanted = _Supply(dict(coming)), {need.wish: 0 for need in needs}
+    for need in _most_particular_first(needs, offerings):
+        clients = _unserved(supply, need, seats)
+        if clients and not need.exclusive:
+            machines = -(-clients // seats)
+            bought = tuple(one for one in offerings if need.wish.fits(one))
+            supply.share(bought, machines * seats, clients)
+            wanted[need.wish] += machines
         else:
-            short[number] = _share(supply, need, offerings, seats)
-    wanted = {need.wish: 0 for need in needs}
-    for number, machines in short.items():
-        wanted[needs[number].wish] += machines
-    left_over = sum(supply.coming.values())
-    wanted[ANYTHING] = wanted.get(ANYTHING, 0) + max(0, spare - left_over)
-    return _within(wanted, room)
-
-
-def _within(wanted: Mapping[Wish, int], room: int) -> Plan:
+            wanted[need.wish] += clients
     purchases, missing = [], 0
     for wish, machines in wanted.items():
         here = min(machines, max(0, room))
         room, missing = room - here, missing + machines - here
         if here:
             purchases.append(Purchase(wish, here))
+    spares = min(max(0, spare - sum(supply.coming.values())), max(0, room))
+    if spares:
+        purchases.append(Purchase(ANYTHING, spares, spare=True))
     return Plan(tuple(purchases), missing)
 
 
-def _share(supply: _Supply, need: Need, offerings: Sequence[Offering], seats: int) -> int:
-    """How many machines these sharers lack, after all seats on what comes anyway."""
-    clients, lacking = supply.seat(need.wish, need.clients), 0
+def unserved(
+    needs: Sequence[Need],
+    coming: Mapping[tuple[Offering, ...], int],
+    offerings: Sequence[Offering],
+    *,
+    seats: int = SEATS_MAX,
+) -> dict[tuple[Wish, bool], int]:
+    """For how many clients of each need (its wish, whether it is exclusive) no machine is on its way."""
+    supply = _Supply(dict(coming))
+    found = {
+        (need.wish, need.exclusive): _unserved(supply, need, seats)
+        for need in _most_particular_first(needs, offerings)
+    }
+    return {key: clients for key, clients in found.items() if clients}
+
+
+def _most_particular_first(needs: Sequence[Need], offerings: Sequence[Offering]) -> list[Need]:
+    """Among those that are as particular, the queue's order counts."""
+    choices = {need.wish: sum(need.wish.fits(one) for one in offerings) for need in needs}
+    return sorted(needs, key=lambda need: choices[need.wish])
+
+
+def _unserved(supply: _Supply, need: Need, seats: int) -> int:
+    """Give the need what is on its way. For how many of its clients there is nothing left."""
+    if need.exclusive:
+        return need.clients - supply.take_all(need.wish, need.clients)
+    clients = supply.seat(need.wish, need.clients)
     while clients > 0 and (machine := supply.take(need.wish)) is not None:
         clients = supply.share(machine, seats, clients)
-    if clients > 0:
-        bought = tuple(one for one in offerings if need.wish.fits(one))
-        lacking = -(-clients // seats)
-        supply.share(bought, lacking * seats, clients)
-    return lacking
+    return clients

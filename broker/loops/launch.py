@@ -15,7 +15,7 @@ from typing import Any
 
 from broker.clouds import Cloud, is_known
 from broker.context import Context
-from broker.core.buying import Choice, Shortfall, SpotDrought, choose
+from broker.core.buying import Choice, Shortfall, choose
 from broker.core.errors import (
     BrokerError,
     CloudError,
@@ -28,14 +28,16 @@ from broker.core.errors import (
     Throttled,
 )
 from broker.core.life import BOOKED
-from broker.core.model import Bought, Market, Offering, Order, WorkerState
-from broker.core.planning import SEATS_MAX, Purchase, by_offering, plan
+from broker.core.model import Bought, Market, Offering, Order
+from broker.core.planning import SEATS_MAX, Purchase, plan
 from broker.core.policy import Room, launch_room
 from broker.core.regional import first_good, sum_up
 from broker.core.wish import Wish
 from broker.ledger import Ledger
+from broker.loops.setbacks import Setbacks
 from broker.loops.top_up import TopUp
 from broker.orders import OUTCOMES, WITHDRAWN, YIELDED, OpenOrder, Orders, sold_as_ordered
+from broker.supply import Supply
 
 CALLS_MAX = 5  # for one order in a row; then the waiting clients hear why
 PAUSE_SECONDS_MIN = 1.0  # between them, doubling: 1 + 2 + 4 + 8 s
@@ -45,9 +47,6 @@ RESEND_SECONDS = (
 NEVER_SECONDS = float("inf")
 QUIET_SECONDS = 0.035  # after the last who asked: a burst is over (Karpenter waits 35 ms for its CreateFleet)
 BATCH_SECONDS_MAX = 1.0  # and no longer than that after the first
-PASSED_OVER_SECONDS = (
-    60.0  # for so long a region whose launch calls failed is passed over where others are left
-)
 RETRY_SECONDS = 5.0  # how soon to look again while clients wait behind an obstacle
 
 
@@ -59,9 +58,6 @@ class Outlook:
     sellers: list[Cloud] = field(default_factory=list)
     refusing: list[tuple[Cloud, BrokerError]] = field(default_factory=list)
     blind: list[tuple[Cloud, BrokerError]] = field(default_factory=list)
-
-
-Standing = dict[tuple[str, int], tuple[float, BrokerError]]  # (pool, cloud) → until when, and why
 
 
 class LaunchLoop:
@@ -86,15 +82,14 @@ class LaunchLoop:
         self._in_flight: dict[str, asyncio.Task[None]] = {}  # order id → the task that makes its calls
         self._quiet_at = 0.0
         self._batch_ends_at: float | None = None
-        self._droughts: dict[str, SpotDrought] = {}
-        self._paused: Standing = {}  # the last call was held up: it was not about what can be bought
-        self._passed_over: Standing = {}  # the launch calls have failed, and there are other regions
+        self._supply = Supply(context, orders)
+        self._setbacks = Setbacks(context)
         self.top_up = TopUp(context)
 
     def reloaded(self, pools: Collection[str]) -> None:
         """These pools have new settings: what was refused with the old ones is asked for again."""
+        self._setbacks.reloaded(pools)
         for name in pools:
-            self._paused = {key: pause for key, pause in self._paused.items() if key[0] != name}
             for cloud in self._context.clouds.of(name):
                 cloud.cooling.mended(name)
 
@@ -136,10 +131,9 @@ class LaunchLoop:
 
     def _plan(self, name: str) -> None:
         context = self._context
-        clouds, needs = context.preferred(name), context.waiting.needs(name)
+        clouds, needs = context.preferred(name), self._supply.needs(name)
         context.obstacles.pop(name, None)
-        if not needs:
-            self._drought(name).ended()
+        self._setbacks.waits_for(name, {need.wish for need in needs})
         shortage = self.top_up.shortage(name)
         if not clouds or not is_known(clouds) or not (needs or shortage):
             return
@@ -153,24 +147,23 @@ class LaunchLoop:
             self._send_again(name, sellers)
         offerings = [one for cloud in sellers for one in cloud.provider.offerings(name)]
         room = self._room(name, offerings)
-        spare = shortage if room.machines else 0  # clients are told of no obstacle that concerns none of them
         seats = context.pool(name).seats or SEATS_MAX
-        wanted = plan(needs, self._coming(name), offerings, room.machines, seats=seats, spare=spare)
+        coming = self._supply.coming(name)
+        wanted = plan(needs, coming, offerings, room.machines, seats=seats, spare=shortage)
         for purchase in wanted.purchases:
             self._buy(name, outlook, purchase)
         if wanted.missing and room.why is not None:
             if context.registry.count(name, *BOOKED):
                 context.obstacles[name] = room.why
             else:
-                self._tell(name, room.why)
+                self._supply.tell(name, room.why)
 
     def _outlook(self, name: str, clouds: Sequence[Cloud]) -> Outlook:
         """Which of the pool's clouds can be bought from now, and why not from the others."""
         outlook = Outlook()
         for cloud in clouds:
-            passed_over = self._standing(self._passed_over, name, cloud)
-            refusal = cloud.read_only() or cloud.refusal(name) or passed_over
-            blindness = self._blindness(cloud) or self._standing(self._paused, name, cloud)
+            refusal = cloud.read_only() or cloud.refusal(name) or self._setbacks.passed_over(name, cloud)
+            blindness = self._blindness(cloud) or self._setbacks.pause(name, cloud)
             if refusal is not None:
                 outlook.refusing.append((cloud, refusal))
             elif blindness is not None:
@@ -184,12 +177,7 @@ class LaunchLoop:
         if outlook.blind:
             self._context.obstacles[name] = outlook.blind[0][1]
         elif outlook.refusing:
-            self._tell(name, sum_up(_named(outlook.refusing)))
-
-    def _standing(self, reasons: Standing, name: str, cloud: Cloud) -> BrokerError | None:
-        """The reason that still stands, if any."""
-        until_at, error = reasons.get((name, id(cloud)), (0.0, None))
-        return error if self._context.now() < until_at else None
+            self._supply.tell(name, sum_up(_named(outlook.refusing)))
 
     def _blindness(self, cloud: Cloud) -> CloudError | None:
         """Why it is not known well enough what runs there, or None."""
@@ -213,52 +201,48 @@ class LaunchLoop:
             max_workers=context.settings.broker.max_workers,
         )
 
-    def _coming(self, name: str) -> dict[tuple[Offering, ...], int]:
-        """The pool's machines on order and booting, by what each may turn out to be."""
-        coming = self._orders.coming(name)
-        booting = self._context.registry.in_state(WorkerState.BOOTING, pool=name)
-        staying = (worker for worker in booting if worker.id not in self._context.leaving)
-        for offerings, count in by_offering(staying).items():
-            coming[offerings] = coming.get(offerings, 0) + count
-        return coming
-
     def _buy(self, name: str, outlook: Outlook, purchase: Purchase) -> None:
         """Place the orders of one purchase, as few as the providers allow."""
-        left, now = purchase.machines, self._context.now()
-        wish = purchase.wish
+        left, wish = purchase.machines, purchase.wish
         suitable = [(cloud, some) for cloud in outlook.sellers if (some := _suiting(cloud, name, wish))]
         blind = [one for one in outlook.blind if _suiting(one[0], name, wish)]
         refusing = [one for one in outlook.refusing if _suiting(one[0], name, wish)]
         passed_over = _named(blind + refusing)
         if not suitable and not passed_over:
-            self._tell(name, NoCapacity(f"pool '{name}' has nothing with {wish}"), wish)
-            self.top_up.refused(name)
+            self._supply.tell(name, NoCapacity(f"pool '{name}' has nothing with {wish}"), wish)
         while left > 0 and (suitable or passed_over):
             number, choice = first_good(
-                ((cloud.provider.name, self._choose(name, cloud, some, left)) for cloud, some in suitable),
+                (
+                    (cloud.provider.name, self._choose(name, cloud, some, wish, left))
+                    for cloud, some in suitable
+                ),
                 passed_over,
                 worth_waiting=bool(blind),
             )
-            if choice.spot_refused:
-                self._drought(name).refused(now)
+            if purchase.spare and number is None:
+                self.top_up.refused(name)
+                return
+            if choice.spot_refused and not purchase.spare:
+                self._setbacks.spot_refused(name, wish)
             if choice.refusal is not None:
-                self._tell(name, choice.refusal, wish)
+                self._supply.tell(name, choice.refusal, wish)
             if choice.obstacle:
                 self._context.obstacles[name] = NoCapacity(choice.obstacle)
             if number is None:
-                self.top_up.refused(name)
                 return
             cloud = suitable[number][0]
             count = min(choice.machines, cloud.provider.machines_max)
             self._order(name, cloud, choice.offerings, count)
             left -= count
 
-    def _choose(self, name: str, cloud: Cloud, suitable: Sequence[Offering], machines: int) -> Choice:
+    def _choose(
+        self, name: str, cloud: Cloud, suitable: Sequence[Offering], wish: Wish, machines: int
+    ) -> Choice:
         """What to ask the cloud for."""
         pool, now = self._context.pool(name), self._context.now()
         booked = self._context.registry.in_state(*BOOKED, pool=name) if len(pool.markets) > 1 else []
         on_demand = sum(worker.offering.market is Market.ON_DEMAND for worker in booked)
-        shortfall = Shortfall(machines, on_demand, self._drought_since_at(name))
+        shortfall = Shortfall(machines, on_demand, self._setbacks.drought_since_at(name, wish))
         return choose(
             suitable,
             name,
@@ -270,14 +254,6 @@ class LaunchLoop:
             now=now,
         )
 
-    def _drought_since_at(self, name: str) -> float | None:
-        """Since when somebody has always waited while spot was refused."""
-        refused_at, waits_at = self._drought(name).since_at, self._context.waiting.since_at(name)
-        return None if refused_at is None or waits_at is None else max(refused_at, waits_at)
-
-    def _drought(self, name: str) -> SpotDrought:
-        return self._droughts.setdefault(name, SpotDrought())
-
     def _order(self, name: str, cloud: Cloud, offerings: tuple[Offering, ...], count: int) -> None:
         context, guard = self._context, self._context.guard(name)
         for _ in range(count):
@@ -288,11 +264,13 @@ class LaunchLoop:
         context.home.update(dict.fromkeys(order.places, cloud))
         self._start(order, self._place(self._orders.enter(order)))
 
-    def _tell(self, name: str, error: BrokerError, wish: Wish | None = None, doubtful: int = 0) -> None:
-        """Tell those clients for whom no machine is on its way that none will come."""
-        supply = self._context.registry.count(name, WorkerState.ORDERED, WorkerState.BOOTING)
-        supply -= doubtful + self._orders.doubtful(name)
-        self._context.waiting.fail(name, error, wish=wish, supply=max(0, supply))
+    def _held_up(self, order: Order, error: BrokerError, without: OpenOrder | None = None) -> None:
+        """The call was not looked at: clients hear it; for those that wait on it is made again later."""
+        cloud = self._context.cloud_of_order(order)
+        if self._setbacks.goes_elsewhere(order.pool, cloud, error):
+            return
+        if self._supply.tell(order.pool, error, without=without) and cloud is not None:
+            self._setbacks.held_up(order.pool, cloud, error)
 
     def _send_again(self, name: str, sellers: Sequence[Cloud]) -> None:
         """Somebody waits, and an order has lost its answer: ask with the same order, not with a new one."""
@@ -314,14 +292,14 @@ class LaunchLoop:
         self._in_flight.pop(order.id, None)
         error = None if task.cancelled() else task.exception()
         if error is not None:
-            self._tell(order.pool, CloudError(f"the broker met a fault of its own: {error!r}"))
+            self._held_up(order, CloudError(f"the broker met a fault of its own: {error!r}"))
         self._wake()
 
     async def _place(self, entry: OpenOrder) -> None:
         try:
             await self._orders.place(entry)
         except StoreError as error:
-            self._tell(entry.order.pool, error)
+            self._held_up(entry.order, error)
         else:
             await self._call(entry)
 
@@ -330,7 +308,7 @@ class LaunchLoop:
         for call in range(1, CALLS_MAX + 1):
             if self._yielded(entry):
                 return
-            entry.sent_at = self._context.now()
+            entry.sent_at, entry.absences = self._context.now(), 0
             try:
                 await self._launch(entry.order)
             except BrokerError as error:
@@ -361,6 +339,7 @@ class LaunchLoop:
             raise PermanentRefusal(f"pool '{order.pool}' is not configured any more")
         asked_at = self._context.now()
         bought = await cloud.provider.launch(order)
+        self._setbacks.answered(order.pool, cloud)
         described = [one for one in bought.instances if one.launched_unix]  # the others are only named
         self._ledger.saw(cloud, described, asked_at)
         self._learn(order, cloud, bought)
@@ -383,8 +362,7 @@ class LaunchLoop:
             return
         if entry.perhaps_launched and not isinstance(error, OfferingRefused | OrderSpent):
             entry.resend_at = now + (NEVER_SECONDS if isinstance(error, OrderMismatch) else RESEND_SECONDS)
-            if not self._goes_elsewhere(order.pool, cloud, error):
-                self._tell(order.pool, error, doubtful=len(entry.vacant))
+            self._held_up(order, error, entry)
             return
         if entry.perhaps_launched and isinstance(error, OfferingRefused):
             entry.doubtful, entry.resend_at = True, NEVER_SECONDS
@@ -396,15 +374,8 @@ class LaunchLoop:
                     self._cool(order.pool, cloud, offering, error)
         elif isinstance(error, OrderSpent):
             self._context.guard(order.pool).boot_failed(self._context.pool(order.pool), now)
-        elif not self._goes_elsewhere(order.pool, cloud, error):
-            self._tell(order.pool, error)
-
-    def _goes_elsewhere(self, pool: str, cloud: Cloud | None, error: BrokerError) -> bool:
-        """Whether the pool has other regions: then this one is passed over for a while."""
-        if cloud is None or len(self._context.clouds.of(pool)) < 2:
-            return False
-        self._passed_over[pool, id(cloud)] = self._context.now() + PASSED_OVER_SECONDS, error
-        return True
+        else:
+            self._held_up(order, error)
 
     def _learn(self, order: Order, cloud: Cloud, bought: Bought) -> None:
         """What can be had, and what cannot; in this order, or a sale would undo the refusal of more."""
@@ -412,16 +383,16 @@ class LaunchLoop:
             sold = Offering(one.region, one.instance_type, one.market, one.zone)
             cloud.cooling.bought(sold, self._context.now())
             if one.market is Market.SPOT:
-                self._drought(order.pool).ended()
+                kinds = [other for other in order.offerings if other.instance_type == one.instance_type]
+                self._setbacks.spot_bought(order.pool, kinds)
         for offering, error in (*bought.refusals, *_sold_otherwise(order, bought)):
             self._cool(order.pool, cloud, offering, error)
 
     def _cool(self, pool: str, cloud: Cloud, offering: Offering, error: BrokerError) -> None:
-        now = self._context.now()
         if isinstance(error, OfferingRefused | PermanentRefusal):
-            cloud.cooling.refused(offering, error, now, pool=pool)
+            cloud.cooling.refused(offering, error, self._context.now(), pool=pool)
         else:
-            self._paused[pool, id(cloud)] = now + RESEND_SECONDS, CloudError(error.message)
+            self._setbacks.held_up(pool, cloud, CloudError(error.message))
 
 
 def _suiting(cloud: Cloud, pool: str, wish: Wish) -> list[Offering]:

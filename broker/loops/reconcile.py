@@ -37,7 +37,7 @@ WATCH_SECONDS = 1.0  # between looks at single workers that are about to change
 WATCH_SECONDS_MAX = 15.0  # the looks grow this rare while nothing changes
 BEAT_SECONDS_MAX = 30.0  # between two beats, however rare the scans: a watchdog may count on it
 ORDER_GRACE_SECONDS = (
-    300.0  # an order that no listing has shown this long after its last call was never launched
+    300.0  # an order that no listing (MISSING_SCANS_MAX) has shown so long after its last call: none came
 )
 LISTING_GRACE_SECONDS = 120.0  # a machine this young need not be in a listing
 EXPECTED_SECONDS = 600.0  # what was there before the start may stay out of listings for so long
@@ -358,7 +358,10 @@ class ReconcileLoop:
         for entry in self._orders.unresolved():
             known = self._context.cloud_of_order(entry.order)
             here = known is cloud or known is None
-            if here and entry.perhaps_launched and entry.sent_at + ORDER_GRACE_SECONDS <= started_at:
+            if not here or not entry.perhaps_launched or entry.sent_at + LISTING_GRACE_SECONDS > started_at:
+                continue
+            entry.absences += 1
+            if entry.absences >= MISSING_SCANS_MAX and entry.sent_at + ORDER_GRACE_SECONDS <= started_at:
                 self._orders.close(entry.order, NEVER_LAUNCHED)
 
     def _expect(self, cloud: Cloud) -> None:

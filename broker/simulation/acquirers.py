@@ -187,7 +187,8 @@ class Acquirers:
         world = self._world
         reply = await self._ask(visit, f"RENEW {held.id}")
         if reply == ENDED and any(world.witness.seen[excuse] for excuse in EXCUSES):
-            reply = await self._ask(visit, f"PING {held.address} client={visit.name}")
+            with world.fairness.pinging(visit.name, held.address):
+                reply = await self._ask(visit, f"PING {held.address} client={visit.name}")
             if reply == "OK":
                 world.referee.held_by_name(world.now, held.id, visit.name, held.address)
                 return True

@@ -159,7 +159,8 @@ class Clients:
         ends_at = min(world.now + visit.work_seconds, max(world.closing_at, world.now))
         while world.now < ends_at:
             await asyncio.sleep(min(visit.ping_seconds, ends_at - world.now))
-            reply = await self.ask(visit.name, f"PING {address} client={visit.name}", 60.0)
+            with world.fairness.pinging(visit.name, address):
+                reply = await self.ask(visit.name, f"PING {address} client={visit.name}", 60.0)
             if reply == "OK":
                 world.referee.used(world.now, visit.name, address)
             elif reply is not None and not reply.endswith(UNDECIDED):

@@ -3,12 +3,15 @@
 Equal are clients that each want one worker, alone or not. The books say only when a lease was granted, which
 is when the choice between those who wait is made; whether it was the wrong one is seen at the answer, if the
 one who came first still waits and has not been granted anything either. A worker that falls silent between
-grant and hand-out costs its client some time, and that is nobody's unfairness.
+grant and hand-out costs its client some time, and that is nobody's unfairness. Nor is a hold that a PING
+takes: whoever sends it works there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from broker.core.model import Lease
 from broker.simulation.asking import Ask, Asking
@@ -27,20 +30,31 @@ class Fairness:
         self._known: set[str] = set()  # ids of leases: after a restart they are granted again
         self._granted: dict[tuple[str, bool], dict[str, float]] = {}  # client, acquiring → lease → when
         self._passed_over: dict[str, Waiting] = {}  # by lease that was granted and is not answered yet
+        self._pinging: Counter[tuple[str, str]] = Counter()  # client, address: on their way
 
     def restarted(self) -> None:
         """Another broker runs: what the last one had granted and not answered is over."""
         self._granted.clear()
         self._passed_over.clear()
 
-    def granted(self, lease: Lease, at: float) -> None:
+    @contextmanager
+    def pinging(self, client: str, address: str) -> Iterator[None]:
+        """The client says that it works there, from here on until it has its answer."""
+        self._pinging[client, address] += 1
+        try:
+            yield
+        finally:
+            self._pinging[client, address] -= 1
+
+    def granted(self, lease: Lease, at: float, address: str | None) -> None:
         """The books give a client a hold: who was there before it?"""
         if lease.id in self._known:
             return
         self._known.add(lease.id)
         self._granted.setdefault((lease.client, lease.acquired), {})[lease.id] = at
         served = self._first_of(lease)
-        if served is None or served.sent_at is None:
+        by_ping = address is not None and self._pinging[lease.client, address] > 0
+        if by_ping or served is None or served.sent_at is None:
             return
         before_at = served.sent_at - SAME_MOMENT_SECONDS
         passed_over = [

@@ -265,7 +265,7 @@ class World:
             self._number = number
             self.fairness.restarted()
         if isinstance(event, LeaseGranted):
-            self.fairness.granted(event.lease, self.now)
+            self.fairness.granted(event.lease, self.now, event.worker.address)
             if event.lease.bound:
                 self.loop.call_later(TOLD_SECONDS_MAX, self._check_bound, event.lease.id)
         elif isinstance(event, LeaseEnded):
@@ -289,7 +289,8 @@ class World:
         unheld = registry.count(pool, WorkerState.ORDERED) - daemon.orders.doubtful(pool)
         unheld += sum(not registry.busy(w.id) for w in registry.in_state(WorkerState.BOOTING, pool=pool))
         rules = self.referee.rules.since(self.now)
-        unheld += sum(not any(expiring(w, r, self.now) for r in rules) for w in registry.unheld(pool))
+        ready = [w for w in registry.unheld(pool) if not any(expiring(w, r, self.now) for r in rules)]
+        unheld += sum(not any(_nearly_used_up(registry.uses(w.id), r) for r in rules) for w in ready)
         demand = self.asking.machines(min(r.seats or SEATS_MAX for r in rules))
         moments_unix = [self.true_unix() + seconds for seconds in (-1.0, 0.0, 1.0)]  # HTTP dates are coarse
         target = max(schedule.target(r.warm_targets, unix) for r in rules for unix in moments_unix)
@@ -322,6 +323,11 @@ class World:
 
     def _accused(self, violation: Violation) -> None:
         self.say(f"VIOLATION: {violation}", violation.at)
+
+
+def _nearly_used_up(uses: int, rules: PoolSettings) -> bool:
+    """Whether a worker has not enough uses left for as many clients as may share one."""
+    return rules.uses_max is not None and uses + (rules.seats or SEATS_MAX) > rules.uses_max
 
 
 def _kinds(parameters: Any) -> list[str]:

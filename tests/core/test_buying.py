@@ -12,7 +12,6 @@ from broker.core.buying import (
     FALLBACK_IDLE_SECONDS,
     Choice,
     Shortfall,
-    SpotDrought,
     choose,
     is_fallback,
     on_demand_usd_micros_per_hour,
@@ -258,17 +257,6 @@ def test_when_on_demand_is_refused_too_there_is_nothing_to_wait_for() -> None:
         cooling.refused(one, QuotaReached("the quota is reached"), 0.0)
     error = refused(asked(cooling=cooling, since_at=0.0, now=120.0))
     assert (error.code, error.message) == (Code.NO_CAPACITY, "no capacity; the quota is reached")
-
-
-def test_a_drought_lasts_from_the_first_refusal_until_it_ends() -> None:
-    drought = SpotDrought()
-    drought.refused(10.0)
-    drought.refused(20.0)
-    assert drought.since_at == 10.0
-    drought.ended()
-    assert drought.since_at is None
-    drought.refused(30.0)
-    assert drought.since_at == 30.0
 
 
 # --- fallback ------------------------------------------------------------------------------------------

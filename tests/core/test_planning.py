@@ -113,7 +113,7 @@ def test_no_plan_orders_beyond_demand_or_room(
     assert machines(found) <= min(room, sharers + alone_ones + spare)
     assert found.missing == 0 or machines(found) == room
     assert all(one.machines > 0 for one in found.purchases)
-    wanted = [one.wish for one in found.purchases]
+    wanted = [(one.wish, one.spare) for one in found.purchases]
     assert len(set(wanted)) == len(wanted)
 
 

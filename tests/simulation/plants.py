@@ -23,7 +23,7 @@ from broker.core.policy import LaunchGuard, Room
 from broker.core.protocol import OK, Release
 from broker.core.registry import Registry
 from broker.core.settings import PoolSettings
-from broker.loops import launch, probe, reap, reconcile
+from broker.loops import launch, probe, reap, reconcile, setbacks
 from broker.providers import ec2_api
 from broker.testing import LoopClock
 
@@ -460,9 +460,10 @@ def on_demand_without_a_maximum() -> Iterator[Any]:
 @planted
 def a_drought_never_ends() -> Iterator[Any]:
     """Spot was refused once, long ago, and has been bought since; or those who waited for it have left."""
-    yield patch.object(buying.SpotDrought, "ended", lambda self: None)
-    since_at = lambda self, name: self._drought(name).since_at  # noqa: E731
-    yield patch.object(launch.LaunchLoop, "_drought_since_at", since_at)
+    since_at = lambda self, pool, wish: self._droughts.get((pool, wish))  # noqa: E731
+    no_end = lambda self, pool, what: None  # noqa: E731
+    with patch.multiple(setbacks.Setbacks, waits_for=no_end, spot_bought=no_end):
+        yield patch.object(setbacks.Setbacks, "drought_since_at", since_at)
 
 
 @planted

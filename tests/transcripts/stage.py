@@ -102,6 +102,8 @@ class Stage:
                 await self.boot()
             case "protect":
                 await self.protect()
+            case "silent":
+                self.cloud.hold["connect"] = asyncio.Event()
             case "stop":
                 self.stop.set()
 

@@ -21,6 +21,7 @@ DIRECTIONS = {
     "seconds": True,
     "boot": False,
     "protect": False,
+    "silent": False,
     "stop": False,
 }  # verb → whether it has a number
 PLACEHOLDER = re.compile(r"\{(?P<kind>[a-z]+)(?P<number>\d*)\}")
