@@ -13,9 +13,10 @@ from collections.abc import Callable
 from broker.admission import HAND_OUT_ATTEMPTS_MAX, Admission
 from broker.clouds import is_known
 from broker.context import Context
-from broker.core.errors import BrokerError, CloudError, Draining, LimitReached, WaitTimedOut
+from broker.core.errors import BrokerError, CloudError, Draining, WaitTimedOut
 from broker.core.model import Lease, Worker
 from broker.core.money import USD_MICROS
+from broker.core.policy import lease_room
 from broker.core.protocol import Acquire
 from broker.core.replies import Granted
 from broker.core.settings import PoolSettings
@@ -107,7 +108,7 @@ class Acquiring:
                 leases, last = await self._served(waiter, deadline_at)
                 good = await self._good(leases, pool, deadline_at + PROOF_GRACE_SECONDS)
                 over = self._now() >= deadline_at
-                if len(good) == waiter.count or (len(good) >= waiter.least and (last or over)):
+                if len(good) == len(leases) or (len(good) >= waiter.least and (last or over)):
                     self._granting.give_back([one for one in leases if one not in good], "not handed out")
                     return good
                 if over:
@@ -130,14 +131,12 @@ class Acquiring:
 
     def _terms(self, command: Acquire, pool: PoolSettings, exclusive: bool) -> Terms:
         """What is asked for, at most as much as the pool may ever have. Raises LimitReached."""
-        seats = 1 if exclusive else pool.seats
-        room = command.count if seats is None else pool.max_workers * seats
+        room = lease_room(pool, self._context.settings.broker.max_workers, exclusive=exclusive)
         least = command.count if command.min is None else command.min
-        if least > max(room, 1):
-            raise LimitReached(
-                f"the pool has room for {room} such leases at most: its max_workers allow no more"
-            )
-        count = max(least, min(command.count, room))
+        refusal = room.refusal(least)
+        if refusal is not None:
+            raise refusal
+        count = max(least, room.at_most(command.count))
         return Terms(next(self._numbers), command.ttl, count, least, command.hold is not None)
 
     async def _started(self, pool: str, deadline_at: float, say: Say) -> None:

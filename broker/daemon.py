@@ -195,7 +195,7 @@ class Daemon:
             self.reap,
             self.launch,
             TaggingLoop(context, report),
-            PricesLoop(context, report),
+            PricesLoop(context, report, heard=lambda: self._wake("launch")),
             self._claims,
             self.server,
             self.pending,

@@ -14,7 +14,7 @@ from broker.context import Context
 from broker.core.errors import LimitReached, StoreError
 from broker.core.life import USABLE
 from broker.core.model import Event, Lease, LeaseEnded, LeaseGranted, Worker, WorkerChanged, WorkerState
-from broker.core.policy import client_refusal, client_room
+from broker.core.policy import client_refusal, client_room, lease_room
 from broker.core.settings import PoolSettings
 from broker.core.wish import Wish
 from broker.waiting import Waiter
@@ -69,22 +69,37 @@ class Granting:
                     self.serve(worker.pool)
 
     def take(self, waiter: Waiter, least: int | None = None) -> list[Lease]:
-        """The client's holds on workers that suit, decided and booked in one step: all that it wants, or at
-        least so many; otherwise none. What is kept for somebody else is not taken.
+        """The client's holds on workers that suit, decided and booked in one step: all that it wants and may
+        have, or at least so many; otherwise none. What is kept for somebody else is not taken.
 
-        Raises LimitReached for one who would hold more workers than it may.
+        Raises LimitReached for one who would hold more workers than it may, or than a pool with new settings
+        may ever have.
         """
         if waiter.terms is None:
             lease = self._take_one(waiter)
             return [] if lease is None else [lease]
-        wanted = waiter.count if least is None else least
         places = self._places(waiter)
         allowed = self._allowed(waiter, places)
+        wanted = self._wanted(waiter, len(places), len(allowed)) if least is None else least
         if len(allowed) < wanted:
             self._require_allowance(waiter, wanted, len(places))
             return []
-        places = allowed
-        return [self._registry.grant(self._lease(waiter, one), self._now()) for one in places]
+        return [self._registry.grant(self._lease(waiter, one), self._now()) for one in allowed]
+
+    def _wanted(self, waiter: Waiter, found: int, allowed: int) -> int:
+        """All that the client wants, as far as the caps allow. Raises LimitReached when they never will."""
+        pool = self._context.pool(waiter.pool)
+        caps = lease_room(pool, self._context.settings.broker.max_workers, exclusive=waiter.exclusive)
+        refusal = caps.refusal(waiter.least)
+        if refusal is not None:
+            raise refusal
+        most = caps.at_most(waiter.count)
+        room = client_room(self._registry, waiter.pool, pool, waiter.client)
+        if room is not None and waiter.exclusive:
+            most = min(most, room)
+        elif room is not None and found >= most:
+            most = min(most, allowed)
+        return max(waiter.least, most)
 
     def _take_one(self, waiter: Waiter) -> Lease | None:
         """The hold of a GET_WORKER: the one that the client has, or a new one. Raises LimitReached."""
@@ -140,7 +155,7 @@ class Granting:
         room = client_room(self._registry, waiter.pool, pool, waiter.client)
         if room is not None and (found >= wanted or (waiter.exclusive and wanted > room)):
             raise client_refusal(self._registry, waiter.pool, pool, waiter.client) or LimitReached(
-                f"the client may have {room} more workers of pool '{waiter.pool}' at most, by its "
+                f"the client may have {room} more of the workers of pool '{waiter.pool}' at most, by its "
                 f"workers_per_client_max = {pool.workers_per_client_max}; ask for fewer, or release some"
             )
 
@@ -260,11 +275,11 @@ class Granting:
                 self._registry.look_again(worker_id, now)
 
     def _serve_all(self, pool: str) -> None:
-        hopeless: set[tuple[bool, Wish, int]] = set()
+        hopeless: set[tuple[bool, Wish, int, int]] = set()
         first = True
         for waiter in self._context.waiting.of(pool):
             waiter.found = 0
-            kind = (waiter.exclusive, waiter.wish, waiter.count)
+            kind = (waiter.exclusive, waiter.wish, waiter.count, waiter.least)
             if waiter.served.done() or (kind in hopeless and not self._has_some(waiter)):
                 continue
             try:

@@ -124,6 +124,38 @@ def _usable(registry: Registry, name: str, client: str) -> int:
     return sum(worker.state is not WorkerState.SUSPECT for worker in held)
 
 
+@dataclass(frozen=True, slots=True)
+class LeaseRoom:
+    """How many leases one ACQUIRE may ever be given at once, None for any number; and what allows no more."""
+
+    leases: int | None
+    because: str = ""
+
+    def refusal(self, least: int) -> LimitReached | None:
+        """Why so many leases will never be there at once, or None."""
+        if self.leases is None or least <= max(self.leases, 1):
+            return None
+        return LimitReached(f"the pool has room for {self.leases} such leases at most, by {self.because}")
+
+    def at_most(self, count: int) -> int:
+        """As many of these as may be given."""
+        return count if self.leases is None else min(count, max(self.leases, 1))
+
+
+def lease_room(pool: PoolSettings, max_workers: int | None, *, exclusive: bool) -> LeaseRoom:
+    """What the caps leave room for; `max_workers` is the broker's, for all pools together."""
+    seats = 1 if exclusive else pool.seats
+    if seats is None:
+        return LeaseRoom(None)
+    caps = [(pool.max_workers, "its max_workers")]
+    if max_workers is not None:
+        caps.append((max_workers, "the broker's max_workers"))
+    if pool.workers_per_client_max is not None:
+        caps.append((pool.workers_per_client_max, "its workers_per_client_max"))
+    workers, because = min(caps, key=lambda cap: cap[0])
+    return LeaseRoom(workers * seats, because)
+
+
 def room_overall(registry: Registry, max_workers: int | None) -> int | None:
     """How many machines more the broker's `max_workers` allows in all pools together; None: no limit."""
     return None if max_workers is None else max(0, max_workers - len(registry))

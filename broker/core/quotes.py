@@ -23,6 +23,15 @@ class Quotes:
     """See the module. Keys are (zone, instance type), as in Provider.spot_prices."""
 
     _told: dict[tuple[str, str], Quote] = field(default_factory=dict)
+    _heard_at: dict[str, float] = field(default_factory=dict)  # by pool: when an answer came, or none would
+
+    def heard(self, pool: str, now: float) -> None:
+        """The cloud was asked what the pool's offerings cost, and has answered, or failed to."""
+        self._heard_at[pool] = now
+
+    def awaited(self, pool: str, now: float) -> bool:
+        """Whether what the pool's offerings cost has not been asked of late."""
+        return now - self._heard_at.get(pool, -QUOTE_SECONDS_MAX) >= QUOTE_SECONDS_MAX
 
     def told(self, prices: Mapping[tuple[str, str], int], now: float) -> None:
         """The cloud has told these prices. What it leaves out stands until it is too old."""

@@ -481,6 +481,11 @@ class PoolSettings(Section):
         return min(limits, default=None)
 
     @property
+    def own_subnets(self) -> tuple[str, ...]:
+        """Where its machines are plugged in; none: in the default VPC."""
+        return (self.subnet,) if self.subnet else self.subnets
+
+    @property
     def markets(self) -> tuple[Literal["spot", "on-demand"], ...]:
         """Where the pool may buy, the preferred one first."""
         return ("spot", "on-demand") if self.market == "spot-then-on-demand" else (self.market,)

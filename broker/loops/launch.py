@@ -47,6 +47,7 @@ RESEND_SECONDS = (
 NEVER_SECONDS = float("inf")
 QUIET_SECONDS = 0.035  # after the last who asked: a burst is over (Karpenter waits 35 ms for its CreateFleet)
 BATCH_SECONDS_MAX = 1.0  # and no longer than that after the first
+PRICES_SECONDS_MAX = 2.0  # to wait for spot prices before the first purchase; it then goes by list prices
 RETRY_SECONDS = 5.0  # how soon to look again while clients wait behind an obstacle
 
 
@@ -82,6 +83,8 @@ class LaunchLoop:
         self._in_flight: dict[str, asyncio.Task[None]] = {}  # order id → the task that makes its calls
         self._quiet_at = 0.0
         self._batch_ends_at: float | None = None
+        self._hurry_at: float | None = None  # then somebody of the burst might give up before a purchase
+        self._unpriced_since_at: dict[str, float] = {}  # by pool: it would have bought, and knew no prices
         self._supply = Supply(context, orders)
         self._setbacks = Setbacks(context)
         self.top_up = TopUp(context)
@@ -111,8 +114,10 @@ class LaunchLoop:
         """Somebody waits, at most so long. Others may come in the same moment: one order is for them all."""
         now = self._context.now()
         self._quiet_at = now + QUIET_SECONDS
-        ends_at = now + min(BATCH_SECONDS_MAX, patience_seconds / 2)  # before he has gone
+        hurry_at = now + patience_seconds / 2  # before he has gone
+        ends_at = min(now + BATCH_SECONDS_MAX, hurry_at)
         self._batch_ends_at = min(self._batch_ends_at or ends_at, ends_at)
+        self._hurry_at = min(self._hurry_at or hurry_at, hurry_at)
         self._wake()
 
     async def tick(self) -> float | None:
@@ -121,27 +126,29 @@ class LaunchLoop:
             if self._context.now() < order_at:
                 return order_at
             self._batch_ends_at = None
-        for name in self._context.settings.pool:
-            self._plan(name)
-        moments = [self._context.now() + RETRY_SECONDS] if len(self._context.waiting) else []
-        warm_look_at = self.top_up.next_look_at()
-        return min([*moments, warm_look_at] if warm_look_at is not None else moments, default=None)
+        priced_at = [self._plan(name) for name in self._context.settings.pool]
+        retry_at = self._context.now() + RETRY_SECONDS if len(self._context.waiting) else None
+        if not any(priced_at):
+            self._hurry_at = None
+        moments = (*priced_at, retry_at, self.top_up.next_look_at())
+        return min((moment for moment in moments if moment is not None), default=None)
 
     # --- deciding ----------------------------------------------------------------------------------
 
-    def _plan(self, name: str) -> None:
+    def _plan(self, name: str) -> float | None:
+        """Order what the pool lacks; or the moment until which it waits to know what that costs."""
         context = self._context
         clouds, needs = context.preferred(name), self._supply.needs(name)
         context.obstacles.pop(name, None)
         self._setbacks.waits_for(name, {need.wish for need in needs})
         shortage = self.top_up.shortage(name)
         if not clouds or not is_known(clouds) or not (needs or shortage):
-            return
+            return None
         outlook = self._outlook(name, clouds)
         sellers = outlook.sellers
         if not sellers:
             self._nowhere(name, outlook)
-            return
+            return None
         self._orders.strand(name, sellers)
         if needs:
             self._send_again(name, sellers)
@@ -150,6 +157,9 @@ class LaunchLoop:
         seats = context.pool(name).seats or SEATS_MAX
         coming = self._supply.coming(name)
         wanted = plan(needs, coming, offerings, room.machines, seats=seats, spare=shortage)
+        priced_at = self._priced_at(name, sellers) if wanted.purchases else None
+        if priced_at is not None:
+            return priced_at
         for purchase in wanted.purchases:
             self._buy(name, outlook, purchase)
         if wanted.missing and room.why is not None:
@@ -157,6 +167,18 @@ class LaunchLoop:
                 context.obstacles[name] = room.why
             else:
                 self._supply.tell(name, room.why)
+        return None
+
+    def _priced_at(self, name: str, sellers: Sequence[Cloud]) -> float | None:
+        """Until when to wait for spot prices that nobody has asked for of late; None: buy now."""
+        now = self._context.now()
+        if not any(cloud.quotes.awaited(name, now) and _sells_spot(cloud, name) for cloud in sellers):
+            self._unpriced_since_at.pop(name, None)
+            return None
+        until_at = self._unpriced_since_at.setdefault(name, now) + PRICES_SECONDS_MAX
+        if self._hurry_at is not None:
+            until_at = min(until_at, self._hurry_at)
+        return until_at if now < until_at else None
 
     def _outlook(self, name: str, clouds: Sequence[Cloud]) -> Outlook:
         """Which of the pool's clouds can be bought from now, and why not from the others."""
@@ -393,6 +415,10 @@ class LaunchLoop:
             cloud.cooling.refused(offering, error, self._context.now(), pool=pool)
         else:
             self._setbacks.held_up(pool, cloud, CloudError(error.message))
+
+
+def _sells_spot(cloud: Cloud, pool: str) -> bool:
+    return any(offering.market is Market.SPOT for offering in cloud.provider.offerings(pool))
 
 
 def _suiting(cloud: Cloud, pool: str, wish: Wish) -> list[Offering]:

@@ -7,6 +7,7 @@ they count as unknown, which forbids nothing.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
 from broker.clouds import Cloud
 from broker.context import Context
@@ -22,13 +23,14 @@ CALL_SECONDS_MAX = 45.0  # two attempts of a call and a page more: a price is no
 
 
 class PricesLoop:
-    """See the module."""
+    """See the module. `heard` is called when a question has its answer, or has failed."""
 
     name = "prices"
 
-    def __init__(self, context: Context, report: Report) -> None:
+    def __init__(self, context: Context, report: Report, *, heard: Callable[[], None]) -> None:
         self._context = context
         self._report = report
+        self._heard = heard
         self._due_at: dict[Key, float] = {}  # when the prices are to be asked for again
 
     async def tick(self) -> float | None:
@@ -42,11 +44,13 @@ class PricesLoop:
         for key, cloud in needed.items():
             if self._due_at.get(key, context.now()) <= context.now():
                 self._due_at[key] = context.now() + await self._refresh(cloud, key[0])
+                cloud.quotes.heard(key[0], context.now())
+                self._heard()
         return min((self._due_at[key] for key in needed if key in self._due_at), default=None)
 
     def _is_needed(self, name: str, cloud: Cloud) -> bool:
-        """Whether the pool has clients waiting or machines, and this cloud of its can be asked and sells on
-        spot."""
+        """Whether the pool has clients waiting, machines or spare ones to buy, and this cloud of its can be
+        asked and sells on spot."""
         context = self._context
         if name not in context.settings.pool or cloud not in context.clouds.of(name):
             return False
@@ -54,7 +58,8 @@ class PricesLoop:
             return False
         if all(offering.market is not Market.SPOT for offering in cloud.provider.offerings(name)):
             return False
-        return bool(context.waiting.of(name) or context.registry.count(name, *BOOKED))
+        demand = context.waiting.of(name) or context.registry.count(name, *BOOKED)
+        return bool(demand) or context.pool(name).keeps_warm
 
     async def _refresh(self, cloud: Cloud, name: str) -> float:
         """In how many seconds to ask again."""

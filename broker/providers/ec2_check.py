@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from broker.core.errors import PermanentRefusal
@@ -57,41 +58,56 @@ def _head(path: str) -> bytes:
 
 
 async def places(api: Ec2Api, region: str, pools: Pools, problems: Problems) -> dict[str, Places]:
-    """Where each pool with `subnets` can buy; nothing for the others, which need not ask."""
+    """Where each pool with subnets can buy; nothing for the others, which need not ask."""
     found: dict[str, Places] = {}
     for name, pool in pools.items():
         strange = [zone for zone in pool.zones if not zone.startswith(region)]
         problems[name] += [f'pool.{name}.zones: "{zone}" is no zone of {region}' for zone in strange]
-        if not pool.subnets:
+        if not pool.own_subnets:
             continue
         try:
-            shapes = await api.every("DescribeSubnets", "Subnets", Filters=filters(subnet_id=pool.subnets))
+            wanted = filters(subnet_id=pool.own_subnets)
+            shapes = await api.every("DescribeSubnets", "Subnets", Filters=wanted)
         except PermanentRefusal as error:
-            problems[name].append(f"pool.{name}.subnets: cannot be looked up: {error.message}")
+            problems[name].append(f"{_subnets_key(name, pool)}: cannot be looked up: {error.message}")
         else:
-            found[name] = _places(f"pool.{name}", region, pool, shapes, problems[name])
+            more = _places(name, region, pool, shapes)
+            found[name] = more.places
+            problems[name] += [problem for problem in more.problems if problem not in problems[name]]
     return found
 
 
-def _places(
-    key: str, region: str, pool: PoolSettings, shapes: Iterable[Mapping[str, str]], problems: list[str]
-) -> Places:
+@dataclass(frozen=True, slots=True)
+class _Found:
+    places: Places
+    problems: list[str]
+
+
+def _subnets_key(name: str, pool: PoolSettings) -> str:
+    return f"pool.{name}.{'subnet' if pool.subnet else 'subnets'}"
+
+
+def _places(name: str, region: str, pool: PoolSettings, shapes: Iterable[Mapping[str, str]]) -> _Found:
     by_id = {shape["SubnetId"]: shape for shape in shapes}
-    problems += [f'{key}.subnets: {region} has no subnet "{one}"' for one in pool.subnets if one not in by_id]
-    known = [one for one in pool.subnets if one in by_id]
+    own, key = pool.own_subnets, _subnets_key(name, pool)
+    problems = [f'{key}: {region} has no subnet "{one}"' for one in own if one not in by_id]
+    known = [one for one in own if one in by_id]
     vpcs = sorted({by_id[one]["VpcId"] for one in known})
     if len(vpcs) > 1:
-        problems.append(f"{key}.subnets: lie in several VPCs ({', '.join(vpcs)}); a pool has one")
+        problems.append(f"{key}: lie in several VPCs ({', '.join(vpcs)}); a pool has one")
     by_zone: dict[str, str] = {}
     for one in known:
         zone = by_id[one]["AvailabilityZone"]
         if zone in by_zone:
-            problems.append(f"{key}.subnets: {by_zone[zone]} and {one} lie in {zone} both; name one a zone")
+            problems.append(f"{key}: {by_zone[zone]} and {one} lie in {zone} both; name one a zone")
         by_zone.setdefault(zone, one)
     problems += [
-        f'{key}.zones: none of the subnets lies in "{zone}"' for zone in pool.zones if zone not in by_zone
+        f'pool.{name}.zones: none of the subnets lies in "{zone}"'
+        for zone in pool.zones
+        if zone not in by_zone
     ]
-    return tuple((zone, by_zone[zone]) for zone in pool.zones or by_zone if zone in by_zone)
+    usual = pool.zones or by_zone
+    return _Found(tuple((zone, by_zone[zone]) for zone in usual if zone in by_zone), problems)
 
 
 async def group_ids(api: Ec2Api, region: str, pools: Pools, problems: Problems) -> dict[str, tuple[str, ...]]:
@@ -102,7 +118,7 @@ async def group_ids(api: Ec2Api, region: str, pools: Pools, problems: Problems) 
         if not pool.security_groups:
             continue
         try:
-            named = await _groups_by_name(api, region, f"pool.{name}", pool, problems[name])
+            named = await _groups_by_name(api, region, name, pool, problems[name])
         except PermanentRefusal as error:
             problems[name].append(f"pool.{name}.security_groups: cannot be looked up: {error.message}")
         else:
@@ -111,13 +127,14 @@ async def group_ids(api: Ec2Api, region: str, pools: Pools, problems: Problems) 
 
 
 async def _groups_by_name(
-    api: Ec2Api, region: str, key: str, pool: PoolSettings, problems: list[str]
+    api: Ec2Api, region: str, pool_name: str, pool: PoolSettings, problems: list[str]
 ) -> tuple[str, ...]:
-    subnet = pool.subnet or next(iter(pool.subnets), None)  # all of `subnets` lie in one VPC
+    key = f"pool.{pool_name}"
+    subnet = next(iter(pool.own_subnets), None)  # all of `subnets` lie in one VPC
     if subnet:
         subnets = await api.every("DescribeSubnets", "Subnets", Filters=filters(subnet_id=[subnet]))
         vpcs = [shape["VpcId"] for shape in subnets]
-        missing = f'{key}.{"subnet" if pool.subnet else "subnets"}: {region} has no subnet "{subnet}"'
+        missing = f'{_subnets_key(pool_name, pool)}: {region} has no subnet "{subnet}"'
     else:
         defaults = await api.every("DescribeVpcs", "Vpcs", Filters=filters(is_default=["true"]))
         vpcs = [vpc["VpcId"] for vpc in defaults]

@@ -96,11 +96,12 @@ def _template_name(broker_id: str, data: Mapping[str, Any]) -> str:
 
 
 def _override(subnet: str | None, offering: Offering, number: int) -> dict[str, Any]:
-    """The zone is named where it is known, so that an error says where it belongs; a subnet names its own."""
+    """The zone is named where it is known, also beside its subnet: an error that names only a subnet would
+    count against all zones. (Karpenter's AWS provider names both, for the same reason.)"""
     override: dict[str, Any] = {"InstanceType": offering.instance_type, "Priority": float(number)}
     if subnet:
         override["SubnetId"] = subnet
-    elif offering.zone:
+    if offering.zone:
         override["AvailabilityZone"] = offering.zone
     return override
 

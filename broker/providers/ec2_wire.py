@@ -41,12 +41,12 @@ class Recipe:
 
     security_group_ids: tuple[str, ...] = ()
     user_data: str = ""
-    places: tuple[tuple[str, str], ...] = ()  # (zone, its subnet), as preferred, of a pool with `subnets`
+    places: tuple[tuple[str, str], ...] = ()  # (zone, its subnet), as preferred, of a pool with subnets
     asked: PoolSettings | None = None  # the settings about which the cloud was asked
 
     def subnet(self, pool: PoolSettings, offering: Offering) -> str | None:
         """Where a machine of that offering is plugged in; None: in the default VPC."""
-        return dict(self.places).get(offering.zone) or pool.subnet
+        return dict(self.places).get(offering.zone) or next(iter(pool.own_subnets), None)
 
     def suits(self, pool: PoolSettings) -> bool:
         """Whether the cloud has nothing to add for these settings."""
@@ -103,7 +103,7 @@ def network(pool: PoolSettings, group_ids: Sequence[str], *, subnet: str | None)
     """
     groups: dict[str, Any] = {"SecurityGroupIds": list(group_ids)} if group_ids else {}
     where: dict[str, Any] = {"SubnetId": subnet} if subnet else {}
-    if not (pool.subnet or pool.subnets) or pool.address == "private":
+    if not pool.own_subnets or pool.address == "private":
         return groups | where
     interface: dict[str, Any] = {
         "DeviceIndex": 0,

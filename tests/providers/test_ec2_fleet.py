@@ -112,6 +112,8 @@ async def test_an_on_demand_fleet_goes_by_the_order_of_the_pools_types() -> None
 
 async def test_a_subnet_is_named_by_every_override_and_public_addresses_by_the_template() -> None:
     client = scripted({"Instances": [bought("c7i.large", "i-1")]})
+    subnet = {"SubnetId": "subnet-1", "VpcId": "vpc-1", "AvailabilityZone": "us-east-1b"}
+    client.scripts["DescribeSubnets"] = {"Subnets": [subnet]}
     settings = pool(instance_types=TYPES, subnet="subnet-1", security_group_ids=["sg-1"])
     async with opened(client, {"default": settings}) as provider:
         await provider.launch(fleet_order(provider))

@@ -201,7 +201,9 @@ async def test_a_credential_helper_that_fails_is_tried_again_and_not_quoted(aws:
 def network(**more: Any) -> ScriptedClient:
     return ScriptedClient(
         DescribeVpcs={"Vpcs": [{"VpcId": "vpc-default"}]},
-        DescribeSubnets={"Subnets": [{"SubnetId": "subnet-1", "VpcId": "vpc-1"}]},
+        DescribeSubnets={
+            "Subnets": [{"SubnetId": "subnet-1", "VpcId": "vpc-1", "AvailabilityZone": "us-east-1b"}]
+        },
         DescribeSecurityGroups={"SecurityGroups": [GROUP]},
         **more,
     )
@@ -231,9 +233,24 @@ async def test_a_group_is_looked_up_in_the_vpc_of_the_pools_subnet() -> None:
     client = network()
     async with opened(client, {"default": pool(security_groups=["workers"], subnet="subnet-1")}):
         assert client.sent("DescribeSecurityGroups")[0]["Filters"][0]["Values"] == ["vpc-1"]
-        assert client.sent("DescribeSubnets") == [
-            {"Filters": [{"Name": "subnet-id", "Values": ["subnet-1"]}]}
-        ]
+        asked = {"Filters": [{"Name": "subnet-id", "Values": ["subnet-1"]}]}
+        assert all(sent == asked for sent in client.sent("DescribeSubnets"))
+
+
+async def test_the_zone_of_a_pools_only_subnet_is_known_before_anything_is_bought() -> None:
+    types = ["c7i.large", "c6i.large"]
+    shapes = [{"InstanceType": kind, "VCpuInfo": {"DefaultVCpus": 2}} for kind in types]
+    client = network(DescribeInstanceTypes={"InstanceTypes": shapes})
+    async with opened(client, {"default": pool(subnet="subnet-1", instance_types=types)}) as provider:
+        offerings = provider.offerings("default")
+        assert {(one.instance_type, one.zone) for one in offerings} == {
+            (kind, "us-east-1b") for kind in types
+        }
+        sent = json.loads(provider.prepare("default", "order-1", offerings, NOW_UNIX).parameters)
+        overrides = sent["fleet"]["LaunchTemplateConfigs"][0]["Overrides"]
+        assert [(one["SubnetId"], one["AvailabilityZone"]) for one in overrides] == [
+            ("subnet-1", "us-east-1b")
+        ] * 2
 
 
 async def test_groups_given_by_id_ask_nothing() -> None:
@@ -314,7 +331,7 @@ async def test_a_fleet_names_the_subnet_of_each_offerings_zone() -> None:
         order = provider.prepare("default", "order-1", provider.offerings("default"), NOW_UNIX, count=2)
     (config,) = json.loads(order.parameters)["fleet"]["LaunchTemplateConfigs"]
     assert [one["SubnetId"] for one in config["Overrides"]] == ["subnet-2", "subnet-1"]
-    assert all("AvailabilityZone" not in one for one in config["Overrides"])
+    assert [one["AvailabilityZone"] for one in config["Overrides"]] == ["us-east-1b", "us-east-1a"]
 
 
 async def test_zones_choose_among_the_subnets_and_their_order() -> None:

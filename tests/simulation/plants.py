@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
-from broker import acquiring, context, granting, orders, service, store, waiting
+from broker import acquiring, context, granting, orders, service, store, supply, waiting
 from broker.clock import Clock
 from broker.clouds import Cloud
 from broker.core import buying, claim, planning, policy, schedule
@@ -96,7 +96,7 @@ def cap_ignores_machines_on_order() -> Iterator[Any]:
         return Room(max(0, pool.max_workers - registry.count(name, WorkerState.READY)))
 
     yield patch.object(launch, "launch_room", room)
-    yield patch.object(launch.LaunchLoop, "_coming", lambda self, name: {})
+    yield patch.object(supply.Supply, "coming", lambda self, name, without=None: {})
 
 
 @planted
