@@ -518,7 +518,7 @@ class Daemon:
         self.server.settings = broker
         self._log_at(broker.log_level)
         self.service.reloaded()
-        self.launch.reloaded(reloaded.changed)
+        self.launch.reloaded(self.settings.pool)
         self.ledger.reloaded()
         self.reconcile.scan_soon()
         for name in ("reap", "launch", "probe", "reconcile", "sweep"):

@@ -61,7 +61,7 @@ class Overview:
             "cloud": cloud.provider.name,
             "workers": sum(self._context.cloud_of(worker) is cloud for worker in workers),
             "round_trip_ms": None if round_trip_seconds is None else round(round_trip_seconds * 1000),
-            "obstacle": _refusal(cloud, name),
+            "obstacle": _refusal(cloud, name, self._context.now()),
         }
 
     def _obstacle(self, name: str) -> str:
@@ -69,16 +69,18 @@ class Overview:
         clouds = self._context.clouds.of(name)
         if not clouds:
             return "the pool is not configured any more"
-        reasons = [_refusal(cloud, name) for cloud in clouds]
+        reasons = [_refusal(cloud, name, self._context.now()) for cloud in clouds]
         if all(reasons):
             return "; ".join(reasons)
         obstacle = self._context.obstacles.get(name)
         return obstacle.message if obstacle is not None else ""
 
 
-def _refusal(cloud: Cloud, pool: str) -> str:
+def _refusal(cloud: Cloud, pool: str, now: float) -> str:
     """Why nothing can be bought there, or nothing."""
     refusal = cloud.read_only() or cloud.refusal(pool)
-    if refusal is not None:
-        return refusal.message
-    return "" if cloud.recovered else f"{cloud.provider.name} has not been listed yet"
+    if refusal is None and not cloud.recovered:
+        return f"{cloud.provider.name} has not been listed yet"
+    if refusal is None:
+        refusal = cloud.cooling.refusal(cloud.provider.offerings(pool), now, pool=pool)
+    return "" if refusal is None else refusal.message

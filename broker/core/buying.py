@@ -136,7 +136,8 @@ def to_replace(
     now: float,
 ) -> tuple[str, ...]:
     """The pool's fallback workers (by id, the longest unused first) that may end now: nobody has used them
-    for FALLBACK_IDLE_SECONDS, and spot at least as large can be had instead."""
+    for FALLBACK_IDLE_SECONDS, and spot at least as large is back. That its cool-down is over is no reason:
+    whoever asks next would only wait for spot once more."""
     affordable, _ = _affordable(offerings, spot_prices)
     spot = _of(Market.SPOT, cooling.usable(affordable, now, pool=name)[0])
     unused = [
@@ -147,7 +148,7 @@ def to_replace(
         and not registry.busy(worker.id)
         and not worker.protected
         and now - registry.used_at(worker.id) >= FALLBACK_IDLE_SECONDS
-        and any(_does_for(one, worker.offering) for one in spot)
+        and any(_does_for(one, worker.offering) and cooling.is_back(one, worker.born_at, now) for one in spot)
     ]
     return tuple(worker.id for worker in sorted(unused, key=lambda one: (registry.used_at(one.id), one.id)))
 

@@ -2,17 +2,17 @@
 
 Three kinds of memory, shared by all pools that buy at one place in a cloud. A *refused* offering cools down,
 longer with each refusal in a row, until one is bought. A *quota* refusal speaks of the account: it pauses a
-market in a region for all machine types that draw on the quota. A *reclaim* says that a place is getting
+market in a region for all machine types that draw on the quota and are no smaller. A *reclaim* says that a place is getting
 scarce: one alone moves it to the end of the order, several within an hour cool it down.
 
 A permanent refusal (a wrong image, a missing permission) is a person's to mend, and one pool's own: it pauses
-the offering for that pool only. Nothing in here is worth a disk: after a restart it costs one call to learn.
+the offering for that pool only, longer each time as well, and not beyond a reload. Nothing in here is worth a disk: after a restart it costs one call to learn.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple, TypeVar
 
@@ -21,11 +21,13 @@ from broker.core.model import Market, Offering
 
 COOL_DOWN_SECONDS = 180.0  # after the first refusal (Karpenter's cache of unavailable offerings: 3 minutes)
 COOL_DOWN_SECONDS_MAX = 1800.0  # doubled up to here: stock comes back within hours, and asking costs one call
-DOUBLINGS_MAX = 4  # more would exceed COOL_DOWN_SECONDS_MAX; far more would exceed a float
-MENDING_SECONDS = 60.0  # a permanent refusal: until then clients hear it without a new call
+DOUBLINGS_MAX = 4  # more would exceed either maximum; far more would exceed a float
+MENDING_SECONDS = 60.0  # a permanent refusal, doubled likewise: until then clients hear it without a new call
+MENDING_SECONDS_MAX = 300.0  # no longer: it may be mended in the cloud, and nobody tells us
 STREAK_SECONDS_MAX = 3600.0  # a refusal so long after a cool-down is not "in a row" any more
+HOPE_SECONDS = 1800.0  # after so long without a refusal, stock may well have come back
 RECLAIM_SECONDS = 3600.0  # for so long a reclaim counts
-RECLAIMS_MAX = DOUBLINGS_MAX + 2  # remembered for each place: more would not make it cool for longer
+RECLAIMS_MAX = 6  # remembered for each place: more would not make it cool for longer
 
 # Machine types by the first letters of their name share a vCPU quota, for spot and on-demand each; all other
 # families are "standard" (AWS: EC2 user guide, "On-Demand Instance quotas", "Spot Instance quotas").
@@ -77,11 +79,14 @@ class QuotaScope:
 
 @dataclass(frozen=True, slots=True)
 class Pause:
-    """One cool-down: the last refusal, which it was in a row, and until when it stands."""
+    """One cool-down: the last refusal and its moment, which it was in a row, and until when it stands; of a
+    quota, the cores of the smallest machine that was refused for it."""
 
     error: CloudError
     times: int
     until_at: float
+    refused_at: float
+    cores: int | None = None
 
 
 @dataclass(slots=True)
@@ -92,6 +97,7 @@ class Cooling:
     _quotas: dict[QuotaScope, Pause] = field(default_factory=dict)
     _mending: dict[tuple[str, Place], Pause] = field(default_factory=dict)
     _reclaims: dict[Place, deque[float]] = field(default_factory=dict)
+    _bought_at: dict[Place, float] = field(default_factory=dict)
 
     # --- what has happened ---------------------------------------------------------------------------
 
@@ -106,9 +112,12 @@ class Cooling:
         place, scope = _place(offering), _quota_scope(offering)
         match error:
             case PermanentRefusal():
-                self._mending[pool, place] = Pause(error, 1, now + MENDING_SECONDS)
+                pause = self._mending.get((pool, place))
+                self._mending[pool, place] = _once_more(pause, error, now, _mending_seconds)
             case QuotaReached():
-                self._quotas[scope] = _once_more(self._quotas.get(scope), error, now)
+                pause = self._quotas.get(scope)
+                cores = [n for n in (offering.cores, pause and pause.cores) if n]
+                self._quotas[scope] = replace(_once_more(pause, error, now), cores=min(cores, default=None))
             case _:
                 self._refused[place] = _once_more(self._refused.get(place), error, now)
 
@@ -119,15 +128,20 @@ class Cooling:
             self._reclaims.setdefault(_place(offering), deque(maxlen=RECLAIMS_MAX)).append(now)
 
     def bought(self, offering: Offering, now: float) -> None:
-        """It can be had: its refusals, and those of its quota, are over. A reclaim is as true as before."""
+        """It can be had: its refusals, and those of its quota for what is no larger, are over. A reclaim is
+        as true as before."""
         self._forget(now)
         place = _place(offering)
+        self._bought_at[place] = now
         self._refused.pop(place, None)
         self._refused.pop(_anywhere(place), None)  # "in no zone" has proved wrong
-        self._quotas.pop(_quota_scope(offering), None)
+        self._mending = {key: pause for key, pause in self._mending.items() if key[1] != place}
+        scope = _quota_scope(offering)
+        if _counts(self._quotas.get(scope), offering):
+            del self._quotas[scope]
 
     def mended(self, pool: str) -> None:
-        """The pool's settings are others now: what a person was to mend is asked for again."""
+        """The operator has read the settings in again: what a person was to mend is asked for again."""
         self._mending = {key: pause for key, pause in self._mending.items() if key[0] != pool}
 
     # --- what follows --------------------------------------------------------------------------------
@@ -149,18 +163,48 @@ class Cooling:
                 steady.append(offering)
         return (*steady, *shaky), tuple(cooling)
 
+    def refusal(self, offerings: Iterable[Offering], now: float, *, pool: str) -> CloudError | None:
+        """Why none of a pool's offerings can be had, as far as is known, or None. What a person must mend is
+        told until something is bought or the settings are read in again."""
+        error: CloudError | None = None
+        for offering in offerings:
+            pause = self._mending.get((pool, _place(offering))) or self._pause(offering, now, pool)
+            if pause is None:
+                return None
+            error = error or pause.error
+        return error
+
+    def is_back(self, offering: Offering, since_at: float, now: float) -> bool:
+        """Whether an offering that was refused then can be had again, as far as is known: it was bought since
+        then, or has not been refused for HOPE_SECONDS. To be asked of usable offerings."""
+        place = _place(offering)
+        bought = [at for other, at in self._bought_at.items() if place in (other, _anywhere(other))]
+        if any(at >= since_at for at in bought):
+            return True
+        pauses = (
+            self._quota_pause(offering),
+            self._refused.get(place),
+            self._refused.get(_anywhere(place)),
+        )
+        return all(pause is None or now - pause.refused_at >= HOPE_SECONDS for pause in pauses)
+
     def _pause(self, offering: Offering, now: float, pool: str) -> Pause | None:
         """Of all that stands against the offering what lasts longest."""
         place = _place(offering)
         pauses = (
             self._mending.get((pool, place)),
-            self._quotas.get(_quota_scope(offering)),
+            self._quota_pause(offering),
             self._refused.get(place),
             self._refused.get(_anywhere(place)),
             self._reclaim_pause(place, now),
         )
         standing = [pause for pause in pauses if pause is not None and now < pause.until_at]
         return max(standing, key=lambda pause: pause.until_at, default=None)
+
+    def _quota_pause(self, offering: Offering) -> Pause | None:
+        """A smaller machine may fit into what is left of the quota."""
+        pause = self._quotas.get(_quota_scope(offering))
+        return pause if _counts(pause, offering) else None
 
     def _reclaim_pause(self, place: Place, now: float) -> Pause | None:
         """One reclaim is an accident, two within an hour cool the place down, more do so for longer."""
@@ -172,7 +216,8 @@ class Cooling:
             + (f" in {place.zone}" if place.zone else "")
             + "; another type or zone may last longer"
         )
-        return Pause(error, len(moments), moments[-1] + _cool_down_seconds(len(moments) - 1))
+        until_at = moments[-1] + _cool_down_seconds(len(moments) - 1)
+        return Pause(error, len(moments), until_at, moments[-1])
 
     def _reclaimed_of_late(self, offering: Offering, now: float) -> bool:
         """Where the cloud may choose the zone, a reclaim in any of them counts."""
@@ -189,6 +234,9 @@ class Cooling:
         self._refused = _fresh(self._refused, now)
         self._quotas = _fresh(self._quotas, now)
         self._mending = _fresh(self._mending, now)
+        self._bought_at = {
+            place: at for place, at in self._bought_at.items() if now - at < STREAK_SECONDS_MAX
+        }
         self._reclaims = {
             place: moments for place, moments in self._reclaims.items() if now - moments[-1] < RECLAIM_SECONDS
         }
@@ -213,16 +261,29 @@ def _quota_scope(offering: Offering) -> QuotaScope:
     return QuotaScope(offering.region, offering.market, quota_family(offering.instance_type))
 
 
-def _once_more(pause: Pause | None, error: CloudError, now: float) -> Pause:
+def _counts(pause: Pause | None, offering: Offering) -> bool:
+    """Whether what the quota refused speaks of this offering."""
+    if pause is None:
+        return False
+    return pause.cores is None or offering.cores is None or offering.cores >= pause.cores
+
+
+def _once_more(
+    pause: Pause | None, error: CloudError, now: float, seconds: Callable[[int], float] | None = None
+) -> Pause:
     """A refusal during a cool-down answers a call of before it: the same shortage, not one more."""
     if pause is not None and now < pause.until_at:
-        return replace(pause, error=error)
+        return replace(pause, error=error, refused_at=now)
     times = 1 if pause is None or now - pause.until_at >= STREAK_SECONDS_MAX else pause.times + 1
-    return Pause(error, times, now + _cool_down_seconds(times))
+    return Pause(error, times, now + (seconds or _cool_down_seconds)(times), now)
 
 
 def _cool_down_seconds(times: int) -> float:
     return min(COOL_DOWN_SECONDS * 2.0 ** min(times - 1, DOUBLINGS_MAX), COOL_DOWN_SECONDS_MAX)
+
+
+def _mending_seconds(times: int) -> float:
+    return min(MENDING_SECONDS * 2.0 ** min(times - 1, DOUBLINGS_MAX), MENDING_SECONDS_MAX)
 
 
 def _fresh(pauses: dict[Key, Pause], now: float) -> dict[Key, Pause]:

@@ -90,7 +90,7 @@ class LaunchLoop:
         self.top_up = TopUp(context)
 
     def reloaded(self, pools: Collection[str]) -> None:
-        """These pools have new settings: what was refused with the old ones is asked for again."""
+        """Settings were read in again: the operator may have mended in the cloud what these pools met."""
         self._setbacks.reloaded(pools)
         for name in pools:
             for cloud in self._context.clouds.of(name):

@@ -35,7 +35,7 @@ class Setbacks:
         self._droughts: dict[tuple[str, Wish], float] = {}  # since when
 
     def reloaded(self, pools: Collection[str]) -> None:
-        """These pools have new settings: what was held up with the old ones is tried again."""
+        """Settings were read in again: what was held up is tried again."""
         self._pauses = {key: pause for key, pause in self._pauses.items() if key[0] not in pools}
         self._held_up = {key: times for key, times in self._held_up.items() if key[0] not in pools}
 

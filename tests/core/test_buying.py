@@ -17,7 +17,7 @@ from broker.core.buying import (
     on_demand_usd_micros_per_hour,
     to_replace,
 )
-from broker.core.cooling import Cooling
+from broker.core.cooling import HOPE_SECONDS, Cooling
 from broker.core.errors import (
     Code,
     NoCapacity,
@@ -314,7 +314,13 @@ def test_a_fallback_that_somebody_holds_is_never_replaced() -> None:
 def test_a_fallback_stays_while_spot_cannot_be_had_or_is_smaller() -> None:
     registry = with_fallback()
     assert replaced(registry, 100.0, cooling=without_spot()) == ()
-    assert replaced(registry, 180.0, cooling=without_spot()) == ("o-1",)
+    assert replaced(registry, 180.0, cooling=without_spot()) == (), (
+        "that nobody was refused it proves nothing"
+    )
+    cooling = without_spot()
+    cooling.bought(C7I, 181.0)
+    assert replaced(registry, 182.0, cooling=cooling) == ("o-1",)
+    assert replaced(registry, HOPE_SECONDS, cooling=without_spot()) == ("o-1",)
     small = Offering("us-east-1", "c7i.large", Market.SPOT, cores=2)
     assert replaced(registry, 180.0, offerings=(small, *ON_DEMAND)) == ()
 

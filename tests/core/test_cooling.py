@@ -166,11 +166,30 @@ def test_a_permanent_refusal_is_heard_again_for_a_minute_by_its_own_pool() -> No
     assert cooling.usable([BIG_A], MENDING_SECONDS, pool="wrong") == ((BIG_A,), ())
 
 
-def test_a_permanent_refusal_does_not_grow() -> None:
+def test_a_permanent_refusal_grows_to_minutes_and_a_reload_ends_it() -> None:
+    cooling, now, pauses = Cooling(), 0.0, []
+    for _ in range(5):
+        cooling.refused(BIG_A, WRONG_IMAGE, now, pool="wrong")
+        pauses.append(cooling.usable([BIG_A], now, pool="wrong")[1][0].seconds_left)
+        now += pauses[-1]
+    assert pauses == [60.0, 120.0, 240.0, 300.0, 300.0]
+    assert cooling.refusal([BIG_A], now + 1.0, pool="wrong") is WRONG_IMAGE, (
+        "an operator sees it all the time"
+    )
+    assert cooling.refusal([BIG_A], now + 1.0, pool="right") is None
+    cooling.mended("wrong")
+    assert cooling.refusal([BIG_A], now + 1.0, pool="wrong") is None
+
+
+def test_a_quota_that_has_no_room_for_a_large_machine_may_have_room_for_a_small_one() -> None:
+    large, small = replace(BIG_A, cores=64), replace(BIG_A, instance_type="c7i.large", cores=2)
     cooling = Cooling()
-    for number in range(5):
-        cooling.refused(BIG_A, WRONG_IMAGE, number * MENDING_SECONDS)
-    assert seconds_left(cooling, BIG_A, 4 * MENDING_SECONDS) == MENDING_SECONDS
+    cooling.refused(large, NO_QUOTA, 0.0)
+    assert cooling.usable([large, small], 1.0)[0] == (small,)
+    cooling.bought(small, 1.0)
+    assert cooling.usable([large, small], 1.0)[0] == (small,), "what is left of it is no more than before"
+    cooling.refused(small, NO_QUOTA, 2.0)
+    assert cooling.usable([large, small], 2.0)[0] == ()
 
 
 def test_of_two_reasons_the_one_that_lasts_longer_is_told() -> None:
@@ -290,5 +309,7 @@ def test_a_purchase_makes_an_offering_usable_unless_machines_are_taken_back_or_a
 @given(STEPS)
 def test_what_is_long_past_takes_no_memory(steps: list[Step]) -> None:
     cooling, now = lived(steps)
-    cooling.bought(ELSEWHERE, now + COOL_DOWN_SECONDS_MAX + STREAK_SECONDS_MAX)
-    assert cooling == Cooling()
+    long_after, new = now + COOL_DOWN_SECONDS_MAX + STREAK_SECONDS_MAX, Cooling()
+    for one in (cooling, new):
+        one.bought(ELSEWHERE, long_after)
+    assert cooling == new
