@@ -277,6 +277,10 @@ class FakeCloud:
     def count(self, api: str) -> int:
         return sum(name == api for name, _ in self.calls)
 
+    def tagged(self, key: str) -> int:
+        """How many calls for many machines have written, or tried to write, a tag of that name."""
+        return sum(api == "tag_all" and key in what[1] for api, what in self.calls)
+
     def has(self, address: str) -> bool:
         """Whether a machine here has, or had, that address."""
         return any(machine.instance.address == address for machine in self.machines.values())

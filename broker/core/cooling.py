@@ -2,11 +2,12 @@
 
 Three kinds of memory, shared by all pools that buy at one place in a cloud. A *refused* offering cools down,
 longer with each refusal in a row, until one is bought. A *quota* refusal speaks of the account: it pauses a
-market in a region for all machine types that draw on the quota and are no smaller. A *reclaim* says that a place is getting
-scarce: one alone moves it to the end of the order, several within an hour cool it down.
+market in a region for all machine types that draw on the quota and are no smaller. A *reclaim* says that a
+place is getting scarce: one alone moves it to the end of the order, several within an hour cool it down.
 
 A permanent refusal (a wrong image, a missing permission) is a person's to mend, and one pool's own: it pauses
-the offering for that pool only, longer each time as well, and not beyond a reload. Nothing in here is worth a disk: after a restart it costs one call to learn.
+the offering for that pool only, longer each time as well, and not beyond a reload. Nothing in here is worth a
+disk: after a restart it costs one call to learn.
 """
 
 from __future__ import annotations

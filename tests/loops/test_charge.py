@@ -371,7 +371,7 @@ def test_a_machine_carries_its_claim_from_the_launch_call_on_and_is_marked_every
             assert found is not None
             age_seconds = EPOCH_UNIX + broker.clock.monotonic() - found.beat_unix
             assert age_seconds <= BEAT_SECONDS + SCAN_SECONDS, minute
-        assert broker.cloud.count("tag_all") == pytest.approx(24, abs=3)
+        assert broker.cloud.tagged(tags.EPOCH) == pytest.approx(24, abs=3)
 
     live(tmp_path, story)
 
@@ -382,11 +382,11 @@ def test_machines_of_an_older_version_are_taken_in_and_marked_in_one_call(tmp_pa
         await asyncio.sleep(60)
         old = [broker.cloud.add() for _ in range(3)]
         write(broker.cloud, old[0], "nonsense")
-        before = broker.cloud.count("tag_all")
+        before = broker.cloud.tagged(tags.EPOCH)
         await broker.until(
             lambda: all(on_machine(broker.cloud, one) for one in old), seconds_max=SCAN_SECONDS + 1
         )
-        assert broker.cloud.count("tag_all") == before + 1
+        assert broker.cloud.tagged(tags.EPOCH) == before + 1
         assert broker.registry.count("default", WorkerState.BOOTING, WorkerState.READY) == 4
 
     live(tmp_path, story)
@@ -398,7 +398,7 @@ def test_a_claim_that_may_not_be_written_is_not_tried_at_every_scan(tmp_path: Pa
         broker.cloud.fail["tag_all"].extend(PermanentRefusal("not authorized") for _ in range(1000))
         broker.cloud.add()
         await asyncio.sleep(600)
-        assert 5 <= broker.cloud.count("tag_all") <= 11
+        assert 5 <= broker.cloud.tagged(tags.EPOCH) <= 11
 
     live(tmp_path, story)
 
