@@ -97,13 +97,14 @@ class Acquiring:
         asked_at, wish = self._now(), Wish.of(command)
         deadline_at = asked_at + (pool.wait if command.wait is None else command.wait)
         await self._started(name, deadline_at, say)
-        self._admission.require_possible(name, wish)
+        name, pool = await self._admission.suiting(command.pool, wish, deadline_at)
+        deadline_at = asked_at + (pool.wait if command.wait is None else command.wait)
         exclusive = command.exclusive or pool.exclusive
         terms = self._terms(command, pool, exclusive)
         waiter = Waiter(name, client, exclusive, wish, asked_at, _future(), terms, say)
         try:
             for _ in range(HAND_OUT_ATTEMPTS_MAX):
-                _, pool = self._admission.pool(command.pool)  # a reload may have removed it meanwhile
+                _, pool = self._admission.pool(name)  # a reload may have removed it meanwhile
                 self._context.require_charge_somewhere(name)
                 leases, last = await self._served(waiter, deadline_at)
                 good = await self._good(leases, pool, deadline_at + PROOF_GRACE_SECONDS)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from broker.clouds import is_known
 from broker.context import Context
-from broker.core.errors import BadRequest, Draining, WaitTimedOut
+from broker.core.errors import BadRequest, BrokerError, CloudError, Draining, WaitTimedOut
 from broker.core.model import Offering
 from broker.core.settings import PoolSettings
 from broker.core.wish import ANYTHING, Wish
@@ -32,13 +32,39 @@ class Admission:
             raise self._context.no_such_pool(name or "default")
         return name or "default", pool
 
-    def require_possible(self, pool: str, wish: Wish) -> None:
-        """Raises BadRequest when nothing in the pool could ever meet the wish."""
+    async def suiting(self, named: str | None, wish: Wish, deadline_at: float) -> tuple[str, PoolSettings]:
+        """The pool for a wish: the one that is named; otherwise `default` if it suits, or the first that does.
+
+        Raises BadRequest when none could ever meet the wish; CloudError or WaitTimedOut when that is not
+        known of all of them.
+        """
+        default, pool = self.pool(named)
+        if self._has(default, wish):
+            return default, pool
+        others = [] if named else [one for one in self._context.settings.pool if one != default]
+        unknown: BrokerError | None = None
+        for other in others:
+            try:
+                await self.recovered(other, deadline_at)
+            except (CloudError, WaitTimedOut) as error:
+                unknown = unknown or error
+            else:
+                if other in self._context.settings.pool and self._has(other, wish):
+                    return self.pool(other)
+        raise unknown or self._impossible(wish, [default, *others])
+
+    def _has(self, pool: str, wish: Wish) -> bool:
+        """Whether something in the pool could meet the wish."""
         if wish == ANYTHING or not self._context.clouds.of(pool):
-            return
-        offerings = self._context.offerings(pool)
-        if not any(wish.fits(offering) for offering in offerings):
-            raise BadRequest(f"pool '{pool}' has nothing with {wish}; it has {_catalogue(offerings)}")
+            return True
+        return any(wish.fits(offering) for offering in self._context.offerings(pool))
+
+    def _impossible(self, wish: Wish, pools: Sequence[str]) -> BadRequest:
+        there = [f"pool '{one}' has {_catalogue(self._context.offerings(one))}" for one in pools]
+        if len(there) == 1:
+            it_has = there[0].removeprefix(f"pool '{pools[0]}' ")
+            return BadRequest(f"pool '{pools[0]}' has nothing with {wish}; it {it_has}")
+        return BadRequest(f"no pool has anything with {wish}; {'; '.join(there)}")
 
     async def recovered(self, pool: str | None = None, deadline_at: float | None = None) -> None:
         """Wait for the first complete scan, of one cloud or of all. Raises CloudError, WaitTimedOut."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from broker.core.model import Event, Lease, LeaseEnded, Worker, WorkerChanged, WorkerState
-from broker.core.policy import RETIRED
+from broker.core.policy import POOL_REMOVED, RETIRED
 from broker.core.registry import Registry
 from broker.core.replies import Notice
 from broker.sessions import Session
@@ -51,8 +51,9 @@ class Notices:
 
 
 def _doubt(worker: Worker, lease: Lease) -> Notice:
-    """A worker that is not handed out any more: for its age, on the cloud's notice, or for its silence."""
-    if worker.standing_notice == RETIRED:
+    """A worker that is not handed out any more: for its age or its pool's end, on the cloud's notice, or for
+    its silence."""
+    if worker.standing_notice in (RETIRED, POOL_REMOVED):
         return _notice("retire", worker, lease)
     if worker.standing_notice:
         return _notice("interrupt", worker, lease, RECLAIM_SECONDS)

@@ -223,11 +223,12 @@ class Service:
         name, pool = self._admission.pool(command.pool)
         asked_at, wish = self._now(), Wish.of(command)
         deadline_at = asked_at + (pool.wait if command.wait is None else command.wait)
-        exclusive = command.exclusive or pool.exclusive
         await self._admission.recovered(name, deadline_at)
-        self._admission.require_possible(name, wish)
+        name, pool = await self._admission.suiting(command.pool, wish, deadline_at)
+        deadline_at = asked_at + (pool.wait if command.wait is None else command.wait)
+        exclusive = command.exclusive or pool.exclusive
         for _ in range(HAND_OUT_ATTEMPTS_MAX):
-            _, pool = self._admission.pool(command.pool)  # a reload may have removed it meanwhile
+            _, pool = self._admission.pool(name)  # a reload may have removed it meanwhile
             self._context.require_charge_somewhere(name)
             held_before = self._held(name, client)
             waiter = Waiter(name, client, exclusive, wish, asked_at, _future())

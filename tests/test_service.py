@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sqlite3
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -356,6 +357,42 @@ def test_a_launch_that_never_answers_is_told_and_its_machine_is_found_later(tmp_
         assert len(broker.cloud.machines) == 1
 
     live(tmp_path, story)
+
+
+def of_two_sizes(broker: RunningBroker) -> None:
+    """Pool `default` sells small machines, pool `large` big ones."""
+    (big,) = broker.cloud.catalogue["default"]
+    broker.cloud.catalogue["default"] = (replace(big, instance_type="small", cores=8),)
+
+
+def test_a_wish_without_a_pool_goes_to_the_first_pool_that_has_what_is_asked_for(tmp_path: Path) -> None:
+    async def story(broker: RunningBroker) -> None:
+        of_two_sizes(broker)
+        address = await broker.ask("GET_WORKER cores=64 client=ann")
+        worker = broker.registry.by_address(address)
+        assert worker is not None
+        assert (worker.pool, worker.offering.instance_type) == ("large", "big")
+        small = await broker.ask("GET_WORKER cores=8 client=ann")
+        worker = broker.registry.by_address(small)
+        assert worker is not None
+        assert worker.pool == "default"
+        assert "pool=large type=big" in await broker.ask("ACQUIRE type=big client=ben")
+
+    live(tmp_path, story, chosen=settings({"large": {"sharing": "exclusive"}}))
+
+
+def test_a_wish_that_no_pool_can_meet_names_what_all_of_them_have(tmp_path: Path) -> None:
+    async def story(broker: RunningBroker) -> None:
+        of_two_sizes(broker)
+        assert await broker.ask("GET_WORKER cores=65") == (
+            "ERROR: no pool has anything with cores=65; pool 'default' has small in moon (8 cores); "
+            "pool 'large' has big in moon (64 cores) [BAD_REQUEST]"
+        )
+        assert await broker.ask("GET_WORKER cores=64 pool=default") == (
+            "ERROR: pool 'default' has nothing with cores=64; it has small in moon (8 cores) [BAD_REQUEST]"
+        )
+
+    live(tmp_path, story, chosen=settings({"large": {}}))
 
 
 def test_an_order_that_no_listing_ever_shows_was_never_launched(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ BREAKER_SECONDS = (
 BREAKER_SECONDS_MAX = 4 * HOUR_SECONDS
 BREAKER_DOUBLINGS_MAX = 5  # more would exceed BREAKER_SECONDS_MAX; far more would exceed a float
 RETIRED = "max lifetime reached"  # the standing notice of a worker that gets no new clients for its age
+POOL_REMOVED = "its pool was removed"  # that of one whose pool the operator has taken out of the settings
 SUSPECT_SECONDS_MAX = 300.0  # an unheld worker that has not answered for so long is broken
 
 

@@ -21,6 +21,7 @@ from broker.context import Context
 from broker.core.errors import BrokerError, CloudUnreachable, LimitReached, SettingsError, StoreError
 from broker.core.life import USABLE
 from broker.core.model import Event, LeaseEnded, Worker, WorkerChanged, WorkerState
+from broker.core.policy import POOL_REMOVED
 from broker.core.settings import BrokerSettings, PoolSettings, Settings
 from broker.ledger import Ledger
 from broker.loops.reap import Report
@@ -30,7 +31,6 @@ from broker.providers.base import Change, Provider
 
 LOOK_SECONDS = 10.0  # between looks whether a provider that serves no pool is still needed
 OPEN_SECONDS_MAX = 5.0  # for a provider that is new; one that is silent is opened by the next scan
-NOTICE = "its pool was removed"
 PROVABLE = (WorkerState.READY, WorkerState.SUSPECT)
 # What sockets, files and tags were made with at the start; `connections_max` has set the limit of open files.
 RESTART = ("id", "state_dir", "insecure_listen", "listen", "http", "connections_max", "log_format")
@@ -259,7 +259,7 @@ class ReloadLoop:
         now = self._context.now()
         self._context.leaving[worker.id] = pool
         if worker.state in USABLE and not worker.standing_notice:
-            self._registry.suspect(worker.id, NOTICE, now, standing=True)
+            self._registry.suspect(worker.id, POOL_REMOVED, now, standing=True)
         self._registry.look_again(worker.id, now)
 
     def _welcome(self, name: str) -> None:
@@ -272,7 +272,7 @@ class ReloadLoop:
         for worker in self._registry if clouds else ():
             if worker.pool == name and worker.id in context.leaving and context.cloud_of(worker) in clouds:
                 del context.leaving[worker.id]
-                self._registry.lift_notice(worker.id, NOTICE, context.now())
+                self._registry.lift_notice(worker.id, POOL_REMOVED, context.now())
                 self._returned.append(worker)
 
     # --- providers -----------------------------------------------------------------------------------

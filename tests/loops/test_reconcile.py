@@ -14,7 +14,7 @@ import pytest
 
 from broker.clock import moment
 from broker.core import tags
-from broker.core.errors import CredentialsRefused, Throttled
+from broker.core.errors import CloudUnreachable, CredentialsRefused, Throttled
 from broker.core.model import InstanceState, Lease, WorkerState
 from broker.testing import RunningBroker, lost_answer, run_virtual, running_broker
 from tests.support.brokers import live, settings
@@ -25,6 +25,31 @@ async def scanned(broker: RunningBroker, times: int = 1) -> None:
     before = broker.cloud.count("listing")
     await broker.until(lambda: broker.cloud.count("listing") >= before + times)
     await asyncio.sleep(0.1)
+
+
+def test_an_order_whose_answer_was_lost_is_not_given_up_on_one_listing_that_misses_its_machine(
+    tmp_path: Path,
+) -> None:
+    """Simulated history 1888: long after the launch the first complete listing was short of the machine."""
+
+    async def story(broker: RunningBroker) -> None:
+        broker.cloud.lose = True
+        broker.cloud.fail["launch"].extend(lost_answer() for _ in range(5))
+        assert "[CLOUD]" in await broker.ask("GET_WORKER")
+        (machine,) = broker.cloud.machines.values()
+        machine.hidden = True
+        broker.cloud.fail["listing"].extend(CloudUnreachable() for _ in range(1000))
+        await asyncio.sleep(600)
+        broker.cloud.fail["listing"].clear()
+        await scanned(broker)
+        assert broker.registry.count("default", WorkerState.ORDERED) == 1, "one look is no proof"
+        machine.hidden = False
+        await scanned(broker)
+        worker = broker.registry.by_instance(machine.instance.id)
+        assert worker is not None
+        assert worker.order_id == machine.order_id
+
+    live(tmp_path, story)
 
 
 def test_one_listing_that_misses_a_busy_worker_changes_nothing(tmp_path: Path) -> None:
