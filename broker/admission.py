@@ -33,7 +33,7 @@ class Admission:
         return name or "default", pool
 
     async def suiting(self, named: str | None, wish: Wish, deadline_at: float) -> tuple[str, PoolSettings]:
-        """The pool for a wish: the one that is named; otherwise `default` if it suits, or the first that does.
+        """The pool for a wish: the one named; otherwise `default` if it suits, or the first that does.
 
         Raises BadRequest when none could ever meet the wish; CloudError or WaitTimedOut when that is not
         known of all of them.

@@ -37,6 +37,7 @@ LOOPBACK = re.compile(r"127(\.\d{1,3}){3}|localhost|::1")
 WARM_MAX = 1000  # nobody keeps more machines idle on purpose
 TAGS_MAX = 40  # EC2 allows 50 on a resource (EC2 user guide, Tag restrictions); ours are seven
 TAG_KEY_RESERVED = re.compile(r"compute-broker:.*|aws:.*|Name", re.IGNORECASE)
+IMAGES = ("image", "image_arm64")
 # What of these a region's table says replaces all that the pool itself says of the group there.
 TOGETHER = (
     frozenset({"subnet", "subnets", "zones"}),
@@ -182,6 +183,9 @@ class RegionSettings(Section):
     """What a pool says otherwise in one of its regions; what is not given is as in the pool."""
 
     image: Annotated[str, Field(min_length=1)] | None = Field(None, description="An AMI id of the region.")
+    image_arm64: Annotated[str, Field(min_length=1)] | None = Field(
+        None, description="An AMI id of the region, for Arm processors."
+    )
     instance_types: Names | None = Field(None, min_length=1, description="What may be bought there.")
     price_usd_per_hour: float | None = Field(
         None, ge=0, allow_inf_nan=False, description="What a running worker costs there."
@@ -329,6 +333,11 @@ class PoolSettings(Section):
         validate_default=True,
         description="ec2: an AMI id, or the name of an SSM parameter that holds one.",
     )
+    image_arm64: str | None = Field(
+        None,
+        description="ec2: the same for those of the instance_types that have Arm processors, such as c7g; "
+        "without it `image` is for all.",
+    )
     instance_types: Names = Field(
         (), validate_default=True, description="ec2: what may be bought; on demand in this order."
     )
@@ -400,17 +409,18 @@ class PoolSettings(Section):
             )
         return tables
 
-    @field_validator("image", "security_group_ids", "subnet", "subnets", "zones")
+    @field_validator("image", "image_arm64", "security_group_ids", "subnet", "subnets", "zones")
     @classmethod
     def _lies_in_one_region(cls, value: Any, info: ValidationInfo) -> Any:
         regions, tables, key = info.data.get("regions", ()), info.data.get("in_"), str(info.field_name)
-        if not value or tables is None or (key == "image" and not value.startswith("ami-")):
+        is_image = key in IMAGES
+        if not value or tables is None or (is_image and not value.startswith("ami-")):
             return value
         where = [one for one in regions if one not in tables or not tables[one].replaces(key)]
         if len(where) > 1:
-            ways = "name an SSM parameter" if key == "image" else "leave it out"
+            ways = "name an SSM parameter" if is_image else "leave it out"
             raise ValueError(
-                f"{'an AMI id' if key == 'image' else 'what it names'} lies in one region and would count in "
+                f"{'an AMI id' if is_image else 'what it names'} lies in one region and would count in "
                 f"{' and '.join(where)}: {ways}, or give each its own in [pool.NAME.in.{where[-1]}]"
             )
         return value

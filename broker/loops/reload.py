@@ -35,7 +35,16 @@ PROVABLE = (WorkerState.READY, WorkerState.SUSPECT)
 # What sockets, files and tags were made with at the start; `connections_max` has set the limit of open files.
 RESTART = ("id", "state_dir", "insecure_listen", "listen", "http", "connections_max", "log_format")
 # Settings whose mending may be what a breaker waits for.
-BOOTS_BY = ("provider", "image", "in_", "user_data", "user_data_file", "command", "instance_types")
+BOOTS_BY = (
+    "provider",
+    "image",
+    "image_arm64",
+    "in_",
+    "user_data",
+    "user_data_file",
+    "command",
+    "instance_types",
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -122,9 +122,11 @@ class Ec2Provider:
     ) -> dict[str, Recipe]:
         groups = await ec2_check.group_ids(self._api, self._region, pools, problems)
         places = await ec2_check.places(self._api, self._region, pools, problems)
-        self.cores |= await ec2_check.cores_of_types(self._api, self._region, pools, problems)
+        kinds = await ec2_check.kinds_of_types(self._api, self._region, pools, problems)
+        self.cores |= {name: kind.cores for name, kind in kinds.items()}
+        arm = frozenset(name for name, kind in kinds.items() if kind.arm)
         return {
-            name: Recipe(groups[name], scripts[name], places.get(name, ()), asked=pool)
+            name: Recipe(groups[name], scripts[name], places.get(name, ()), arm, asked=pool)
             for name, pool in pools.items()
         }
 

@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from broker.core.errors import PermanentRefusal
 from broker.core.settings import PoolSettings
@@ -19,6 +20,7 @@ from broker.providers.ec2_api import Ec2Api
 from broker.providers.ec2_wire import USER_DATA_BYTES_MAX, batches, filters
 
 TYPES_ASKED_MAX = 100  # in one filter; 200 are allowed (AWS: EC2 user guide, "Filtering considerations")
+ARM = "arm64"  # AWS: EC2 API reference, "ProcessorInfo", supportedArchitectures
 TYPES_PAGE_SIZE = 100  # the largest that DescribeInstanceTypes allows
 
 Pools = Mapping[str, PoolSettings]
@@ -164,30 +166,56 @@ async def _groups_by_name(
     return tuple(ids)
 
 
-async def cores_of_types(api: Ec2Api, region: str, pools: Pools, problems: Problems) -> dict[str, int]:
-    """How many cores each machine type has; empty when the credentials may not ask, which is no problem."""
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What a machine type is."""
+
+    cores: int
+    arm: bool
+
+
+async def kinds_of_types(api: Ec2Api, region: str, pools: Pools, problems: Problems) -> dict[str, Kind]:
+    """What each machine type is; empty when the credentials may not ask, which is no problem."""
     wanted = {kind for pool in pools.values() for kind in pool.instance_types}
     try:
-        cores = await _describe_types(api, sorted(wanted))
+        kinds = await _describe_types(api, sorted(wanted))
     except PermanentRefusal:
         return {}
     for name, pool in pools.items():
+        types = dict.fromkeys(pool.instance_types)
         problems[name] += [
-            f'pool.{name}.instance_types: {region} has no machine type "{kind}"'
-            for kind in dict.fromkeys(pool.instance_types)
-            if kind not in cores
+            f'pool.{name}.instance_types: {region} has no machine type "{one}"'
+            for one in types
+            if one not in kinds
         ]
-    return cores
+        problems[name] += _without_image(name, pool, {one: kinds[one] for one in types if one in kinds})
+    return kinds
 
 
-async def _describe_types(api: Ec2Api, kinds: Iterable[str]) -> dict[str, int]:
-    cores: dict[str, int] = {}
-    for batch in batches(kinds, TYPES_ASKED_MAX):
+def _without_image(name: str, pool: PoolSettings, kinds: Mapping[str, Kind]) -> list[str]:
+    """One image cannot be for both sorts of processors."""
+    arm = [one for one, kind in kinds.items() if kind.arm]
+    others = [one for one, kind in kinds.items() if not kind.arm]
+    if not arm or not others or pool.image_arm64:
+        return []
+    return [
+        f"pool.{name}.image_arm64: {arm[0]} has Arm processors, {others[0]} has not: name an image for it"
+    ]
+
+
+async def _describe_types(api: Ec2Api, names: Iterable[str]) -> dict[str, Kind]:
+    kinds: dict[str, Kind] = {}
+    for batch in batches(names, TYPES_ASKED_MAX):
         types = await api.every(
             "DescribeInstanceTypes",
             "InstanceTypes",
             Filters=filters(instance_type=batch),
             MaxResults=TYPES_PAGE_SIZE,
         )
-        cores |= {one["InstanceType"]: one["VCpuInfo"]["DefaultVCpus"] for one in types}
-    return cores
+        kinds |= {one["InstanceType"]: _kind(one) for one in types}
+    return kinds
+
+
+def _kind(shape: Mapping[str, Any]) -> Kind:
+    processor = shape.get("ProcessorInfo") or {}
+    return Kind(shape["VCpuInfo"]["DefaultVCpus"], ARM in (processor.get("SupportedArchitectures") or ()))

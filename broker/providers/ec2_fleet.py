@@ -1,9 +1,9 @@
 """CreateFleet, type `instant`: one call for many machines, each of whichever offering EC2 can give best.
 
 A fleet is launched from a launch template, which holds what all its machines share; what differs (type, zone
-or subnet) are its overrides. A template's name tells its content, so it is made once and never changed, and
-an order that is sent again by a later broker makes it again if it is gone. Templates cost nothing; AWS
-allows 5,000 in a region (AWS: EC2 user guide, "Launch template restrictions").
+or subnet, the image for other processors) are its overrides. A template's name tells its content, so it is
+made once and never changed, and an order that is sent again by a later broker makes it again if it is gone.
+Templates cost nothing; AWS allows 5,000 in a region (AWS: EC2 user guide, "Launch template restrictions").
 
 The answer lists machines and, beside them, an error for each override that was tried in vain. It may hold
 fewer machines than were asked for, or more. (AWS: EC2 API reference, "CreateFleet", "CreateFleetError".)
@@ -60,9 +60,7 @@ def fleet_parameters(
         "LaunchTemplateConfigs": [
             {
                 "LaunchTemplateSpecification": {"LaunchTemplateName": name, "Version": TEMPLATE_VERSION},
-                "Overrides": [
-                    _override(recipe.subnet(pool, one), one, number) for number, one in enumerate(offerings)
-                ],
+                "Overrides": [_override(pool, recipe, one, number) for number, one in enumerate(offerings)],
             }
         ],
         "TargetCapacitySpecification": {
@@ -95,10 +93,13 @@ def _template_name(broker_id: str, data: Mapping[str, Any]) -> str:
     return f"compute-broker-{broker_id}-{sha256(exact.encode()).hexdigest()[:16]}"
 
 
-def _override(subnet: str | None, offering: Offering, number: int) -> dict[str, Any]:
+def _override(pool: PoolSettings, recipe: Recipe, offering: Offering, number: int) -> dict[str, Any]:
     """The zone is named where it is known, also beside its subnet: an error that names only a subnet would
     count against all zones. (Karpenter's AWS provider names both, for the same reason.)"""
     override: dict[str, Any] = {"InstanceType": offering.instance_type, "Priority": float(number)}
+    subnet, image = recipe.subnet(pool, offering), recipe.image(pool, offering.instance_type)
+    if image is not None:
+        override["ImageId"] = image
     if subnet:
         override["SubnetId"] = subnet
     if offering.zone:

@@ -32,7 +32,15 @@ TRANSITION = re.compile(r"\((?P<moment>\d{4}-\d\d-\d\d \d\d:\d\d:\d\d) (?:GMT|UT
 
 
 # The settings about which the cloud is asked before anything is bought with them.
-ASKED = ("security_group_ids", "security_groups", "subnet", "subnets", "zones", "instance_types")
+ASKED = (
+    "security_group_ids",
+    "security_groups",
+    "subnet",
+    "subnets",
+    "zones",
+    "instance_types",
+    "image_arm64",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +50,16 @@ class Recipe:
     security_group_ids: tuple[str, ...] = ()
     user_data: str = ""
     places: tuple[tuple[str, str], ...] = ()  # (zone, its subnet), as preferred, of a pool with subnets
+    arm: frozenset[str] = frozenset()  # those of the machine types that have Arm processors, as far as known
     asked: PoolSettings | None = None  # the settings about which the cloud was asked
 
     def subnet(self, pool: PoolSettings, offering: Offering) -> str | None:
         """Where a machine of that offering is plugged in; None: in the default VPC."""
         return dict(self.places).get(offering.zone) or next(iter(pool.own_subnets), None)
+
+    def image(self, pool: PoolSettings, instance_type: str) -> str | None:
+        """The image for such a machine where it is not the pool's usual one."""
+        return image_id(pool.image_arm64) if pool.image_arm64 and instance_type in self.arm else None
 
     def suits(self, pool: PoolSettings) -> bool:
         """Whether the cloud has nothing to add for these settings."""
@@ -71,6 +84,9 @@ def launch_parameters(
         parameters["InstanceMarketOptions"] = ONE_TIME_SPOT
     if recipe.user_data:
         parameters["UserData"] = recipe.user_data
+    image = recipe.image(pool, offering.instance_type)
+    if image is not None:
+        parameters["ImageId"] = image
     subnet = recipe.subnet(pool, offering)
     if not subnet and offering.zone:
         parameters["Placement"] = {"AvailabilityZone": offering.zone}

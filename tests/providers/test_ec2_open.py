@@ -237,6 +237,45 @@ async def test_a_group_is_looked_up_in_the_vpc_of_the_pools_subnet() -> None:
         assert all(sent == asked for sent in client.sent("DescribeSubnets"))
 
 
+MIXED = [
+    {
+        "InstanceType": name,
+        "VCpuInfo": {"DefaultVCpus": 2},
+        "ProcessorInfo": {"SupportedArchitectures": [architecture]},
+    }
+    for name, architecture in (("c7i.large", "x86_64"), ("c7g.large", "arm64"))
+]
+
+
+async def test_a_machine_with_an_arm_processor_gets_the_image_that_is_made_for_it() -> None:
+    client = network(DescribeInstanceTypes={"InstanceTypes": MIXED})
+    chosen = pool(instance_types=["c7i.large", "c7g.large"], image="ami-1", image_arm64="/lab/arm")
+    async with opened(client, {"default": chosen}) as provider:
+        offerings = provider.offerings("default")
+        sent = json.loads(provider.prepare("default", "order-1", offerings, NOW_UNIX).parameters)
+        (config,) = sent["fleet"]["LaunchTemplateConfigs"]
+        assert [one.get("ImageId") for one in config["Overrides"]] == [None, "resolve:ssm:/lab/arm"]
+        assert sent["template"]["LaunchTemplateData"]["ImageId"] == "ami-1"
+
+
+async def test_a_pool_of_arm_machines_only_needs_no_second_image() -> None:
+    client = network(DescribeInstanceTypes={"InstanceTypes": MIXED})
+    async with opened(client, {"default": pool(instance_types=["c7g.large"], image="ami-2")}) as provider:
+        order = provider.prepare("default", "order-1", provider.offerings("default"), NOW_UNIX)
+        assert '"ImageId":"ami-2"' in order.parameters
+    chosen = pool(instance_types=["c7g.large"], image="ami-1", image_arm64="ami-3")
+    async with opened(client, {"default": chosen}) as provider:
+        order = provider.prepare("default", "order-1", provider.offerings("default"), NOW_UNIX)
+        assert '"ImageId":"ami-3"' in order.parameters
+
+
+async def test_one_image_for_both_sorts_of_processors_is_a_problem() -> None:
+    client = network(DescribeInstanceTypes={"InstanceTypes": MIXED})
+    assert await problems_of(client, default=pool(instance_types=["c7i.large", "c7g.large"])) == [
+        "pool.default.image_arm64: c7g.large has Arm processors, c7i.large has not: name an image for it"
+    ]
+
+
 async def test_the_zone_of_a_pools_only_subnet_is_known_before_anything_is_bought() -> None:
     types = ["c7i.large", "c6i.large"]
     shapes = [{"InstanceType": kind, "VCpuInfo": {"DefaultVCpus": 2}} for kind in types]
