@@ -96,18 +96,19 @@ class Acquiring:
         name, pool = self._admission.pool(command.pool)
         asked_at, wish = self._now(), Wish.of(command)
         deadline_at = asked_at + (pool.wait if command.wait is None else command.wait)
-        await self._started(name, deadline_at, say)
-        name, pool = await self._admission.suiting(command.pool, wish, deadline_at)
+        name, pool = await self._started(command, name, deadline_at, say)
         deadline_at = asked_at + (pool.wait if command.wait is None else command.wait)
         exclusive = command.exclusive or pool.exclusive
         terms = self._terms(command, pool, exclusive)
         waiter = Waiter(name, client, exclusive, wish, asked_at, _future(), terms, say)
+        leases: list[Lease] = []
         try:
             for _ in range(HAND_OUT_ATTEMPTS_MAX):
                 _, pool = self._admission.pool(name)  # a reload may have removed it meanwhile
                 self._context.require_charge_somewhere(name)
                 leases, last = await self._served(waiter, deadline_at)
-                good = await self._good(leases, pool, deadline_at + PROOF_GRACE_SECONDS)
+                until_at = deadline_at + PROOF_GRACE_SECONDS
+                good = await self._granting.all_confirmed(leases, pool, until_at)
                 over = self._now() >= deadline_at
                 if len(good) == len(leases) or (len(good) >= waiter.least and (last or over)):
                     self._granting.give_back([one for one in leases if one not in good], "not handed out")
@@ -118,7 +119,7 @@ class Acquiring:
             raise CloudError("workers are lost as fast as they become ready")
         except BaseException:  # it may stand in the queue, or have been served there in this instant
             self._leave(waiter)
-            self._granting.give_back(waiter.leases(), "not handed out")
+            self._granting.give_back([*leases, *waiter.leases()], "not handed out")
             raise
 
     async def _served(self, waiter: Waiter, deadline_at: float) -> tuple[list[Lease], bool]:
@@ -140,8 +141,11 @@ class Acquiring:
         count = max(least, room.at_most(command.count))
         return Terms(next(self._numbers), command.ttl, count, least, command.hold is not None)
 
-    async def _started(self, pool: str, deadline_at: float, say: Say) -> None:
-        """Wait for the first complete scan of the pool's cloud. Raises CloudError, WaitTimedOut."""
+    async def _started(
+        self, command: Acquire, pool: str, deadline_at: float, say: Say
+    ) -> tuple[str, PoolSettings]:
+        """Wait for the first complete scan of the pool's cloud. The pool for the wish: that one, or another
+        when none was named. Raises what Admission.admit raises."""
         clouds = self._context.clouds.of(pool)
         while not is_known(clouds) and self._now() < deadline_at:
             if any(cloud.refusal(pool) is None for cloud in clouds):
@@ -152,7 +156,7 @@ class Acquiring:
             except WaitTimedOut:
                 if again_at >= deadline_at:
                     raise
-        await self._admission.recovered(pool, deadline_at)
+        return await self._admission.admit(command.pool, Wish.of(command), deadline_at)
 
     async def _wait(self, waiter: Waiter, deadline_at: float) -> tuple[list[Lease], bool]:
         """Served in the queue, or (True) with what there is when that is over and it is enough."""
@@ -204,14 +208,6 @@ class Acquiring:
         self._context.waiting.join(after)
         self._granting.give_back(leases, "not handed out")
         return after
-
-    async def _good(self, leases: list[Lease], pool: PoolSettings, until_at: float) -> list[Lease]:
-        """Those that may be handed out in this instant. Whatever goes wrong, nothing stays held."""
-        try:
-            return await self._granting.all_confirmed(leases, pool, until_at)
-        except BaseException:
-            self._granting.give_back(leases, "not handed out")
-            raise
 
 
 def _future() -> asyncio.Future[list[Lease]]:

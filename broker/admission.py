@@ -32,13 +32,15 @@ class Admission:
             raise self._context.no_such_pool(name or "default")
         return name or "default", pool
 
-    async def suiting(self, named: str | None, wish: Wish, deadline_at: float) -> tuple[str, PoolSettings]:
-        """The pool for a wish: the one named; otherwise `default` if it suits, or the first that does.
+    async def admit(self, named: str | None, wish: Wish, deadline_at: float) -> tuple[str, PoolSettings]:
+        """The pool for a wish: the one named; otherwise `default` if it suits, or the first that does. Its
+        clouds have been looked at by then.
 
         Raises BadRequest when none could ever meet the wish; CloudError or WaitTimedOut when that is not
         known of all of them.
         """
         default, pool = self.pool(named)
+        await self.recovered(default, deadline_at)
         if self._has(default, wish):
             return default, pool
         others = [] if named else [one for one in self._context.settings.pool if one != default]

@@ -220,11 +220,10 @@ class Service:
     # --- GET_WORKER --------------------------------------------------------------------------------
 
     async def _get_worker(self, command: GetWorker, client: str) -> bytes:
-        name, pool = self._admission.pool(command.pool)
+        _, pool = self._admission.pool(command.pool)
         asked_at, wish = self._now(), Wish.of(command)
         deadline_at = asked_at + (pool.wait if command.wait is None else command.wait)
-        await self._admission.recovered(name, deadline_at)
-        name, pool = await self._admission.suiting(command.pool, wish, deadline_at)
+        name, pool = await self._admission.admit(command.pool, wish, deadline_at)
         deadline_at = asked_at + (pool.wait if command.wait is None else command.wait)
         exclusive = command.exclusive or pool.exclusive
         for _ in range(HAND_OUT_ATTEMPTS_MAX):

@@ -244,6 +244,7 @@ class FakeCloud:
         self.sells_otherwise: set[str] = set()  # machine types that come on demand, whatever was ordered
         self.dry: set[Market] = set()  # markets on which nothing is to be had
         self.gives: deque[int] = deque()
+        self.slow: dict[str, float] = {}  # addresses, and how many seconds a connection there takes
         self._numbers = itertools.count(first)
 
     # what tests do to it
@@ -290,6 +291,7 @@ class FakeCloud:
         await asyncio.sleep(0.001)
         if "connect" in self.hold:
             await self.hold["connect"].wait()
+        await asyncio.sleep(self.slow.get(address, 0.0))
         machines = [m for m in self.machines.values() if m.instance.address == address]
         return any(m.answers and m.instance.state is InstanceState.RUNNING for m in machines)
 

@@ -14,55 +14,15 @@ from broker.core.errors import OfferingRefused
 from broker.core.model import WorkerState
 from broker.core.settings import Settings
 from broker.granting import TURN_SECONDS
-from broker.testing import Client, RunningBroker, run_virtual, running_broker
+from broker.testing import RunningBroker, run_virtual, running_broker
+from tests.support.acquiring import LEASE, acquire, refusal, reply_of
 from tests.support.brokers import live, settings
 
 ENDED = "ERROR: that lease has ended [DENIED]"
-LEASE = re.compile(
-    r"LEASE id=(?P<id>lease-\S+) ip=(?P<ip>\S+) port=2560 pool=\S+ type=big cores=64 market=spot price=1 "
-    r"expires=\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ of=(?P<of>\d+)"
-)
-PENDING = re.compile(
-    r"PENDING eta=(?P<eta>\d+|unknown) position=(?P<position>\d+) code=(?P<code>[A-Z_]+) "
-    r"reason=(?P<reason>.+)"
-)
-Held = tuple[str, str]  # id and address
 
 
 def exclusive(**pool: Any) -> Settings:
     return settings(sharing="exclusive", **pool)
-
-
-async def reply_of(client: Client, said: list[re.Match[str]] | None = None) -> list[str]:
-    """The answer to one ACQUIRE: its LEASE lines or its error. PENDING lines are put aside."""
-    lines: list[str] = []
-    while True:
-        line = await client.reply()
-        assert line is not None, "the broker has closed"
-        pending = PENDING.fullmatch(line)
-        if pending is not None:
-            assert not lines, "what is told of waiting comes before the answer"
-            if said is not None:
-                said.append(pending)
-            continue
-        lines.append(line)
-        lease = LEASE.fullmatch(line)
-        if lease is None or len(lines) == int(lease["of"]):
-            return lines
-
-
-async def acquire(client: Client, words: str = "", said: list[re.Match[str]] | None = None) -> list[Held]:
-    client.send(f"ACQUIRE {words}\n".encode())
-    lines = await reply_of(client, said)
-    found = [LEASE.fullmatch(line) for line in lines]
-    assert all(found), lines
-    return [(one["id"], one["ip"]) for one in found if one]
-
-
-async def refusal(client: Client, words: str = "", said: list[re.Match[str]] | None = None) -> str:
-    client.send(f"ACQUIRE {words}\n".encode())
-    (line,) = await reply_of(client, said)
-    return line
 
 
 def leases(broker: RunningBroker) -> list[str]:

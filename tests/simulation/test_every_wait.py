@@ -38,6 +38,7 @@ RARE = "it takes an accident within an accident"
 PACED = "it takes more calls than EC2 lets through in a burst (tests/providers/test_ec2_pace.py waits there)"
 UNREACHED = {
     "acquiring.py": {"_started": AT_ONCE},  # the last look; the wait before it is reached
+    "admission.py": {"admit": ONE_PLACE},  # the look at another pool; the wait before it is reached
     "granting.py": {"confirm": AT_ONCE},
     "daemon.py": {
         "run": REAL,

@@ -1,0 +1,132 @@
+"""What happens between the choice of a worker and its hand-out: it is silent, is ended, loses its pool, or
+its client goes away. Nothing stays held by nobody, and nobody stays in a queue.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+
+from broker.core.model import Worker
+from broker.testing import RunningBroker
+from tests.support.acquiring import acquire
+from tests.support.brokers import live, settings
+
+DAY_SECONDS = 86_400.0
+
+
+async def idle_workers(broker: RunningBroker, count: int, pool: str = "default") -> list[Worker]:
+    """So many workers that nobody holds; those that would be handed out first come first."""
+    asks = [broker.ask(f"GET_WORKER pool={pool} exclusive=yes client=c{number}") for number in range(count)]
+    await asyncio.gather(*asks)
+    for worker in list(broker.registry):
+        for lease in broker.registry.leases(worker.id):
+            broker.registry.end_lease(worker.id, lease.key, "done", broker.clock.monotonic())
+    await asyncio.sleep(5)
+    return list(reversed(list(broker.registry.unheld(pool))))
+
+
+async def all_is_over(broker: RunningBroker) -> None:
+    """Days after everybody has gone nothing runs, and nobody is left in a queue."""
+    await asyncio.sleep(3 * DAY_SECONDS)
+    assert broker.cloud.running() == []
+    assert len(broker.daemon.context.waiting) == 0
+
+
+Happening = Callable[[RunningBroker, Worker], Awaitable[object]]
+
+
+async def ended_by_force(broker: RunningBroker, worker: Worker) -> None:
+    assert await broker.ask(f"RELEASE {worker.address} force client=operator") == "OK"
+
+
+async def silent(broker: RunningBroker, worker: Worker) -> None:
+    broker.cloud.machines[str(worker.instance_id)].answers = False
+
+
+@pytest.mark.parametrize("happens", [ended_by_force, silent])
+def test_who_is_given_a_second_worker_after_the_first_is_lost_holds_one(
+    tmp_path: Path, happens: Happening
+) -> None:
+    """It had been served twice: the second lease was held by nobody, for ever with `hold=connection`."""
+
+    async def story(broker: RunningBroker) -> None:
+        first, _ = await idle_workers(broker, 2)
+        broker.cloud.slow[str(first.address)] = 2.0
+        client = broker.client()
+        asked = asyncio.create_task(acquire(client, "hold=connection client=dan"))
+        await asyncio.sleep(0.5)
+        await happens(broker, first)
+        ((_, address),) = await asked
+        assert address != first.address
+        held = [lease for worker in broker.registry for lease in broker.registry.leases(worker.id)]
+        assert len(held) == 1
+        client.vanish()
+        await all_is_over(broker)
+        assert broker.cloud.count("launch") == 2
+
+    live(tmp_path, story, chosen=settings(sharing="exclusive"))
+
+
+def test_a_pool_that_is_removed_during_the_proof_leaves_nobody_waiting_in_it(tmp_path: Path) -> None:
+    async def story(broker: RunningBroker) -> None:
+        (worker,) = await idle_workers(broker, 1, pool="gpu")
+        broker.cloud.slow[str(worker.address)] = 2.0
+        client = broker.client()
+        client.send(b"ACQUIRE pool=gpu hold=connection client=dan\n")
+        await asyncio.sleep(0.5)
+        await broker.reload(settings())
+        reply = await client.reply(60)
+        assert reply is not None
+        assert "gpu" in reply
+        client.vanish()
+        await broker.reload(settings({"gpu": {"sharing": "exclusive"}}))
+        await all_is_over(broker)
+        assert broker.cloud.count("launch") == 1
+
+    live(tmp_path, story, chosen=settings({"gpu": {"sharing": "exclusive"}}))
+
+
+def test_a_client_that_goes_away_during_the_proof_leaves_its_worker_to_the_next(tmp_path: Path) -> None:
+    async def story(broker: RunningBroker) -> None:
+        (worker,) = await idle_workers(broker, 1)
+        broker.cloud.slow[str(worker.address)] = 2.0
+        client = broker.client()
+        client.send(b"GET_WORKER client=dan\n")
+        await asyncio.sleep(0.5)
+        client.vanish()
+        begun_at = broker.clock.monotonic()
+        assert await broker.ask("GET_WORKER client=eve wait=60") == worker.address
+        assert broker.clock.monotonic() - begun_at < 10
+
+    live(tmp_path, story, chosen=settings(sharing="exclusive", max_workers=1))
+
+
+@pytest.mark.parametrize("command", ["GET_WORKER", "ACQUIRE"])
+@pytest.mark.parametrize("wait", [0, 2, 5])
+def test_silent_workers_do_not_make_a_client_wait_longer_than_it_said(
+    tmp_path: Path, command: str, wait: int
+) -> None:
+    """Each try of a silent port takes seconds, and there are four: together they took half a minute."""
+
+    async def story(broker: RunningBroker) -> None:
+        workers = await idle_workers(broker, 4)
+        for worker in workers:
+            broker.cloud.slow[str(worker.address)] = 4.0
+            await silent(broker, worker)
+        begun_at = broker.clock.monotonic()
+        client = broker.client()
+        client.send(f"{command} client=dan wait={wait}\n".encode())
+        reply = await client.reply(60)
+        while reply is not None and reply.startswith("PENDING"):
+            reply = await client.reply(60)
+        assert reply is not None
+        assert "[TIMEOUT]" in reply
+        assert broker.clock.monotonic() - begun_at <= wait + 1.1
+        await asyncio.sleep(0.1)
+        assert [broker.registry.leases(worker.id) for worker in broker.registry] == [[]] * 4
+
+    live(tmp_path, story, chosen=settings(sharing="exclusive", max_workers=4))
