@@ -242,7 +242,7 @@ class FakeCloud:
         self.ends_at_once = True
         self.refuses: dict[str, CloudError] = {}
         self.sells_otherwise: set[str] = set()  # machine types that come on demand, whatever was ordered
-        self.dry: set[Market] = set()  # markets on which nothing is to be had
+        self.dry: set[Market | tuple[str, Market]] = set()  # markets without machines (of a type)
         self.gives: deque[int] = deque()
         self.slow: dict[str, float] = {}  # addresses, and how many seconds a connection there takes
         self._numbers = itertools.count(first)
@@ -395,7 +395,7 @@ class FakeCloud:
         return Span(wall_unix, wall_unix)
 
     def _refuses(self, offering: Offering) -> CloudError | None:
-        if offering.market in self.dry:
+        if not self.dry.isdisjoint((offering.market, (offering.instance_type, offering.market))):
             return OfferingRefused(f"no {offering.instance_type} on {offering.market}")
         return self.refuses.get(offering.instance_type)
 

@@ -11,6 +11,7 @@ from broker.core.errors import CloudUnreachable, PermanentRefusal
 from broker.core.model import InstanceState, Market, Offering
 from broker.core.quotes import QUOTE_SECONDS_MAX
 from broker.core.settings import parse
+from broker.loops.launch import PRICES_SECONDS_MAX
 from broker.loops.prices import CALL_SECONDS_MAX, REFRESH_SECONDS, RETRY_SECONDS
 from broker.testing import RunningBroker, run_virtual, running_broker
 
@@ -120,9 +121,45 @@ def test_a_cloud_that_keeps_silent_about_prices_holds_nobody_up(tmp_path: Path) 
         async with running_broker(settings(), tmp_path) as broker:
             broker.cloud.hold["spot_prices"] = asyncio.Event()
             assert not (await broker.ask("GET_WORKER")).startswith("ERROR")
-            assert broker.clock.monotonic() < CALL_SECONDS_MAX
+            assert broker.clock.monotonic() < PRICES_SECONDS_MAX + 0.1
             await asyncio.sleep(CALL_SECONDS_MAX + RETRY_SECONDS + 1.0)
             assert asked(broker) == 2
+
+    run_virtual(story())
+
+
+def test_the_first_purchase_waits_for_prices_so_that_no_dear_machine_is_bought(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with running_broker(settings(sharing="exclusive"), tmp_path) as broker:
+            broker.cloud.prices = {HERE: 99_000_000}
+            answers = broker.cloud.hold["spot_prices"] = asyncio.Event()
+            asyncio.get_running_loop().call_later(0.3, answers.set)
+            answer = await broker.ask("GET_WORKER client=ann")
+            assert answer.startswith("ERROR: big costs $99.00 an hour on spot, more than the")
+            assert broker.cloud.count("launch") == 0
+
+    run_virtual(story())
+
+
+def test_who_has_no_time_is_bought_for_without_prices(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with running_broker(settings(), tmp_path) as broker:
+            broker.cloud.hold["spot_prices"] = asyncio.Event()
+            await broker.ask("GET_WORKER client=ann wait=0.5")
+            assert broker.cloud.count("launch") == 1
+
+    run_virtual(story())
+
+
+def test_prices_of_long_ago_are_asked_for_anew_before_the_next_purchase(tmp_path: Path) -> None:
+    async def story() -> None:
+        chosen = settings(sharing="exclusive", idle_timeout="5m")
+        async with running_broker(chosen, tmp_path) as broker:
+            await broker.ask("GET_WORKER client=ann")
+            await asyncio.sleep(QUOTE_SECONDS_MAX + REFRESH_SECONDS + HOUR_SECONDS)
+            assert broker.cloud.running() == []
+            broker.cloud.prices = {HERE: 99_000_000}
+            assert "NO_CAPACITY" in await broker.ask("GET_WORKER client=ann")
 
     run_virtual(story())
 

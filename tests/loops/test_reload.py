@@ -217,6 +217,20 @@ def test_a_held_worker_of_a_removed_pool_stays_by_the_timeouts_that_its_pool_had
     live(tmp_path, story, chosen=settings({"gpu": {"idle_timeout": "1h", "max_lifetime": "8h"}}))
 
 
+def test_who_watches_hears_that_a_worker_of_a_removed_pool_is_retired_not_taken_away(tmp_path: Path) -> None:
+    async def story(broker: RunningBroker) -> None:
+        client = broker.client()
+        await client.ask("WATCH client=a")
+        address = await broker.ask("GET_WORKER pool=gpu client=a")
+        await broker.reload(file())
+        notice = await client.reply()
+        assert notice is not None
+        assert notice.startswith(f"NOTICE retire ip={address} ")
+        assert "in=0" in notice
+
+    live(tmp_path, story, chosen=settings({"gpu": {}}))
+
+
 def test_a_held_worker_of_a_removed_pool_ends_with_its_last_lease(tmp_path: Path) -> None:
     async def story(broker: RunningBroker) -> None:
         address = await broker.ask("GET_WORKER pool=gpu client=a")
