@@ -59,6 +59,7 @@ class Report:
                 "### Planner",
                 "From the queue and the books to purchases, the best of some rounds.",
                 table(*self.fulfilment.table()),
+                self.fulfilment.notice(),
             ]
         return "\n\n".join(parts) + "\n"
 
