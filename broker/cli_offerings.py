@@ -42,7 +42,8 @@ def offerings(
         fail(f"there is no pool '{pool}'; there is {', '.join(sorted(settings.pool))}", EXIT_USAGE)
     wanted = {n: one for n, one in settings.pool.items() if one.provider == "ec2" and pool in (None, n)}
     if not wanted:
-        fail('only pools with provider = "ec2" buy anything, and there is none', EXIT_USAGE)
+        which = "there is none" if pool is None else f"pool '{pool}' is none of them"
+        fail(f'only pools with provider = "ec2" buy anything, and {which}', EXIT_USAGE)
     settings = settings.model_copy(update={"pool": wanted})
     with errors.status("asking the cloud ..."):
         providers = make_providers(settings, Path(), SystemClock(), lambda api, outcome: None)
