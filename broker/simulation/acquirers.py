@@ -69,13 +69,16 @@ class Acquirers:
         words += ["min=1"] if visit.some else []
         words += ["hold=connection"] if visit.bound else []
         words += ["exclusive=yes"] if visit.exclusive else []
+        words += [f"type={visit.kind}"] if visit.kind else []
         words += [f"wait={visit.wait:g}"] if visit.wait is not None else []
         line, asked_at = " ".join(words), world.now
         give_up_at = asked_at + PATIENCE_SECONDS
         world.witness.asked(asked_at)
         world.witness.asking += 1
         alone = visit.exclusive or world.pool.exclusive
-        waiting = world.asking.comes(visit.name, alone=alone, count=visit.acquire, acquiring=True)
+        waiting = world.asking.comes(
+            visit.name, alone=alone, count=visit.acquire, acquiring=True, kind=visit.kind
+        )
         try:
             while True:
                 client = world.host.open(f"10.0.{len(visit.name)}.1")
@@ -157,6 +160,7 @@ class Acquirers:
         machine = world.whose(held.address)
         exclusive = visit.exclusive or world.pool.exclusive
         world.referee.handed_out(world.now, held.id, held.address, machine, BROKER, exclusive=exclusive)
+        world.is_as_wished(visit, machine)
         worker = daemon.context.registry.by_instance(machine.id) if daemon and machine else None
         if worker is not None and worker.state in (WorkerState.DRAINING, WorkerState.TERMINATING):
             world.referee.leaving(world.now, held.id, held.address, machine, str(worker.state))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -19,6 +20,7 @@ class Ask:
     alone: bool
     count: int
     acquiring: bool
+    kind: str = ""  # a machine type; empty: any will do
     sent_at: float | None = None
 
 
@@ -35,9 +37,11 @@ class Asking:
     def __iter__(self) -> Iterator[Ask]:
         return iter(self._asks)
 
-    def comes(self, client: str, *, alone: bool, count: int = 1, acquiring: bool = False) -> Ask:
+    def comes(
+        self, client: str, *, alone: bool, count: int = 1, acquiring: bool = False, kind: str = ""
+    ) -> Ask:
         """A client wants so many workers, for itself alone or not."""
-        ask = Ask(client, alone, count, acquiring)
+        ask = Ask(client, alone, count, acquiring, kind)
         if not self._asks:
             self.since_at = self._now()
         self._asks[ask] = None
@@ -48,11 +52,21 @@ class Asking:
         ask.sent_at = None
         self._later(LEAVING_SECONDS, self._left, ask)
 
-    def machines(self, seats: int) -> int:
-        """How many machines would serve them all, when so many share one at most."""
-        alone = sum(ask.count for ask in self._asks if ask.alone)
-        sharing = sum(ask.count for ask in self._asks if not ask.alone)
-        return alone + -(-sharing // seats)
+    def machines(self, seats: int, kind: str = "") -> int:
+        """How many machines would serve them all, or those for whom this type would do, when so many share
+        one at most."""
+        asks = [ask for ask in self._asks if not kind or ask.kind in ("", kind)]
+        alone = sum(ask.count for ask in asks if ask.alone)
+        sharing: Counter[str] = Counter()
+        for ask in asks:
+            if not ask.alone:
+                sharing[ask.kind] += ask.count
+        return alone + sum(-(-count // seats) for count in sharing.values())
+
+    @property
+    def particular(self) -> bool:
+        """Whether somebody asks for a type of its own."""
+        return any(ask.kind for ask in self._asks)
 
     def _left(self, ask: Ask) -> None:
         self._asks.pop(ask, None)

@@ -7,8 +7,9 @@ The list prices are the facts of core/prices.py; what spot costs is what the clo
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from math import inf
 from typing import Any
 
 from broker.core import prices
@@ -55,8 +56,9 @@ class Placing:
     at: float
     asking_since_at: float | None
     reasons_at: tuple[float, ...]  # why spot could not be had
-    sold_at: float  # when the broker last heard of a spot machine of its own
+    sold_at: Mapping[str, float]  # when the broker last heard of a spot machine of its own, by type
     least: Mapping[Place, int]
+    particular: bool  # somebody asked for a machine type of its own
 
 
 @dataclass(slots=True)
@@ -70,7 +72,7 @@ class Buying:
     _quotes: dict[Place, Quote] = field(default_factory=dict)
     _pages: list[Any] = field(default_factory=list)
     _reasons_at: deque[float] = field(default_factory=deque)
-    _sold_at: float = float("-inf")
+    _sold_at: dict[str, float] = field(default_factory=dict)
     _placings: dict[str, Placing] = field(default_factory=dict)
     _on_demand: dict[str, None] = field(default_factory=dict)  # tokens of orders on that market
     _refused_at: dict[tuple[str, str, bool], float] = field(default_factory=dict)
@@ -129,8 +131,7 @@ class Buying:
             return
         if bought.refused or bought.refused_all or bought.on_demand or not bought.sold:
             self._reason(at)
-        if bought.spot:
-            self._sold_at = at
+        self._sold_at |= dict.fromkeys(bought.spot, at)
 
     def _refused(self, at: float, place: Place, spot: bool) -> None:
         last_at = self._refused_at.get((*place, spot))
@@ -147,15 +148,16 @@ class Buying:
 
     # --- what it does --------------------------------------------------------------------------------
 
-    def placed(self, at: float, number: int, token: str, asking_since_at: float | None) -> None:
-        """An order has entered the books."""
+    def placed(
+        self, at: float, number: int, token: str, asking_since_at: float | None, *, particular: bool
+    ) -> None:
+        """An order has entered the books. `particular`: somebody asks for a machine type of its own."""
         self._of_process(number)
         if token not in self._placings:
             told = {place: quote.least(at) for place, quote in self._quotes.items()}
             least = {place: micros for place, micros in told.items() if micros is not None}
-            self._placings[token] = Placing(
-                at, asking_since_at, tuple(self._reasons_at), self._sold_at, least
-            )
+            reasons_at, sold_at = tuple(self._reasons_at), dict(self._sold_at)
+            self._placings[token] = Placing(at, asking_since_at, reasons_at, sold_at, least, particular)
 
     def asked(self, at: float, token: str, parameters: Any) -> None:
         """A launch call leaves the broker."""
@@ -166,7 +168,7 @@ class Buying:
             self._judge_spot(at, token, parameters, placing)
             return
         self._on_demand[token] = None
-        why = self._why_not_on_demand(placing)
+        why = self._why_not_on_demand(placing, {kind for _, kind in _places(parameters)})
         if why:
             self.broken(at, ALLOWED, f"{token}: {why}")
         elif self.rules.pool.market == "spot-then-on-demand":
@@ -175,14 +177,14 @@ class Buying:
     def _judge_spot(self, at: float, token: str, parameters: Any, placing: Placing) -> None:
         pools = self.rules.since(placing.at)
         for zone, kind in _places(parameters):
-            most = _most(kind, pools)
+            most = _most(kind, [] if placing.particular else pools)
             here = [micros for place, micros in placing.least.items() if place[1] == kind]
             known = here if not zone else [placing.least.get((zone, kind), 0)]
             if max(known, default=0) > most:
                 facts = f"{token}: {kind} in {zone or 'any zone'} for {max(known)} micro-dollars, not {most}"
                 self.broken(at, DEAR, facts)
 
-    def _why_not_on_demand(self, placing: Placing) -> str:
+    def _why_not_on_demand(self, placing: Placing, kinds: Collection[str]) -> str:
         pools = self.rules.since(placing.at)
         if any(pool.market == "on-demand" for pool in pools):
             return ""
@@ -196,7 +198,8 @@ class Buying:
             return ""
         if placing.asking_since_at is None:
             return "no client waits"
-        since_at = max(placing.asking_since_at, placing.sold_at, min(reasons_at))
+        sold_at = max((at for kind, at in placing.sold_at.items() if kind in kinds), default=-inf)
+        since_at = max(placing.asking_since_at, sold_at, min(reasons_at))
         seconds = placing.at - since_at
         if seconds < after_seconds - SAME_MOMENT_SECONDS:
             return f"spot was refused for {seconds:.0f} s, and on_demand_after = {after_seconds:g}"
@@ -221,7 +224,7 @@ class _Answer:
     """What a launch call has brought."""
 
     sold: list[Place] = field(default_factory=list)
-    spot: bool = False  # some of it on spot
+    spot: list[str] = field(default_factory=list)  # the types of what is on spot
     on_demand: bool = False
     refused: list[Place] = field(default_factory=list)
     refused_all: bool = False
@@ -237,7 +240,7 @@ def _machines(answer: Any) -> _Answer:
         if shape.get("State", {}).get("Name") in ENDED:
             continue
         lifecycle = shape.get("Lifecycle") or shape.get("InstanceLifecycle")
-        found.spot |= lifecycle == "spot"
+        found.spot += [shape["InstanceType"]] if lifecycle == "spot" else []
         found.on_demand |= lifecycle != "spot"
         zone = shape.get("AvailabilityZone") or shape.get("Placement", {}).get("AvailabilityZone") or ""
         found.sold.append((zone, shape["InstanceType"]))
@@ -267,9 +270,8 @@ def _place(named: Any) -> Place:
 
 
 def _most(kind: str, pools: Iterable[PoolSettings]) -> int:
-    """What spot of this type may cost: as much as the cheapest of the pool's types does on-demand. All types
-    in here are of one size."""
-    return max(
-        min(prices.on_demand_usd_micros_per_hour(one, None) for one in {*pool.instance_types, kind})
-        for pool in pools
-    )
+    """What spot of this type may cost: as much as the cheapest of the pool's types does on-demand; without a
+    pool, as much as it does itself. All types in here are of one size."""
+    own = prices.on_demand_usd_micros_per_hour(kind, None)
+    others = [[prices.on_demand_usd_micros_per_hour(one, None) for one in p.instance_types] for p in pools]
+    return max((min([*some, own]) for some in others), default=own)

@@ -74,13 +74,14 @@ class Clients:
         world = self._world
         words = ["GET_WORKER", f"client={visit.name}"]
         words += ["exclusive=yes"] if visit.exclusive else []
+        words += [f"type={visit.kind}"] if visit.kind else []
         words += [f"wait={visit.wait:g}"] if visit.wait is not None else []
         asked_at = world.now
         wait_seconds = world.pool.wait if visit.wait is None else visit.wait
         world.witness.asked(asked_at)
         world.witness.asking += 1
         alone = visit.exclusive or world.pool.exclusive
-        waiting = world.asking.comes(visit.name, alone=alone)
+        waiting = world.asking.comes(visit.name, alone=alone, kind=visit.kind)
         try:
             line, patience_seconds = " ".join(words), visit.patience_seconds
             reply = await self.ask(visit.name, line, wait_seconds, patience_seconds, waiting)
@@ -150,6 +151,7 @@ class Clients:
         machine = world.whose(address)
         exclusive = visit.exclusive or world.pool.exclusive
         world.referee.handed_out(world.now, visit.name, address, machine, BROKER, exclusive=exclusive)
+        world.is_as_wished(visit, machine)
         worker = daemon.context.registry.by_instance(machine.id) if daemon and machine else None
         if worker is not None and worker.state in (WorkerState.DRAINING, WorkerState.TERMINATING):
             world.referee.leaving(world.now, visit.name, address, machine, str(worker.state))

@@ -16,7 +16,7 @@ from typing import Any
 from broker.core.errors import SettingsError
 from broker.core.settings import PoolSettings, Settings, parse
 from broker.providers.sim_weather import CLEAR, STORM, Weather, swarm
-from broker.simulation.drawing_markets import buying_in_every_way, queueing
+from broker.simulation.drawing_markets import buying_in_every_way, queueing, wishing
 from broker.simulation.history import (
     BROKER_ID,
     HOUR_SECONDS,
@@ -54,6 +54,7 @@ SECOND_HOST_PROBABILITY = 0.05
 RELOAD_PROBABILITY = 0.2
 WARM_PROBABILITY = 0.2
 BUYING_PROBABILITY = 0.25
+WISHING_PROBABILITY = 0.2
 WARM_BEFORE_SHIFT_HOURS = (1.0, 20.0)  # such a history begins so long before its zone's clocks are set
 # Where clocks are set, and when: north and south, to and fro, and by half an hour.
 SHIFTS = (
@@ -93,6 +94,8 @@ def draw(seed: int, hours: float) -> History:
     history = _keeping_warm(warm, history) if warm.random() < WARM_PROBABILITY else history
     buying = random.Random(f"buying {seed}")  # noqa: S311
     history = buying_in_every_way(buying, history) if buying.random() < BUYING_PROBABILITY else history
+    wishes = random.Random(f"wish {seed}")  # noqa: S311
+    history = wishing(wishes, history, TYPES) if wishes.random() < WISHING_PROBABILITY else history
     crowd = random.Random(f"crowd {seed}")  # noqa: S311
     return queueing(crowd, history) if crowd.random() < RARE else history
 

@@ -53,6 +53,17 @@ def queueing(rng: random.Random, history: History) -> History:
     return _under(history, {**changes, "wait": 900.0})
 
 
+def wishing(rng: random.Random, history: History, kinds: tuple[str, ...]) -> History:
+    """Half of the programs run on machines of one type only, and the pool has several."""
+    pool = history.settings.pool["default"]
+    types = pool.instance_types if len(pool.instance_types) > 1 else kinds[:2]
+    entries = tuple(
+        replace(entry, kind=rng.choice(types)) if isinstance(entry, Visit) and rng.random() < 0.5 else entry
+        for entry in history.entries
+    )
+    return _under(replace(history, entries=entries), {"instance_types": types})
+
+
 def _under(history: History, changes: dict[str, Any]) -> History:
     pool = history.settings.pool["default"]
     changed = PoolSettings.model_validate({**pool.model_dump(), **changes})

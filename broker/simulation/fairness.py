@@ -1,10 +1,10 @@
 """Is nobody overtaken by somebody equal who came later? By the clients' own times of asking and of answers.
 
-Equal are clients that each want one worker, alone or not. The books say only when a lease was granted, which
-is when the choice between those who wait is made; whether it was the wrong one is seen at the answer, if the
-one who came first still waits and has not been granted anything either. A worker that falls silent between
-grant and hand-out costs its client some time, and that is nobody's unfairness. Nor is a hold that a PING
-takes: whoever sends it works there.
+Equal are clients that each want one worker of the same type, or of any, alone or not. The books say only when
+a lease was granted, which is when the choice between those who wait is made; whether it was the wrong one is
+seen at the answer, if the one who came first still waits and has not been granted anything either. A worker
+that falls silent between grant and hand-out costs its client some time, and that is nobody's unfairness. Nor
+is a hold that a PING takes: whoever sends it works there.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Fairness:
             if ask.sent_at is not None
             and ask.sent_at < before_at
             and ask.client != lease.client
-            and (ask.alone, ask.count) == (served.alone, 1)
+            and (ask.alone, ask.kind, ask.count) == (served.alone, served.kind, 1)
             and not self._has_grant(ask, ask.sent_at)
         ]
         if passed_over:

@@ -36,6 +36,7 @@ class Visit:
     acquire: int = 0  # so many leases by ACQUIRE, each of its own; 0: GET_WORKER
     some: bool = False  # fewer will do
     bound: bool = False  # they live as long as the connection
+    kind: str = ""  # only on machines of this type will its program run
 
 
 @dataclass(frozen=True, slots=True)

@@ -78,5 +78,6 @@ SCENARIOS = tuple(
         (46, "several workers acquired, or given up", "several workers at once", "several given up"),
         (47, "a lease ends with its connection", "lease ended with its connection"),
         (48, "1,000 clients queue for ten workers, some die", "crowd in a queue", "gave up in a queue"),
+        (49, "a client that wants one machine type only", "served with a type of its own"),
     )
 )

@@ -29,7 +29,7 @@ from broker.simulation.asking import Asking
 from broker.simulation.buying import Buying
 from broker.simulation.drawing import without_warm
 from broker.simulation.fairness import Fairness
-from broker.simulation.history import HOUR_SECONDS, History
+from broker.simulation.history import HOUR_SECONDS, History, Visit
 from broker.simulation.host import OTHER_OWNER_ID, Host, Incarnation
 from broker.simulation.referee import STRAY, Referee, Violation
 from broker.simulation.witness import Witness
@@ -249,8 +249,10 @@ class World:
         if event.worker.state is WorkerState.ORDERED:
             self.referee.placed(self.now, event.worker.order_id or "")
             since_at = self.asking.since_at
-            self._buying.placed(self.now, self._number, event.worker.order_id or "", since_at)
-            self._check_demand(event.worker.pool)
+            order_id, particular = event.worker.order_id or "", self.asking.particular
+            self._buying.placed(self.now, self._number, order_id, since_at, particular=particular)
+            kind = event.worker.offering.instance_type if particular else ""
+            self._check_demand(event.worker.pool, kind)
         if self.tracing:
             worker = event.worker
             reason = f" ({worker.reason})" if worker.reason else ""
@@ -271,6 +273,15 @@ class World:
         elif isinstance(event, LeaseEnded):
             self.fairness.ended(event.lease)
 
+    def is_as_wished(self, visit: Visit, machine: Machine | None) -> None:
+        """A client has been given this machine."""
+        if not visit.kind or machine is None:
+            return
+        self.witness.saw("served with a type of its own")
+        if machine.instance_type != visit.kind:
+            facts = f"{visit.name} wanted {visit.kind}, and {machine.id} is {machine.instance_type}"
+            self.referee.broken(self.now, "a client gets what it asked for", facts)
+
     def _check_bound(self, lease_id: str) -> None:
         """A lease that lives as long as a connection lives no longer: nobody else would ever end it."""
         daemon = self.daemon()
@@ -280,18 +291,23 @@ class World:
         if not any(lease_id in one.session.leases for one in daemon.server.connections):
             self.referee.broken(self.now, "no lease is held by nobody", f"{lease_id} of {lease.client}")
 
-    def _check_demand(self, pool: str) -> None:
-        """A new order is in the books: is there somebody for it, or a place under the warm target?"""
+    def _check_demand(self, pool: str, kind: str) -> None:
+        """A new order is in the books: is there somebody for it, or a place under the warm target?
+
+        With a machine type only such machines count, and those for whom they would do.
+        """
         daemon = self.daemon()
         if daemon is None or not all(cloud.recovered for cloud in daemon.context.clouds.of(pool)):
             return  # it has just started, and takes in the orders that were open
         registry = daemon.context.registry
-        unheld = registry.count(pool, WorkerState.ORDERED) - daemon.orders.doubtful(pool)
-        unheld += sum(not registry.busy(w.id) for w in registry.in_state(WorkerState.BOOTING, pool=pool))
+        coming = registry.in_state(WorkerState.ORDERED, WorkerState.BOOTING, pool=pool)
+        unheld = sum(not registry.busy(w.id) for w in coming if kind in ("", w.offering.instance_type))
+        unheld -= daemon.orders.doubtful(pool)
         rules = self.referee.rules.since(self.now)
         ready = [w for w in registry.unheld(pool) if not any(expiring(w, r, self.now) for r in rules)]
+        ready = [w for w in ready if kind in ("", w.offering.instance_type)]
         unheld += sum(not any(_nearly_used_up(registry.uses(w.id), r) for r in rules) for w in ready)
-        demand = self.asking.machines(min(r.seats or SEATS_MAX for r in rules))
+        demand = self.asking.machines(min(r.seats or SEATS_MAX for r in rules), kind)
         moments_unix = [self.true_unix() + seconds for seconds in (-1.0, 0.0, 1.0)]  # HTTP dates are coarse
         target = max(schedule.target(r.warm_targets, unix) for r in rules for unix in moments_unix)
         if not demand:

@@ -16,7 +16,7 @@ from unittest.mock import patch
 from broker import acquiring, context, granting, orders, service, store, supply, waiting
 from broker.clock import Clock
 from broker.clouds import Cloud
-from broker.core import buying, claim, planning, policy, schedule
+from broker.core import buying, claim, planning, policy, schedule, wish
 from broker.core.claim import Claim, Ruling
 from broker.core.model import Instance, Lease, Worker, WorkerState
 from broker.core.policy import LaunchGuard, Room
@@ -477,8 +477,8 @@ def a_fleet_counts_as_one_machine() -> Iterator[Any]:
     """While a fleet is on its way, all but one of its machines are ordered once more."""
     coming = orders.Orders.coming
 
-    def fewer(self: orders.Orders, pool: str) -> Any:
-        return {offerings: min(count, 1) for offerings, count in coming(self, pool).items()}
+    def fewer(self: orders.Orders, pool: str, without: orders.OpenOrder | None = None) -> Any:
+        return {offerings: min(count, 1) for offerings, count in coming(self, pool, without).items()}
 
     yield patch.object(orders.Orders, "coming", fewer)
 
@@ -495,6 +495,12 @@ def served_twice() -> Iterator[Any]:
         return (leases, False) if leases else await self._wait(waiter, deadline_at)
 
     yield patch.object(acquiring.Acquiring, "_served", served)
+
+
+@planted
+def any_machine_will_do() -> Iterator[Any]:
+    """What a client wishes for is bought, and the first worker that is free handed out."""
+    yield patch.object(wish.Wish, "test", lambda self: None)
 
 
 @planted
