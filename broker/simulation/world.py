@@ -14,6 +14,7 @@ from broker.core.model import (
     LeaseEnded,
     LeaseGranted,
     ProtectionChanged,
+    Worker,
     WorkerChanged,
     WorkerState,
 )
@@ -294,14 +295,15 @@ class World:
     def _check_demand(self, pool: str, kind: str) -> None:
         """A new order is in the books: is there somebody for it, or a place under the warm target?
 
-        With a machine type only such machines count, and those for whom they would do.
+        With a machine type only such machines count, and those for whom they would do; what an order brings
+        that is for several types is not known yet.
         """
         daemon = self.daemon()
         if daemon is None or not all(cloud.recovered for cloud in daemon.context.clouds.of(pool)):
             return  # it has just started, and takes in the orders that were open
         registry = daemon.context.registry
         coming = registry.in_state(WorkerState.ORDERED, WorkerState.BOOTING, pool=pool)
-        unheld = sum(not registry.busy(w.id) for w in coming if kind in ("", w.offering.instance_type))
+        unheld = sum(not registry.busy(w.id) for w in coming if not kind or _kinds_of(daemon, w) == {kind})
         unheld -= daemon.orders.doubtful(pool)
         rules = self.referee.rules.since(self.now)
         ready = [w for w in registry.unheld(pool) if not any(expiring(w, r, self.now) for r in rules)]
@@ -339,6 +341,13 @@ class World:
 
     def _accused(self, violation: Violation) -> None:
         self.say(f"VIOLATION: {violation}", violation.at)
+
+
+def _kinds_of(daemon: Daemon, worker: Worker) -> set[str]:
+    """What a worker may turn out to be."""
+    entry = daemon.orders.get(worker.order_id or "") if worker.state is WorkerState.ORDERED else None
+    offerings = (worker.offering,) if entry is None else entry.order.offerings
+    return {one.instance_type for one in offerings}
 
 
 def _nearly_used_up(uses: int, rules: PoolSettings) -> bool:
