@@ -16,15 +16,16 @@ from broker.core.claim import Claim
 from broker.core.errors import BadRequest, BrokerError
 from broker.core.latency import nearest_first
 from broker.core.life import BOOKED
-from broker.core.model import Instance, Offering, Order, Worker
+from broker.core.model import Instance, Offering, Order, Worker, WorkerState
 from broker.core.money import Price
 from broker.core.policy import LaunchGuard
 from broker.core.registry import Registry
 from broker.core.schedule import target
 from broker.core.settings import PoolSettings, Settings
 from broker.core.warm import Warmth
+from broker.core.wish import Wish
 from broker.store import LaunchedOrder, Store, StoredLease
-from broker.waiting import Waiting
+from broker.waiting import Waiter, Waiting
 
 FORGOTTEN_POOL = PoolSettings.model_validate(
     {}
@@ -54,6 +55,30 @@ class Signal:
         await asyncio.shield(self._changed)
 
 
+class Obstacles:
+    """Why clients wait without a launch, by pool: all of them, or those with a wish."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, dict[Wish | None, BrokerError]] = {}
+
+    def note(self, pool: str, error: BrokerError, wish: Wish | None = None) -> None:
+        """This is why they wait now."""
+        self._found.setdefault(pool, {})[wish] = error
+
+    def clear(self, pool: str) -> None:
+        """Nothing is known to stand in their way."""
+        self._found.pop(pool, None)
+
+    def of(self, pool: str, wish: Wish) -> BrokerError | None:
+        """Why one with this wish waits."""
+        found = self._found.get(pool, {})
+        return found.get(wish) or found.get(None)
+
+    def any(self, pool: str) -> BrokerError | None:
+        """Why somebody waits."""
+        return next(iter(self._found.get(pool, {}).values()), None)
+
+
 @dataclass(slots=True)
 class Context:
     """See the module."""
@@ -69,10 +94,8 @@ class Context:
     warm: dict[str, Warmth] = field(default_factory=dict)  # ask `warmth`, which looks at the clock
     wanted: dict[str, frozenset[str]] = field(
         default_factory=dict
-    )  # pool → workers that wait, with the first client that asks for several at once, for the others
-    obstacles: dict[str, BrokerError] = field(
-        default_factory=dict
-    )  # pool → why its clients wait without a launch
+    )  # pool → workers that wait, with clients that ask for several at once, for the others
+    obstacles: Obstacles = field(default_factory=Obstacles)
     guard_changed: Callable[[str], None] = lambda pool: None  # told of a pool whose breaker has changed
     stored_leases: dict[str, list[StoredLease]] = field(
         default_factory=dict
@@ -177,6 +200,34 @@ class Context:
         if pool not in self.guards:
             self.guards[pool] = LaunchGuard(changed=lambda: self.guard_changed(pool))
         return self.guards[pool]
+
+    def booting(self, pool: str) -> list[Worker]:
+        """The workers that will be ready for somebody who waits. One that a restart has found held and that
+        does not answer is for its holder; a shared one counts as long as any machine may boot."""
+        settings, now = self.pool(pool), self.now()
+        return [
+            worker
+            for worker in self.registry.in_state(WorkerState.BOOTING, pool=pool)
+            if worker.id not in self.leaving
+            and (
+                not self.registry.busy(worker.id)
+                or (
+                    now - worker.since_at <= settings.boot_deadline
+                    and not any(lease.exclusive for lease in self.registry.leases(worker.id))
+                )
+            )
+        ]
+
+    def own_booting(self, waiter: Waiter) -> Worker | None:
+        """The worker that the client holds already, as a restart has found it, and that may soon be ready."""
+        if waiter.terms is not None:
+            return None
+        settings, now = self.pool(waiter.pool), self.now()
+        for worker in self.registry.workers_held(waiter.pool, waiter.client):
+            soon = worker.state is WorkerState.BOOTING and now - worker.since_at <= settings.boot_deadline
+            if soon and worker.id not in self.leaving and waiter.wish.fits(worker.offering):
+                return worker
+        return None
 
     def warmth(self, pool: str) -> Warmth:
         """The pool's warm target now, by the cloud's clock; its fall is remembered as of now.

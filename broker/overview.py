@@ -72,7 +72,7 @@ class Overview:
         reasons = [_refusal(cloud, name, self._context.now()) for cloud in clouds]
         if all(reasons):
             return "; ".join(reasons)
-        obstacle = self._context.obstacles.get(name)
+        obstacle = self._context.obstacles.any(name)
         return obstacle.message if obstacle is not None else ""
 
 

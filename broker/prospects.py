@@ -68,12 +68,13 @@ class Prospects:
     def of(self, pool: str) -> Iterator[tuple[Waiter, Pending]]:
         """Everybody in the pool's queue, and what there is to say to them now."""
         context = self.context
-        on_order = context.registry.in_state(WorkerState.ORDERED, WorkerState.BOOTING, pool=pool)
+        on_order = [*context.registry.in_state(WorkerState.ORDERED, pool=pool), *context.booting(pool)]
         booting = sorted(on_order, key=lambda worker: worker.born_at)
         queue = Queue(booting, context.pool(pool).seats or SEATS_MAX)
-        obstacle = context.obstacles.get(pool)
         for position, waiter in enumerate(context.waiting.of(pool), start=1):
-            yield waiter, self._pending(waiter, position, queue.machine_of(waiter), obstacle)
+            obstacle = context.obstacles.of(pool, waiter.wish)
+            machine = context.own_booting(waiter) or queue.machine_of(waiter)
+            yield waiter, self._pending(waiter, position, machine, obstacle)
 
     def starting(self, pool: str) -> Pending:
         """For one who comes before the broker has seen what it has."""

@@ -28,6 +28,7 @@ from broker.core.model import (
     Event,
     Lease,
     LeaseEnded,
+    LeaseGranted,
     Worker,
 )
 from broker.core.policy import Reason, client_refusal
@@ -61,6 +62,15 @@ from broker.waiting import Waiter
 HELP = protocol.line(f"commands: {', '.join(protocol.PARSERS)}; docs/protocol.md has what they say")
 VERSION = Versions(version("compute-broker"), protocol.VERSION).line()
 WARM_REPLIES_MAX = 10_000  # remembered replies; for a client beyond them the answer only takes the longer way
+
+
+@dataclass(slots=True)
+class Hold:
+    """A lease by name: all connections of a client share it. `told`: one of them has been told of it;
+    `asking`: so many GET_WORKERs are about to be."""
+
+    told: bool = False
+    asking: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +118,7 @@ class Service:
         self._pools = pools
         self._now = context.clock.monotonic
         self._warm: dict[str, WarmReply] = {}
+        self._holds: dict[str, Hold] = {}  # of GET_WORKER and PING, by lease id
 
     # --- commands ----------------------------------------------------------------------------------
 
@@ -213,6 +224,10 @@ class Service:
     def heard(self, event: Event) -> None:
         """Keep the store, the queue and those who watch up with the books."""
         self._notices.heard(event)
+        if isinstance(event, LeaseGranted) and not event.lease.acquired:
+            self._holds.setdefault(event.lease.id, Hold(told=event.lease.id in self._context.restored))
+        if isinstance(event, LeaseEnded):
+            self._holds.pop(event.lease.id, None)
         if isinstance(event, LeaseEnded) and (session := self._bound.pop(event.lease.id, None)) is not None:
             session.leases.pop(event.lease.id, None)
         self._granting.heard(event)
@@ -229,20 +244,22 @@ class Service:
         for _ in range(HAND_OUT_ATTEMPTS_MAX):
             _, pool = self._admission.pool(name)  # a reload may have removed it meanwhile
             self._context.require_charge_somewhere(name)
-            held_before = self._held(name, client)
             waiter = Waiter(name, client, exclusive, wish, asked_at, _future())
             (lease,) = self._granting.take(waiter) or await self._wait(waiter, deadline_at)
+            hold = self._holds.get(lease.id, Hold())
+            hold.asking += 1
+            worker: Worker | None = None
             try:
                 worker = await self._granting.confirmed(lease, pool, deadline_at + PROOF_GRACE_SECONDS)
-            except asyncio.CancelledError:  # the client went away
-                self._let_go([lease], held_before)
-                raise
+            finally:  # whatever went wrong, also when the client went away
+                hold.asking -= 1
+                hold.told |= worker is not None
+                self._let_go([lease])
             if worker is not None and worker.address is not None:
                 reply = protocol.line(worker.address)
                 if name == "default" and wish == ANYTHING and not command.exclusive:
                     self._remember(client, lease, pool, reply)
                 return reply
-            self._let_go([lease], held_before)
             if self._now() >= deadline_at:
                 raise not_proved(waiter, deadline_at)
         raise CloudError("workers are lost as fast as they become ready")
@@ -251,7 +268,6 @@ class Service:
         if self._admission.closing:
             raise Draining
         waiting = self._context.waiting
-        held_before = self._held(waiter.pool, waiter.client)
         waiting.join(waiter)
         self._demand(max(0.0, deadline_at - self._now()))
         try:
@@ -263,15 +279,17 @@ class Service:
                 return leases
             raise timed_out(waiter, self._prospects, self._now()) from None
         except asyncio.CancelledError:
-            self._let_go(waiter.leases(), held_before)  # served in the instant in which the client went away
+            self._let_go(waiter.leases())  # served in the instant in which the client went away
             raise
         finally:
             waiting.leave(waiter)
 
-    def _let_go(self, leases: Iterable[Lease], held_before: frozenset[str]) -> None:
-        """What was granted and not handed out ends; what the client held before stays."""
+    def _let_go(self, leases: Iterable[Lease]) -> None:
+        """What was granted and not handed out ends. What somebody of that name has been told of stays, and
+        what a GET_WORKER on another connection is about to be told of."""
         for lease in leases:
-            if lease.id not in held_before:
+            hold = self._holds.get(lease.id)
+            if hold is not None and not hold.told and not hold.asking:
                 self._registry.end_lease(lease.worker_id, lease.key, "not handed out", self._now())
 
     def _remember(self, client: str, lease: Lease, pool: PoolSettings, reply: bytes) -> None:
@@ -281,9 +299,6 @@ class Service:
         if pool.readiness != "tcp":
             proved_until = float("inf")
         self._warm[client] = WarmReply(self._registry.generation, lease, proved_until, reply)
-
-    def _held(self, pool: str, client: str) -> frozenset[str]:
-        return self._registry.held_leases(pool, client)
 
     def _certain_of(self, address: str) -> bool:
         """Whether the books know what this address is. One dead region must not silence the others' PING."""
@@ -300,7 +315,13 @@ class Service:
             return None
         for lease in leases:
             self._registry.renew(lease, self._now())
+            self._tell(lease)
         return protocol.OK
+
+    def _tell(self, lease: Lease) -> None:
+        """The client has been told that the worker is its."""
+        if (hold := self._holds.get(lease.id)) is not None:
+            hold.told = True
 
     async def _ping(self, command: Ping, client: str) -> bytes:
         """A client without a lease uses the worker, so it gets one, unless somebody else has it alone."""
@@ -314,7 +335,9 @@ class Service:
         if refusal is not None:
             raise refusal
         lease = Lease(self._new_id(), worker.id, client, pool.idle_timeout, pool.exclusive)
-        await self._granting.written(self._registry.grant(lease, self._now()))
+        lease = self._registry.grant(lease, self._now())
+        self._tell(lease)
+        await self._granting.written(lease)
         self._context.require_charge(self._context.cloud_of(worker))
         return protocol.OK
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Iterator
 
 from broker.context import Context
 from broker.core.errors import BrokerError, Code
 from broker.core.life import BOOKED, USABLE
-from broker.core.model import Offering, WorkerState
-from broker.core.planning import SEATS_MAX, Need, by_offering, unserved
+from broker.core.model import Offering, Worker, WorkerState
+from broker.core.planning import SEATS_MAX, Need, Turns, by_offering
 from broker.core.policy import client_room
 from broker.core.wish import Wish
 from broker.orders import OpenOrder, Orders
-from broker.waiting import Waiter
+from broker.waiting import Caps, Waiter
 
 # What a worker that comes free can help against. A cloud that cannot be asked is told at once: nobody knows
 # then whether the worker in use will be there.
@@ -28,17 +29,16 @@ class Supply:
 
     def needs(self, name: str) -> list[Need]:
         """What the pool's clients wait for, as far as they may have it."""
-        context, pool = self._context, self._context.pool(name)
-        if pool.workers_per_client_max is None:
-            return context.waiting.needs(name)
-        return context.waiting.needs(name, lambda client: client_room(context.registry, name, pool, client))
+        return self._context.waiting.needs(name, self._caps(name), self._has_own(name))
+
+    def one_by_one(self, name: str) -> Iterator[Need]:
+        """The same, each client for itself, in the order of the queue."""
+        return self._context.waiting.one_by_one(name, self._caps(name), self._has_own(name))
 
     def coming(self, name: str, without: OpenOrder | None = None) -> dict[tuple[Offering, ...], int]:
         """The pool's machines on order and booting, by what each may turn out to be."""
         coming = self._orders.coming(name, without)
-        booting = self._context.registry.in_state(WorkerState.BOOTING, pool=name)
-        staying = (worker for worker in booting if worker.id not in self._context.leaving)
-        for offerings, count in by_offering(staying).items():
+        for offerings, count in by_offering(self._context.booting(name)).items():
             coming[offerings] = coming.get(offerings, 0) + count
         return coming
 
@@ -52,31 +52,47 @@ class Supply:
         at any moment. It learns why none is bought. What is perhaps launched by the order `without` is no
         hope.
         """
-        context = self._context
-        offerings, seats = context.offerings(name), context.pool(name).seats or SEATS_MAX
-        found = unserved(self.needs(name), self.coming(name, without), offerings, seats=seats)
-        if wish is not None:
-            found = {key: clients for key, clients in found.items() if key[0] == wish}
+        context, seats = self._context, self._context.pool(name).seats or SEATS_MAX
+        waiters = context.waiting.of(name)
+        turns = Turns(self.coming(name, without), {waiter.wish for waiter in waiters}, seats=seats)
         in_use = self._in_use(name) if error.code in PASSING else Counter()
-        goes_on = context.waiting.fail(
-            name, error, unserved=found, helped=lambda waiter: self._may_come_free(waiter, in_use, seats)
-        )
-        if goes_on:
-            context.obstacles[name] = error
-        return goes_on
+        goes_on: dict[tuple[str, Wish], bool] = {}  # one client with one wish on many connections: one answer
+        for waiter in waiters:
+            if waiter.need not in goes_on:
+                served = context.own_booting(waiter) is not None or turns.serves(
+                    Need(waiter.wish, waiter.lacking, waiter.exclusive)
+                )
+                concerned = wish is None or waiter.wish == wish
+                goes_on[waiter.need] = served or not concerned or self._may_come_free(waiter, in_use, seats)
+        anybody = context.waiting.fail(name, error, lambda waiter: not goes_on[waiter.need])
+        if anybody:
+            context.obstacles.note(name, error, wish)
+        return anybody
 
     def _in_use(self, name: str) -> Counter[Offering]:
         """The workers that may be handed out again once their holders are done."""
         workers = self._context.registry.in_state(*USABLE & BOOKED, pool=name)
-        return Counter(
-            worker.offering
-            for worker in workers
-            if worker.state is not WorkerState.BOOTING
-            and not (worker.standing_notice or worker.closed or worker.id in self._context.leaving)
-        )
+        return Counter(worker.offering for worker in workers if self._may_be_handed_out(worker))
+
+    def _may_be_handed_out(self, worker: Worker) -> bool:
+        if worker.state is WorkerState.BOOTING or worker.id in self._context.leaving:
+            return False
+        return not (worker.standing_notice or worker.closed)
 
     def _may_come_free(self, waiter: Waiter, in_use: Counter[Offering], seats: int) -> bool:
         if waiter.found >= waiter.least:
             return False  # what is free will do
         workers = sum(count for offering, count in in_use.items() if waiter.wish.fits(offering))
         return workers * (1 if waiter.exclusive else seats) >= waiter.least
+
+    def _has_own(self, name: str) -> Callable[[Waiter], object] | None:
+        """The test for clients whose own worker will soon be ready; None where there is no such worker."""
+        registry = self._context.registry
+        booting = registry.in_state(WorkerState.BOOTING, pool=name)
+        return self._context.own_booting if any(registry.busy(worker.id) for worker in booting) else None
+
+    def _caps(self, name: str) -> Caps | None:
+        context, pool = self._context, self._context.pool(name)
+        if pool.workers_per_client_max is None:
+            return None
+        return Caps(lambda client: client_room(context.registry, name, pool, client), pool.seats or SEATS_MAX)

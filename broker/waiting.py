@@ -8,7 +8,7 @@ so that no two can wait for what the other has (granting.py has the rule).
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from broker.core.errors import BrokerError
@@ -111,71 +111,69 @@ class Waiting:
     def of(self, pool: str) -> list[Waiter]:
         return [waiter for waiter in self._queues.get(pool, ()) if not waiter.served.done()]
 
-    def needs(self, pool: str, room_of: Callable[[str], int | None] | None = None) -> list[Need]:
-        """What they wait for, the one who came first at the front; those who want the same are one need.
-
-        `room_of` tells how many workers more a client may hold at all, None for no limit.
-        """
+    def needs(
+        self, pool: str, caps: Caps | None = None, has_own: Callable[[Waiter], object] | None = None
+    ) -> list[Need]:
+        """What they wait for, the one who came first at the front; those who want the same are one need. One
+        that `has_own` needs nothing."""
         groups: dict[tuple[Wish, bool], dict[str, int]] = {}
         known: dict[int, tuple[Wish, dict[str, int]]] = {}  # by wish: telling thousands apart costs more
-        room: dict[str, int | None] = {}
         for waiter in self._queues.get(pool, ()):
-            if waiter.served.done():
+            if waiter.served.done() or (has_own is not None and has_own(waiter)):
                 continue
             number = 2 * id(waiter.wish) + waiter.exclusive
             found = known.get(number)
             if found is None:
                 group = groups.setdefault((waiter.wish, waiter.exclusive), {})
                 found = known[number] = (waiter.wish, group)
-            lacking = waiter.lacking
-            if room_of is not None and waiter.exclusive and waiter.who not in found[1]:
-                lacking = _within(waiter, room, room_of)
-            found[1][waiter.who] = lacking
+            if waiter.who not in found[1]:
+                found[1][waiter.who] = waiter.lacking if caps is None else caps.within(waiter)
         return [Need(wish, sum(each.values()), exclusive) for (wish, exclusive), each in groups.items()]
 
-    def fail(
-        self,
-        pool: str,
-        error: BrokerError,
-        *,
-        unserved: Mapping[tuple[Wish, bool], int] | None = None,
-        helped: Callable[[Waiter], bool] = lambda waiter: False,
-    ) -> bool:
-        """Tell those who wait in the pool that waiting does not help. Returns whether anybody goes on.
+    def one_by_one(
+        self, pool: str, caps: Caps | None = None, has_own: Callable[[Waiter], object] | None = None
+    ) -> Iterator[Need]:
+        """The same, each for itself, in the order of the queue."""
+        known: set[tuple[str, Wish, bool]] = set()
+        for waiter in self.of(pool):
+            key = (*waiter.need, waiter.exclusive)
+            if key not in known and not (has_own is not None and has_own(waiter)):
+                known.add(key)
+                lacking = waiter.lacking if caps is None else caps.within(waiter)
+                yield Need(waiter.wish, lacking, waiter.exclusive)
 
-        `unserved`: for so many of each need no machine is on its way, and only they are told, who came last
-        first; without it everybody is. Those go on whom waiting has `helped` for another reason.
-        """
-        left = dict.fromkeys(self._kinds(pool), 0)
-        if unserved is not None:
-            left = {kind: clients - unserved.get(kind, 0) for kind, clients in self._kinds(pool).items()}
-        told: dict[tuple[str, Wish], bool] = {}  # one client with one wish on many connections: one answer
-        concerned, going_on = self.of(pool), False
-        for waiter in concerned:
-            kind = (waiter.wish, waiter.exclusive)
-            if unserved is not None and kind not in unserved:
-                going_on = True
-                continue
-            if waiter.need not in told:
-                told[waiter.need] = left[kind] <= 0 and not helped(waiter)
-                left[kind] -= waiter.lacking
-            if told[waiter.need]:
+    def fail(
+        self, pool: str, error: BrokerError, concerns: Callable[[Waiter], bool] = lambda waiter: True
+    ) -> bool:
+        """Tell those who wait in the pool, as far as it concerns them, that waiting does not help. Returns
+        whether anybody goes on."""
+        going_on = False
+        for waiter in self.of(pool):
+            if concerns(waiter):
                 waiter.served.set_exception(error)
                 waiter.served.exception()  # retrieved: the client may be gone before it hears it
-            going_on |= not told[waiter.need]
+            else:
+                going_on = True
         return going_on
 
-    def _kinds(self, pool: str) -> dict[tuple[Wish, bool], int]:
-        return {(need.wish, need.exclusive): need.clients for need in self.needs(pool)}
 
+class Caps:
+    """How many workers more each client may have, as far as those who came before leave it any. For one walk
+    through the queue. `room_of` tells it of a client, `seats` how many leases one worker takes."""
 
-def _within(waiter: Waiter, room: dict[str, int | None], room_of: Callable[[str], int | None]) -> int:
-    """What it lacks, as far as it may have it: `room` is what is left of that for each client."""
-    if waiter.client not in room:
-        room[waiter.client] = room_of(waiter.client)
-    left = room[waiter.client]
-    if left is None:
-        return waiter.lacking
-    lacking = min(waiter.lacking, left)
-    room[waiter.client] = left - lacking
-    return lacking
+    def __init__(self, room_of: Callable[[str], int | None], seats: int) -> None:
+        self._room_of = room_of
+        self._seats = seats
+        self._left: dict[str, int | None] = {}
+
+    def within(self, waiter: Waiter) -> int:
+        """What it lacks, as far as it may have it."""
+        if waiter.client not in self._left:
+            self._left[waiter.client] = self._room_of(waiter.client)
+        left = self._left[waiter.client]
+        if left is None:
+            return waiter.lacking
+        seats = 1 if waiter.exclusive else self._seats
+        lacking = min(waiter.lacking, left * seats)
+        self._left[waiter.client] = left + -lacking // seats
+        return lacking

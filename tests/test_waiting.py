@@ -12,7 +12,7 @@ from broker.core.planning import Need
 from broker.core.protocol import GetWorker
 from broker.core.registry import Registry
 from broker.core.wish import ANYTHING, Wish
-from broker.waiting import Terms, Waiter, Waiting
+from broker.waiting import Caps, Terms, Waiter, Waiting
 from tests.core.make import MOON, PORT, instance, order
 
 BIG = Wish(cores=64)
@@ -210,23 +210,34 @@ async def test_bad_news_of_one_pool_is_no_news_of_another() -> None:
     assert failed(here, there) == [True, False]
 
 
-async def test_only_those_with_the_wish_that_cannot_be_met_hear_it() -> None:
+async def test_only_those_whom_it_concerns_hear_it() -> None:
     plain, big = waiter(), waiter(wish=BIG)
-    assert queue(plain, big).fail("default", NoCapacity(), unserved={(BIG, False): 1}), "one goes on"
+    assert queue(plain, big).fail("default", NoCapacity(), lambda one: one is big), "one goes on"
     assert failed(plain, big) == [False, True]
+    assert not queue(plain, big).fail("default", NoCapacity())
 
 
-async def test_one_machine_on_its_way_is_enough_for_all_who_share() -> None:
-    sharing = [waiter() for _ in range(5)]
-    queue(*sharing).fail("default", NoCapacity(), unserved={})
-    assert not any(failed(*sharing))
+async def test_one_by_one_they_come_in_the_order_of_the_queue_and_one_client_once() -> None:
+    first, again = waiter(1.0, client="ann", exclusive=True), waiter(2.0, client="ann", exclusive=True)
+    second, third = waiter(3.0, client="ben", wish=BIG), waiter(4.0, client="cat", exclusive=True)
+    assert list(queue(first, again, second, third).one_by_one("default")) == [
+        Need(ANYTHING, 1, exclusive=True),
+        Need(BIG, 1, exclusive=False),
+        Need(ANYTHING, 1, exclusive=True),
+    ]
 
 
-async def test_machines_on_their_way_are_for_those_who_came_first() -> None:
-    alone = [waiter(float(number), client=f"c{number}", exclusive=True) for number in range(4)]
-    sharing = waiter(9.0)
-    queue(*alone, sharing).fail("default", NoCapacity(), unserved={(ANYTHING, True): 2})
-    assert failed(*alone, sharing) == [False, False, True, True, False]
+async def test_a_client_needs_no_more_than_it_may_have_on_however_many_connections() -> None:
+    """The third connection had got back what the caps had left to the first two."""
+    asks = [waiter(1.0, exclusive=True), waiter(2.0, exclusive=True, wish=BIG)]
+    asks += [waiter(3.0, exclusive=True, wish=BIG)]
+    found = queue(*asks).needs("default", Caps(lambda client: 1, 1))
+    assert found == [Need(ANYTHING, 1, True), Need(BIG, 0, True)]
+    sharing = [waiter(1.0), waiter(2.0, wish=BIG)]
+    assert queue(*sharing).needs("default", Caps(lambda client: 1, 4)) == [
+        Need(ANYTHING, 1, False),
+        Need(BIG, 0, False),
+    ]
 
 
 async def test_who_is_served_already_hears_no_bad_news() -> None:

@@ -2,18 +2,21 @@
 
 The queue comes as needs: groups of clients that want the same. Machines that are on order or booting are
 supply for every need they fit; the most particular need takes its share first, so that what fits anybody is
-left for those who take anything. What is still missing is ordered in the order of the queue, as far as the
-caps leave room. The work grows with the number of different wishes and offerings, not with that of clients.
+left for those who take anything. What is still missing is ordered as far as the caps leave room; where they
+do not leave enough, in the order of the queue, client by client. Otherwise the work grows with the number of
+different wishes and offerings, not with that of clients.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from broker.core.model import Market, Offering, Worker
 from broker.core.wish import ANYTHING, Wish
+
+Kind = tuple[Wish, bool]  # what clients wait for, and whether for a worker to themselves
 
 SEATS_MAX = 1_000_000  # of a shared worker whose pool sets no limit: more than there are clients
 
@@ -117,17 +120,22 @@ def plan(
     *,
     seats: int = SEATS_MAX,
     spare: int = 0,
+    queue: Iterable[Need] = (),
 ) -> Plan:
     """What to order now.
 
-    `needs` in the order of the queue; `coming`: machines on their way, by the offerings that each may turn
-    out to be; `offerings`: what the pool can buy; `room`: so many machines may be ordered; `seats`: clients
-    that share one worker, at most; `spare`: machines wanted beyond what clients wait for, already without
-    those that are ready.
+    `needs` in the order in which the first of each came; `queue`: the same clients one by one, in their
+    order, which counts where there is not room for all; `coming`: machines on their way, by the offerings
+    that each may turn out to be; `offerings`: what the pool can buy; `room`: so many machines may be ordered;
+    `seats`: clients that share one worker, at most; `spare`: machines wanted beyond what clients wait for,
+    already without those that are ready.
     """
+    room = max(0, room)
     supply, wanted = _Supply(dict(coming)), {need.wish: 0 for need in needs}
+    ahead: dict[Kind, int] = {}  # so many of each kind, the first, are served by what is on its way
     for need in _most_particular_first(needs, offerings):
         clients = _unserved(supply, need, seats)
+        ahead[need.wish, need.exclusive] = need.clients - clients
         if clients and not need.exclusive:
             machines = -(-clients // seats)
             bought = tuple(one for one in offerings if need.wish.fits(one))
@@ -135,32 +143,54 @@ def plan(
             wanted[need.wish] += machines
         else:
             wanted[need.wish] += clients
-    purchases, missing = [], 0
-    for wish, machines in wanted.items():
-        here = min(machines, max(0, room))
-        room, missing = room - here, missing + machines - here
-        if here:
-            purchases.append(Purchase(wish, here))
-    spares = min(max(0, spare - sum(supply.coming.values())), max(0, room))
+    missing = max(0, sum(wanted.values()) - room)
+    if missing:
+        wanted = _in_turn(queue or needs, ahead, room, seats)
+    purchases = [Purchase(wish, machines) for wish, machines in wanted.items() if machines]
+    room -= sum(wanted.values())
+    spares = min(max(0, spare - sum(supply.coming.values())), room)
     if spares:
         purchases.append(Purchase(ANYTHING, spares, spare=True))
     return Plan(tuple(purchases), missing)
 
 
-def unserved(
-    needs: Sequence[Need],
-    coming: Mapping[tuple[Offering, ...], int],
-    offerings: Sequence[Offering],
-    *,
-    seats: int = SEATS_MAX,
-) -> dict[tuple[Wish, bool], int]:
-    """For how many clients of each need (its wish, whether it is exclusive) no machine is on its way."""
-    supply = _Supply(dict(coming))
-    found = {
-        (need.wish, need.exclusive): _unserved(supply, need, seats)
-        for need in _most_particular_first(needs, offerings)
-    }
-    return {key: clients for key, clients in found.items() if clients}
+def _in_turn(queue: Iterable[Need], ahead: dict[Kind, int], room: int, seats: int) -> dict[Wish, int]:
+    """So many machines for each wish, for those who came first among the unserved."""
+    wanted: dict[Wish, int] = {}
+    free: dict[Kind, int] = {}  # seats on machines that are to be ordered
+    for need in queue:
+        if not room:
+            break
+        kind = need.wish, need.exclusive
+        clients = need.clients - (served := min(need.clients, ahead.get(kind, 0)))
+        ahead[kind] = ahead.get(kind, 0) - served
+        if not need.exclusive:
+            clients -= (seated := min(clients, free.get(kind, 0)))
+            free[kind] = free.get(kind, 0) - seated
+        machines = min(room, clients if need.exclusive else -(-clients // seats))
+        if machines:
+            room -= machines
+            wanted[need.wish] = wanted.get(need.wish, 0) + machines
+            free[kind] = free.get(kind, 0) + machines * seats - clients
+    return wanted
+
+
+class Turns:
+    """Who in a queue will be served by what is on its way, asked in the queue's order: whoever came first is
+    served first, with what the fewest of the `wishes` could use."""
+
+    def __init__(
+        self, coming: Mapping[tuple[Offering, ...], int], wishes: Collection[Wish], *, seats: int
+    ) -> None:
+        def sought(offerings: tuple[Offering, ...]) -> int:
+            return sum(all(wish.fits(one) for one in offerings) for wish in wishes)
+
+        self._supply = _Supply({one: coming[one] for one in sorted(coming, key=sought)})
+        self._seats = seats
+
+    def serves(self, need: Need) -> bool:
+        """Whether there is something for the next one in the queue; then it is taken."""
+        return _unserved(self._supply, need, self._seats) < need.clients
 
 
 def _most_particular_first(needs: Sequence[Need], offerings: Sequence[Offering]) -> list[Need]:

@@ -32,7 +32,7 @@ from broker.core.model import Bought, Market, Offering, Order
 from broker.core.planning import SEATS_MAX, Purchase, plan
 from broker.core.policy import Room, launch_room
 from broker.core.regional import first_good, sum_up
-from broker.core.wish import Wish
+from broker.core.wish import ANYTHING, Wish
 from broker.ledger import Ledger
 from broker.loops.setbacks import Setbacks
 from broker.loops.top_up import TopUp
@@ -139,7 +139,7 @@ class LaunchLoop:
         """Order what the pool lacks; or the moment until which it waits to know what that costs."""
         context = self._context
         clouds, needs = context.preferred(name), self._supply.needs(name)
-        context.obstacles.pop(name, None)
+        context.obstacles.clear(name)
         self._setbacks.waits_for(name, {need.wish for need in needs})
         shortage = self.top_up.shortage(name)
         if not clouds or not is_known(clouds) or not (needs or shortage):
@@ -152,19 +152,35 @@ class LaunchLoop:
         self._orders.strand(name, sellers)
         if needs:
             self._send_again(name, sellers)
-        offerings = [one for cloud in sellers for one in cloud.provider.offerings(name)]
-        room = self._room(name, offerings)
-        seats = context.pool(name).seats or SEATS_MAX
-        coming = self._supply.coming(name)
-        wanted = plan(needs, coming, offerings, room.machines, seats=seats, spare=shortage)
-        priced_at = self._priced_at(name, sellers) if wanted.purchases else None
-        if priced_at is not None:
-            return priced_at
-        for purchase in wanted.purchases:
-            self._buy(name, outlook, purchase)
+        return self._order_all(name, outlook, shortage)
+
+    def _order_all(self, name: str, outlook: Outlook, shortage: int) -> float | None:
+        """Order what can be had; or the moment until which it waits to know what that costs. A place under
+        the caps is not kept for what cannot be had."""
+        context, seats = self._context, self._context.pool(name).seats or SEATS_MAX
+        offerings = [one for cloud in outlook.sellers for one in cloud.provider.offerings(name)]
+        unsold: set[Wish] = set()
+        while True:
+            room = self._room(name, offerings)
+            wanted = plan(
+                [need for need in self._supply.needs(name) if need.wish not in unsold],
+                self._supply.coming(name),
+                offerings,
+                room.machines,
+                seats=seats,
+                spare=0 if ANYTHING in unsold else shortage,
+                queue=(need for need in self._supply.one_by_one(name) if need.wish not in unsold),
+            )
+            priced_at = self._priced_at(name, outlook.sellers) if wanted.purchases else None
+            if priced_at is not None:
+                return priced_at
+            sold = {purchase: self._buy(name, outlook, purchase) for purchase in wanted.purchases}
+            unsold |= {purchase.wish for purchase, bought in sold.items() if not bought}
+            if all(sold.values()) or not wanted.missing:
+                break
         if wanted.missing and room.why is not None:
             if context.registry.count(name, *BOOKED):
-                context.obstacles[name] = room.why
+                context.obstacles.note(name, room.why)
             else:
                 self._supply.tell(name, room.why)
         return None
@@ -197,7 +213,7 @@ class LaunchLoop:
     def _nowhere(self, name: str, outlook: Outlook) -> None:
         """There is no cloud to buy from: clients wait if that helps, or hear why."""
         if outlook.blind:
-            self._context.obstacles[name] = outlook.blind[0][1]
+            self._context.obstacles.note(name, outlook.blind[0][1])
         elif outlook.refusing:
             self._supply.tell(name, sum_up(_named(outlook.refusing)))
 
@@ -223,8 +239,8 @@ class LaunchLoop:
             max_workers=context.settings.broker.max_workers,
         )
 
-    def _buy(self, name: str, outlook: Outlook, purchase: Purchase) -> None:
-        """Place the orders of one purchase, as few as the providers allow."""
+    def _buy(self, name: str, outlook: Outlook, purchase: Purchase) -> bool:
+        """Place the orders of one purchase, as few as the providers allow. Whether anything can be had."""
         left, wish = purchase.machines, purchase.wish
         suitable = [(cloud, some) for cloud in outlook.sellers if (some := _suiting(cloud, name, wish))]
         blind = [one for one in outlook.blind if _suiting(one[0], name, wish)]
@@ -243,19 +259,20 @@ class LaunchLoop:
             )
             if purchase.spare and number is None:
                 self.top_up.refused(name)
-                return
+                return False
             if choice.spot_refused and not purchase.spare:
                 self._setbacks.spot_refused(name, wish)
             if choice.refusal is not None:
                 self._supply.tell(name, choice.refusal, wish)
             if choice.obstacle:
-                self._context.obstacles[name] = NoCapacity(choice.obstacle)
+                self._context.obstacles.note(name, NoCapacity(choice.obstacle), wish)
             if number is None:
-                return
+                break
             cloud = suitable[number][0]
             count = min(choice.machines, cloud.provider.machines_max)
             self._order(name, cloud, choice.offerings, count)
             left -= count
+        return left < purchase.machines
 
     def _choose(
         self, name: str, cloud: Cloud, suitable: Sequence[Offering], wish: Wish, machines: int

@@ -232,7 +232,7 @@ class ReloadLoop:
         context = self._context
         context.removed |= set(reloaded.removed)
         for name in reloaded.removed:
-            context.obstacles.pop(name, None)
+            context.obstacles.clear(name)
             context.waiting.fail(name, context.no_such_pool(name))
         context.scanned.notify()  # whoever waits for a scan looks again, for which one
 

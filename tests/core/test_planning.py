@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from broker.core.model import Market, Offering
-from broker.core.planning import Need, Plan, Purchase, plan
+from broker.core.planning import Need, Plan, Purchase, Turns, plan
 from broker.core.wish import ANYTHING, Wish
 from tests.core.generated import MANY
 
@@ -100,6 +100,39 @@ def test_spares_are_ordered_beyond_what_clients_wait_for() -> None:
 WISHES = st.sampled_from([ANYTHING, TWO_CORES, MANY_CORES, SMALLEST, Wish(type="big")])
 NEEDS = st.lists(st.builds(Need, WISHES, st.integers(1, 5), st.booleans()), max_size=5)
 COMING = st.dictionaries(st.sampled_from([(SMALL,), (BIG,), (SMALL, BIG)]), st.integers(0, 4))
+
+
+def test_where_there_is_not_room_for_all_the_queue_decides() -> None:
+    """All clients of the first wish had come before any of the next."""
+    first, second, third = Need(ANYTHING, 1, True), Need(MANY_CORES, 1, True), Need(ANYTHING, 1, True)
+    needs = [Need(ANYTHING, 2, True), second]
+    found = plan(needs, {}, OFFERINGS, 2, queue=iter([first, second, third]))
+    assert found == Plan((Purchase(ANYTHING, 1), Purchase(MANY_CORES, 1)), missing=1)
+
+
+def test_a_seat_that_is_free_on_a_machine_to_be_ordered_takes_no_room() -> None:
+    sharers = [Need(ANYTHING, 1, False) for _ in range(5)]
+    needs = [Need(ANYTHING, 5, False), Need(MANY_CORES, 1, True)]
+    found = plan(needs, {}, OFFERINGS, 2, seats=2, queue=iter([*sharers[:2], needs[1], *sharers[2:]]))
+    assert found == Plan((Purchase(ANYTHING, 1), Purchase(MANY_CORES, 1)), missing=2)
+
+
+def test_who_came_first_is_served_first_by_what_is_on_its_way() -> None:
+    turns = Turns({(BIG,): 1}, {ANYTHING, MANY_CORES}, seats=ENOUGH)
+    assert turns.serves(Need(ANYTHING, 1, True))
+    assert not turns.serves(Need(MANY_CORES, 1, True))
+
+
+def test_who_takes_anything_takes_what_the_others_cannot_use() -> None:
+    turns = Turns({(BIG,): 1, (SMALL,): 1}, {ANYTHING, MANY_CORES}, seats=ENOUGH)
+    assert turns.serves(Need(ANYTHING, 1, True))
+    assert turns.serves(Need(MANY_CORES, 1, True))
+    assert not turns.serves(Need(ANYTHING, 1, True))
+
+
+def test_sharers_sit_on_one_machine_until_it_is_full() -> None:
+    turns = Turns({(BIG,): 1}, {ANYTHING}, seats=2)
+    assert [turns.serves(Need(ANYTHING, 1, False)) for _ in range(3)] == [True, True, False]
 
 
 @given(needs=NEEDS, coming=COMING, room=st.integers(0, 12), seats=st.integers(1, 4), spare=st.integers(0, 3))
