@@ -257,19 +257,28 @@ class Granting:
         once, what there is of them is kept meanwhile: for TURN_SECONDS, then those behind it are served for
         as long, and so on. So neither can keep the other out for ever.
         """
-        before = self._kept.pop(pool, None)
+        self._kept.pop(pool, None)
         self._serve_all(pool)
-        self._note_wanted(pool, before)
+        self._note_wanted(pool, self._find_some(pool))
 
-    def _note_wanted(self, pool: str, before: Kept | None) -> None:
+    def _find_some(self, pool: str) -> frozenset[str]:
+        """Note how many workers each that wants several has found already: the first in the queue, of the
+        others the next, and so on. Returns these workers."""
+        found: set[str] = set()
+        for waiter in self._context.waiting.of(pool):
+            if waiter.count > 1:
+                places = [one for one in self._places(waiter) if one not in found]
+                waiter.found = len(places)
+                found.update(places)
+        return frozenset(found)
+
+    def _note_wanted(self, pool: str, found: frozenset[str]) -> None:
         """Tell what must not be reaped as idle, and have what may be again be looked at."""
-        kept, wanted = self._kept.get(pool), self._context.wanted
-        if kept is not None:
-            wanted[pool] = kept.worker_ids
-        else:
-            wanted.pop(pool, None)
-        now = self._now()
-        for worker_id in before.worker_ids - wanted.get(pool, frozenset()) if before else ():
+        wanted, now = self._context.wanted, self._now()
+        before = wanted.pop(pool, frozenset())
+        if found:
+            wanted[pool] = found
+        for worker_id in before - found:
             worker = self._registry.get(worker_id)
             if worker is not None and worker.state in USABLE:
                 self._registry.look_again(worker_id, now)
@@ -278,7 +287,6 @@ class Granting:
         hopeless: set[tuple[bool, Wish, int, int]] = set()
         first = True
         for waiter in self._context.waiting.of(pool):
-            waiter.found = 0
             kind = (waiter.exclusive, waiter.wish, waiter.count, waiter.least)
             if waiter.served.done() or (kind in hopeless and not self._has_some(waiter)):
                 continue
@@ -295,9 +303,7 @@ class Granting:
                 hopeless.add(kind)
             if waiter.count > 1 and first:
                 first = False
-                places = self._places(waiter)
-                waiter.found = len(places)
-                self._kept[pool] = Kept(waiter, frozenset(places), alone=self._keeps(pool))
+                self._kept[pool] = Kept(waiter, frozenset(self._places(waiter)), alone=self._keeps(pool))
 
     def _has_some(self, waiter: Waiter) -> bool:
         """Whether it holds workers of the pool: those it may get although others like it cannot."""
