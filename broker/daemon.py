@@ -474,6 +474,8 @@ class Daemon:
         elif isinstance(event, LeaseGranted):
             if event.first:
                 self._replace_spare(event.worker.pool)
+            if event.lease.ttl_seconds < self.context.pool_of(event.worker).idle_timeout:
+                self._wake("reap")  # it may end before the worker would be looked at
         elif isinstance(event, WorkerChanged):
             match event.worker.state:
                 case WorkerState.ORDERED:

@@ -116,6 +116,22 @@ def test_a_lease_lasts_its_own_time_to_live_and_renew_begins_it_anew(tmp_path: P
     live(tmp_path, story)
 
 
+def test_a_short_lease_ends_on_time_although_its_worker_was_warm(tmp_path: Path) -> None:
+    """The next look at the worker had been the end of its idle time, and whoever waited waited for that."""
+
+    async def story(broker: RunningBroker) -> None:
+        ((lease, _),) = await acquire(broker.client(), "client=ann")
+        await broker.ask(f"DONE {lease}")
+        await asyncio.sleep(5)
+        ((lease, address),) = await acquire(broker.client(), "client=ann ttl=1")
+        granted_at = broker.clock.monotonic()
+        assert await broker.ask("GET_WORKER client=ben wait=60") == address
+        assert broker.clock.monotonic() - granted_at < 3
+        assert await broker.ask(f"RENEW {lease}") == ENDED
+
+    live(tmp_path, story, chosen=exclusive(max_workers=1))
+
+
 def test_ping_renews_and_release_ends_all_leases_of_the_client_on_the_worker(tmp_path: Path) -> None:
     async def story(broker: RunningBroker) -> None:
         client = broker.client()

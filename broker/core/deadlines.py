@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from heapq import heappop, heappush
+from math import inf
 
 
 class Deadlines:
@@ -20,6 +21,11 @@ class Deadlines:
         if self._at.get(key) != at:
             self._at[key] = at
             heappush(self._heap, (at, key))
+
+    def no_later(self, key: str, at: float) -> None:
+        """Have `due` name the key at `at`, unless it does so before."""
+        if at < self._at.get(key, inf):
+            self.set(key, at)
 
     def drop(self, key: str) -> None:
         self._at.pop(key, None)

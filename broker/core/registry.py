@@ -376,6 +376,7 @@ class Registry:
         theirs = self._of_client.setdefault((worker.pool, lease.client), {})
         theirs[worker.id] = theirs.get(worker.id, 0) + 1
         self.renew(lease, now)
+        self._deadlines.no_later(worker.id, now + lease.ttl_seconds)
         self._reindex_holds(worker)
         first = len(holders) == 1
         if lease.exclusive and lease.client != UNKNOWN_CLIENT and UNKNOWN_CLIENT in holders:

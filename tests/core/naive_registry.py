@@ -256,6 +256,8 @@ class NaiveRegistry:
                 granted = Lease(mine[0].id, entry.id, lease.client, mine[0].ttl_seconds, exclusive=True)
             else:
                 self.grants.append((entry.id, lease.key))
+                ends_at = now + lease.ttl_seconds
+                entry.look_at = ends_at if entry.look_at is None else min(entry.look_at, ends_at)
             self.told.append(("granted", granted, entry.id, mine is None and not others, now))
         else:
             granted = mine[0]

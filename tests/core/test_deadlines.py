@@ -16,6 +16,7 @@ MOMENTS = st.integers(0, 9).map(float)
     st.lists(
         st.one_of(
             st.tuples(st.just("set"), KEYS, MOMENTS),
+            st.tuples(st.just("no later"), KEYS, MOMENTS),
             st.tuples(st.just("drop"), KEYS, st.just(0.0)),
             st.tuples(st.just("due"), st.just(""), MOMENTS),
         )
@@ -28,6 +29,9 @@ def test_a_plain_table_does_the_same(acts: list[tuple[str, str, float]]) -> None
         if act == "set":
             real.set(key, at)
             table[key] = at
+        elif act == "no later":
+            real.no_later(key, at)
+            table[key] = min(table.get(key, at), at)
         elif act == "drop":
             real.drop(key)
             table.pop(key, None)
