@@ -40,12 +40,18 @@ class Admission:
         known of all of them.
         """
         default, pool = self.pool(named)
-        await self.recovered(default, deadline_at)
-        if self._has(default, wish):
-            return default, pool
-        others = [] if named else [one for one in self._context.settings.pool if one != default]
+        others = [] if named or wish == ANYTHING else [n for n in self._context.settings.pool if n != default]
         unknown: BrokerError | None = None
-        for other in others:
+        try:
+            await self.recovered(default, deadline_at)
+        except (CloudError, WaitTimedOut) as error:
+            if not others:
+                raise
+            unknown = error
+        else:
+            if self._has(default, wish):
+                return default, pool
+        for other in sorted(others, key=lambda one: not self._is_known(one)):  # what is known costs no time
             try:
                 await self.recovered(other, deadline_at)
             except (CloudError, WaitTimedOut) as error:

@@ -18,7 +18,7 @@ from broker.core.latency import nearest_first
 from broker.core.life import BOOKED
 from broker.core.model import Instance, Offering, Order, Worker, WorkerState
 from broker.core.money import Price
-from broker.core.policy import LaunchGuard
+from broker.core.policy import LaunchGuard, room_overall
 from broker.core.registry import Registry
 from broker.core.schedule import target
 from broker.core.settings import PoolSettings, Settings
@@ -232,8 +232,8 @@ class Context:
     def warmth(self, pool: str) -> Warmth:
         """The pool's warm target now, by the cloud's clock; its fall is remembered as of now.
 
-        A client that waits although the cap is reached wants something that no spare is: the spares, which
-        nobody wants, keep the place no longer than their idle timeout.
+        A client that waits although a cap is reached, the pool's or that of all pools, wants something that
+        no spare is: the spares, which nobody wants, keep the place no longer than their idle timeout.
         """
         warmth, now = self.warm.setdefault(pool, Warmth()), self.now()
         warmth.seen(self._warm_target(pool, now), now)
@@ -243,6 +243,8 @@ class Context:
         pool, now_unix = self.pool(name), self.pool_unix(name, now)
         full = self.registry.count(name, *BOOKED) >= pool.max_workers
         if not pool.keeps_warm or now_unix is None or (full and self.waiting.of(name)):
+            return 0
+        if room_overall(self.registry, self.settings.broker.max_workers) == 0 and len(self.waiting):
             return 0
         return target(pool.warm_targets, now_unix)
 

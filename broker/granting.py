@@ -22,6 +22,7 @@ from broker.waiting import Waiter
 TURN_SECONDS = 300.0  # longer than a machine takes to boot: what is missing is mostly on its way
 CONFIRMED_AT_ONCE_MAX = 64  # connections to worker ports for one command: file descriptors are few
 PROOF_GRACE_SECONDS = 1.0  # beyond a client's wait: the proof of a worker that came in its last moment
+PROOF_SECONDS_MIN = 0.1  # a proof is good for so long: several cannot be made in one instant
 PROOF_ROUNDS_MAX = 3  # of one hand-out: ports that answer slowly make the others' proofs old
 
 Prove = Callable[[Worker], Awaitable[bool]]
@@ -248,7 +249,8 @@ class Granting:
 
     def _proof_is_old(self, worker: Worker, pool: PoolSettings) -> bool:
         proved_at = self._registry.proved_at(worker.id)
-        return pool.readiness == "tcp" and self._now() - proved_at > pool.readiness_max_age
+        age_max = max(pool.readiness_max_age, PROOF_SECONDS_MIN)
+        return pool.readiness == "tcp" and self._now() - proved_at > age_max
 
     def serve(self, pool: str) -> None:
         """Give what has become free to whoever waits longest for it.

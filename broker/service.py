@@ -215,6 +215,8 @@ class Service:
         for one in session.leases:
             self._bound.pop(one, None)
         if bound and not self._admission.closing:
+            for lease in bound:
+                self._registry.renew(lease, self._now())  # it was in use until now
             self._granting.give_back(bound, "connection closed")
 
     def serve_groups(self, pool: str) -> None:
@@ -374,7 +376,9 @@ class Service:
         return protocol.OK
 
     def _done(self, command: Done) -> bytes:
-        self._granting.give_back([self._living(command.lease)], "done")
+        lease = self._living(command.lease)
+        self._registry.renew(lease, self._now())  # it was in use until now
+        self._granting.give_back([lease], "done")
         return protocol.OK
 
     def _living(self, lease_id: str) -> Lease:

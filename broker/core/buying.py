@@ -12,13 +12,13 @@ Everything is handed in and nothing is remembered.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from broker.core import prices
 from broker.core.cooling import Cooling
 from broker.core.errors import BrokerError, NoCapacity, OfferingRefused, PermanentRefusal, QuotaReached
-from broker.core.model import Market, Offering, WorkerState
+from broker.core.model import Market, Offering, Worker, WorkerState
 from broker.core.money import dollars
 from broker.core.registry import Registry
 from broker.core.settings import PoolSettings
@@ -134,10 +134,12 @@ def to_replace(
     cooling: Cooling,
     spot_prices: SpotPrices,
     now: float,
+    is_here: Callable[[Worker], bool] = lambda worker: True,
 ) -> tuple[str, ...]:
     """The pool's fallback workers (by id, the longest unused first) that may end now: nobody has used them
     for FALLBACK_IDLE_SECONDS, and spot at least as large is back. That its cool-down is over is no reason:
-    whoever asks next would only wait for spot once more."""
+    whoever asks next would only wait for spot once more. `is_here` tells whether the worker was bought where
+    the offerings are: only there spot is known to have been refused."""
     affordable, _ = _affordable(offerings, spot_prices)
     spot = _of(Market.SPOT, cooling.usable(affordable, now, pool=name)[0])
     unused = [
@@ -148,7 +150,11 @@ def to_replace(
         and not registry.busy(worker.id)
         and not worker.protected
         and now - registry.used_at(worker.id) >= FALLBACK_IDLE_SECONDS
-        and any(_does_for(one, worker.offering) and cooling.is_back(one, worker.born_at, now) for one in spot)
+        and any(
+            _does_for(one, worker.offering)
+            and cooling.is_back(one, worker.born_at, now, refused=is_here(worker))
+            for one in spot
+        )
     ]
     return tuple(worker.id for worker in sorted(unused, key=lambda one: (registry.used_at(one.id), one.id)))
 

@@ -128,15 +128,16 @@ class Cooling:
         if offering.market is Market.SPOT:
             self._reclaims.setdefault(_place(offering), deque(maxlen=RECLAIMS_MAX)).append(now)
 
-    def bought(self, offering: Offering, now: float) -> None:
-        """It can be had: its refusals, and those of its quota for what is no larger, are over. A reclaim is
-        as true as before."""
+    def bought(self, offering: Offering, now: float, *, pool: str = "") -> None:
+        """It can be had (by this pool): its refusals, and those of its quota for what is no larger, are over.
+        A reclaim is as true as before, and so is what a person must mend for another pool."""
         self._forget(now)
         place = _place(offering)
         self._bought_at[place] = now
         self._refused.pop(place, None)
         self._refused.pop(_anywhere(place), None)  # "in no zone" has proved wrong
-        self._mending = {key: pause for key, pause in self._mending.items() if key[1] != place}
+        for one in (place, _anywhere(place)):
+            self._mending.pop((pool, one), None)
         scope = _quota_scope(offering)
         if _counts(self._quotas.get(scope), offering):
             del self._quotas[scope]
@@ -175,13 +176,15 @@ class Cooling:
             error = error or pause.error
         return error
 
-    def is_back(self, offering: Offering, since_at: float, now: float) -> bool:
-        """Whether an offering that was refused then can be had again, as far as is known: it was bought since
-        then, or has not been refused for HOPE_SECONDS. To be asked of usable offerings."""
+    def is_back(self, offering: Offering, since_at: float, now: float, *, refused: bool = True) -> bool:
+        """Whether an offering can be had again, as far as is known: it was bought since then, or, when it was
+        `refused` then, has not been for HOPE_SECONDS. To be asked of usable offerings."""
         place = _place(offering)
         bought = [at for other, at in self._bought_at.items() if place in (other, _anywhere(other))]
         if any(at >= since_at for at in bought):
             return True
+        if not refused:
+            return False
         pauses = (
             self._quota_pause(offering),
             self._refused.get(place),

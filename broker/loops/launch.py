@@ -40,14 +40,16 @@ from broker.orders import OUTCOMES, WITHDRAWN, YIELDED, OpenOrder, Orders, sold_
 from broker.supply import Supply
 
 CALLS_MAX = 5  # for one order in a row; then the waiting clients hear why
+HELD_UP_MAX = 3  # answers in a row in which nothing was looked at; then they hear it too
 PAUSE_SECONDS_MIN = 1.0  # between them, doubling: 1 + 2 + 4 + 8 s
 RESEND_SECONDS = (
     10.0  # an order without an answer is sent again no sooner, however many clients come and wait
 )
+LOOKED_AT = (OfferingRefused, PermanentRefusal)  # answers to an order that was looked at
 NEVER_SECONDS = float("inf")
 QUIET_SECONDS = 0.035  # after the last who asked: a burst is over (Karpenter waits 35 ms for its CreateFleet)
 BATCH_SECONDS_MAX = 1.0  # and no longer than that after the first
-PRICES_SECONDS_MAX = 2.0  # to wait for spot prices before the first purchase; it then goes by list prices
+PRICES_SECONDS_MAX = 10.0  # to wait for spot prices before the first purchase; it then goes by list prices
 RETRY_SECONDS = 5.0  # how soon to look again while clients wait behind an obstacle
 
 
@@ -270,7 +272,7 @@ class LaunchLoop:
                 break
             cloud = suitable[number][0]
             count = min(choice.machines, cloud.provider.machines_max)
-            self._order(name, cloud, choice.offerings, count)
+            self._order(name, cloud, choice.offerings, count, spare=purchase.spare)
             left -= count
         return left < purchase.machines
 
@@ -293,7 +295,9 @@ class LaunchLoop:
             now=now,
         )
 
-    def _order(self, name: str, cloud: Cloud, offerings: tuple[Offering, ...], count: int) -> None:
+    def _order(
+        self, name: str, cloud: Cloud, offerings: tuple[Offering, ...], count: int, *, spare: bool
+    ) -> None:
         context, guard = self._context, self._context.guard(name)
         for _ in range(count):
             guard.attempted(context.now())
@@ -301,12 +305,14 @@ class LaunchLoop:
         now_unix, order_id = context.clock.wall(), self._new_order_id()
         order = cloud.provider.prepare(name, order_id, offerings, now_unix, epoch, count)
         context.home.update(dict.fromkeys(order.places, cloud))
+        if spare:
+            self.top_up.ordered(order_id)
         self._start(order, self._place(self._orders.enter(order)))
 
     def _held_up(self, order: Order, error: BrokerError, without: OpenOrder | None = None) -> None:
         """The call was not looked at: clients hear it; for those that wait on it is made again later."""
         cloud = self._context.cloud_of_order(order)
-        if self._setbacks.goes_elsewhere(order.pool, cloud, error):
+        if isinstance(error, CloudError) and self._setbacks.goes_elsewhere(order.pool, cloud, error):
             return
         if self._supply.tell(order.pool, error, without=without) and cloud is not None:
             self._setbacks.held_up(order.pool, cloud, error)
@@ -378,13 +384,25 @@ class LaunchLoop:
             raise PermanentRefusal(f"pool '{order.pool}' is not configured any more")
         asked_at = self._context.now()
         bought = await cloud.provider.launch(order)
-        self._setbacks.answered(order.pool, cloud)
         described = [one for one in bought.instances if one.launched_unix]  # the others are only named
         self._ledger.saw(cloud, described, asked_at)
         self._learn(order, cloud, bought)
         if not bought.instances and not bought.refusals:
             raise OfferingRefused(f"{cloud.provider.name} gave none of {order.count} machines, and no reason")
         self._orders.answered(order, bought, _outcome(bought))
+        held_up = [error for _, error in bought.refusals if not isinstance(error, LOOKED_AT)]
+        if bought.instances or len(held_up) < len(bought.refusals):
+            self._setbacks.answered(order.pool, cloud)
+        elif held_up:
+            self._held_up_within(order, cloud, CloudError(held_up[0].message))
+
+    def _held_up_within(self, order: Order, cloud: Cloud, error: CloudError) -> None:
+        """The call was answered, and nothing that it asked for was looked at. As with calls that fail, clients
+        hear it when that happens again and again."""
+        if self._setbacks.times(order.pool, cloud) + 1 >= HELD_UP_MAX:
+            self._held_up(order, error)
+        else:
+            self._setbacks.held_up(order.pool, cloud, error)
 
     def _failed(self, entry: OpenOrder, error: BrokerError) -> None:
         """The calls are over and brought no machine. Only a certain refusal closes the order.
@@ -419,8 +437,8 @@ class LaunchLoop:
     def _learn(self, order: Order, cloud: Cloud, bought: Bought) -> None:
         """What can be had, and what cannot; in this order, or a sale would undo the refusal of more."""
         for one in bought.instances:
-            sold = Offering(one.region, one.instance_type, one.market, one.zone)
-            cloud.cooling.bought(sold, self._context.now())
+            sold = Offering(one.region, one.instance_type, one.market, one.zone, cores=one.cores)
+            cloud.cooling.bought(sold, self._context.now(), pool=order.pool)
             if one.market is Market.SPOT:
                 kinds = [other for other in order.offerings if other.instance_type == one.instance_type]
                 self._setbacks.spot_bought(order.pool, kinds)
@@ -430,8 +448,6 @@ class LaunchLoop:
     def _cool(self, pool: str, cloud: Cloud, offering: Offering, error: BrokerError) -> None:
         if isinstance(error, OfferingRefused | PermanentRefusal):
             cloud.cooling.refused(offering, error, self._context.now(), pool=pool)
-        else:
-            self._setbacks.held_up(pool, cloud, CloudError(error.message))
 
 
 def _sells_spot(cloud: Cloud, pool: str) -> bool:

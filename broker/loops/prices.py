@@ -42,7 +42,8 @@ class PricesLoop:
         self._due_at = {key: at for key, at in self._due_at.items() if key in asked}
         needed = {key: cloud for key, cloud in asked.items() if self._is_needed(key[0], cloud)}
         for key, cloud in needed.items():
-            if self._due_at.get(key, context.now()) <= context.now():
+            due = self._due_at.get(key, context.now()) <= context.now()
+            if due and self._is_needed(key[0], cloud):  # a reload may have taken the pool meanwhile
                 self._due_at[key] = context.now() + await self._refresh(cloud, key[0])
                 cloud.quotes.heard(key[0], context.now())
                 self._heard()

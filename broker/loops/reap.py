@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 
 from broker.clouds import Cloud
 from broker.context import Context
@@ -81,12 +82,16 @@ class ReapLoop:
                     cooling=cloud.cooling,
                     spot_prices=cloud.quotes.known(now),
                     now=now,
+                    is_here=partial(self._is_in, cloud),
                 )
                 for worker_id in unused:
                     if self._is_wanted(name, worker_id):
                         continue
                     self._registry.drain(worker_id, Reason.REPLACED, now)
         return found
+
+    def _is_in(self, cloud: Cloud, worker: Worker) -> bool:
+        return self._context.cloud_of(worker) is cloud
 
     def _is_wanted(self, pool: str, worker_id: str) -> bool:
         return worker_id in self._context.wanted.get(pool, ())

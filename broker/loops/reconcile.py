@@ -309,7 +309,8 @@ class ReconcileLoop:
         if known and not self._context.store.leases_missing:
             return
         pool = self._context.pool_of(worker)
-        if not (pool.exclusive and self._registry.busy(worker.id)):
+        alone = pool.exclusive or any(lease.exclusive for lease in self._registry.leases(worker.id))
+        if not (alone and self._registry.busy(worker.id)):
             lease_id = f"unknown-{worker.id}"
             lease = Lease(lease_id, worker.id, UNKNOWN_CLIENT, pool.idle_timeout, pool.exclusive)
             self._registry.grant(lease, self._context.now())

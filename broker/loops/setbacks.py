@@ -35,13 +35,18 @@ class Setbacks:
         self._droughts: dict[tuple[str, Wish], float] = {}  # since when
 
     def reloaded(self, pools: Collection[str]) -> None:
-        """Settings were read in again: what was held up is tried again."""
+        """Settings were read in again: what was held up or passed over is tried again."""
+        self._passed_over = {key: one for key, one in self._passed_over.items() if key[0] not in pools}
         self._pauses = {key: pause for key, pause in self._pauses.items() if key[0] not in pools}
         self._held_up = {key: times for key, times in self._held_up.items() if key[0] not in pools}
 
     def answered(self, pool: str, cloud: Cloud) -> None:
         """A launch call was looked at, and something was sold or refused."""
         self._held_up.pop((pool, id(cloud)), None)
+
+    def times(self, pool: str, cloud: Cloud) -> int:
+        """How often in a row launch calls were not looked at."""
+        return self._held_up.get((pool, id(cloud)), 0)
 
     def held_up(self, pool: str, cloud: Cloud, error: BrokerError) -> None:
         """A launch call was not looked at."""

@@ -30,6 +30,7 @@ class TaggingLoop:
         self._report = report
         self._written: dict[str, float] = {}  # worker id → the last use that its tag tells of
         self._due_at: float | None = None  # None: there is nothing to write on
+        self._refused_until_at: dict[int, float] = {}  # by cloud
 
     async def tick(self) -> float | None:
         registry, now = self._context.registry, self._context.now()
@@ -49,7 +50,9 @@ class TaggingLoop:
         by_cloud: dict[int, list[Worker]] = defaultdict(list)
         for worker in used:
             cloud = self._context.cloud_of(worker)
-            if cloud is not None and cloud.rival is None and worker.instance_id is not None:
+            if cloud is None or self._refused_until_at.get(id(cloud), 0.0) > self._context.now():
+                continue
+            if cloud.rival is None and worker.instance_id is not None:
                 clouds[id(cloud)] = cloud
                 by_cloud[id(cloud)].append(worker)
         for key, workers in by_cloud.items():
@@ -63,7 +66,7 @@ class TaggingLoop:
         try:
             await cloud.provider.tag_all(instance_ids, {tags.LAST_USED: tags.rfc3339(used_unix)})
         except PermanentRefusal as error:
-            self._due_at = self._context.now() + REFUSED_SECONDS
+            self._refused_until_at[id(cloud)] = self._context.now() + REFUSED_SECONDS
             self._report("tagging refused", {"cloud": cloud.provider.name, "error": error.message})
         except BrokerError as error:
             self._report("tagging failed", {"cloud": cloud.provider.name, "error": error.message})

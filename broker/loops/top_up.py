@@ -22,6 +22,7 @@ class TopUp:
 
     def __init__(self, context: Context) -> None:
         self._context = context
+        self._orders: set[str] = set()  # of ours, as long as nothing has come of them
         self.closed = False  # the broker is going down: who comes next tops up
 
     def shortage(self, name: str) -> int:
@@ -35,12 +36,17 @@ class TopUp:
             return 0
         return warm_shortage(context.registry, name, pool, warmth.target, now)
 
+    def ordered(self, order_id: str) -> None:
+        """This order is for workers that nobody waits for."""
+        self._orders.add(order_id)
+
     def refused(self, name: str) -> None:
         """Nothing that the pool could buy may be asked for at the moment."""
         self._context.warmth(name).failed(self._context.now())
 
     def heard(self, event: Event) -> None:
-        """Failed launches make the next ones wait; so does somebody who has ended everything."""
+        """Failed launches make the next ones wait; so does somebody who has ended everything. What a client's
+        order meets is no news of ours: it may have wanted something else."""
         if not isinstance(event, WorkerChanged) or not self._context.pool(event.worker.pool).keeps_warm:
             return
         worker, warmth = event.worker, self._context.warmth(event.worker.pool)
@@ -51,10 +57,15 @@ class TopUp:
                 warmth.pause(PAUSE_SECONDS_MAX, event.at)
             case WorkerState.BOOTING, WorkerState.DRAINING if worker.reason in FAILED_BOOTS:
                 warmth.failed(event.at)
-            case WorkerState.ORDERED | WorkerState.BOOTING, WorkerState.GONE if worker.reason != YIELDED:
+            case WorkerState.BOOTING, WorkerState.GONE if worker.reason != YIELDED:
                 warmth.failed(event.at)
+            case WorkerState.ORDERED, WorkerState.GONE if worker.reason != YIELDED:
+                if worker.order_id in self._orders:
+                    warmth.failed(event.at)
             case _:
                 pass
+        if worker.state is not WorkerState.ORDERED:
+            self._orders.discard(worker.order_id or "")
 
     def next_look_at(self) -> float | None:
         """When a target changes or a pause is over; soon in any case, because clocks may be set."""
