@@ -72,7 +72,10 @@ class Overview:
         reasons = [_refusal(cloud, name, self._context.now()) for cloud in clouds]
         if all(reasons):
             return "; ".join(reasons)
-        obstacle = self._context.obstacles.any(name)
+        pool, now = self._context.pool(name), self._context.now()
+        obstacle = self._context.obstacles.any(name) or self._context.guard(name).refusal(pool, now)
+        if obstacle is None and not pool.max_workers:
+            return "the pool's max_workers = 0 is reached"
         return obstacle.message if obstacle is not None else ""
 
 

@@ -54,20 +54,29 @@ class Supply:
         """
         context, seats = self._context, self._context.pool(name).seats or SEATS_MAX
         waiters = context.waiting.of(name)
-        turns = Turns(self.coming(name, without), {waiter.wish for waiter in waiters}, seats=seats)
+        turns = self._turns(name, without)
         in_use = self._in_use(name) if error.code in PASSING else Counter()
         goes_on: dict[tuple[str, Wish], bool] = {}  # one client with one wish on many connections: one answer
         for waiter in waiters:
             if waiter.need not in goes_on:
-                served = context.own_booting(waiter) is not None or turns.serves(
-                    Need(waiter.wish, waiter.lacking, waiter.exclusive)
-                )
+                need = Need(waiter.wish, waiter.lacking, waiter.exclusive)
+                served = context.own_booting(waiter) is not None or turns.lacks(need).clients < need.clients
                 concerned = wish is None or waiter.wish == wish
                 goes_on[waiter.need] = served or not concerned or self._may_come_free(waiter, in_use, seats)
         anybody = context.waiting.fail(name, error, lambda waiter: not goes_on[waiter.need])
         if anybody:
             context.obstacles.note(name, error, wish)
         return anybody
+
+    def lacking(self, name: str) -> list[Need]:
+        """What is not on its way, each client for itself, if whoever came first is served first."""
+        turns = self._turns(name)
+        return [turns.lacks(need) for need in self.one_by_one(name)]
+
+    def _turns(self, name: str, without: OpenOrder | None = None) -> Turns:
+        wishes = {waiter.wish for waiter in self._context.waiting.of(name)}
+        seats = self._context.pool(name).seats or SEATS_MAX
+        return Turns(self.coming(name, without), wishes, seats=seats)
 
     def _in_use(self, name: str) -> Counter[Offering]:
         """The workers that may be handed out again once their holders are done."""

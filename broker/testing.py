@@ -289,6 +289,8 @@ class FakeCloud:
     async def connect(self, address: str, port: int) -> bool:
         """The network, for a ProbeLoop."""
         await asyncio.sleep(0.001)
+        if self.fail["connect"]:
+            raise self.fail["connect"].popleft()
         if "connect" in self.hold:
             await self.hold["connect"].wait()
         await asyncio.sleep(self.slow.get(address, 0.0))

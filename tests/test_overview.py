@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from broker.core.errors import CloudUnreachable
+from broker.core.errors import CloudUnreachable, PermanentRefusal
 from broker.testing import RunningBroker
 from tests.support.brokers import live, settings
 
@@ -69,3 +69,20 @@ def test_protected_workers_are_counted(tmp_path: Path) -> None:
         assert (await pools(broker))["default"]["protected"] == 1
 
     live(tmp_path, story)
+
+
+def test_what_would_refuse_a_client_is_shown_before_one_asks(tmp_path: Path) -> None:
+    async def story(broker: RunningBroker) -> None:
+        await broker.ask("STATUS")
+        assert (await pools(broker))["none"]["obstacle"] == "the pool's max_workers = 0 is reached"
+        broker.cloud.refuses["big"] = PermanentRefusal("there is no such image")
+        await broker.ask("GET_WORKER client=a")
+        assert (await pools(broker))["default"]["obstacle"] == "there is no such image"
+        guard = broker.daemon.context.guard("default")
+        broker.cloud.refuses.clear()
+        await broker.reload(settings({"none": {"max_workers": 0}}))
+        for _ in range(3):
+            guard.boot_failed(broker.daemon.settings.pool["default"], broker.clock.monotonic())
+        assert "3 machines in a row" in (await pools(broker))["default"]["obstacle"]
+
+    live(tmp_path, story, chosen=settings({"none": {"max_workers": 0}}))

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from broker.core.errors import LimitReached
 from broker.core.model import Worker
 from broker.testing import RunningBroker
 from tests.support.acquiring import acquire
@@ -130,3 +131,63 @@ def test_silent_workers_do_not_make_a_client_wait_longer_than_it_said(
         assert [broker.registry.leases(worker.id) for worker in broker.registry] == [[]] * 4
 
     live(tmp_path, story, chosen=settings(sharing="exclusive", max_workers=4))
+
+
+# --- a lease that several connections of one client share ------------------------------------------------
+
+
+def test_a_hand_out_that_fails_takes_nothing_from_who_was_told_meanwhile(tmp_path: Path) -> None:
+    """Its lease ended, although a PING had been told OK, and the next client's RELEASE ended the machine."""
+
+    async def story(broker: RunningBroker) -> None:
+        (worker,) = await idle_workers(broker, 1)
+        address = str(worker.address)
+        broker.cloud.slow[address] = 5.0
+        client = broker.client()
+        client.send(b"GET_WORKER client=ann wait=0\n")
+        await asyncio.sleep(0.5)
+        assert await broker.ask(f"PING {address} client=ann") == "OK"
+        assert "[TIMEOUT]" in str(await client.reply())
+        broker.cloud.slow.clear()
+        assert "max_workers" in await broker.ask("GET_WORKER client=ben wait=60")
+        assert await broker.ask(f"RELEASE {address} client=ben") == "OK"
+        await asyncio.sleep(5)
+        assert await broker.ask(f"PING {address} client=ann") == "OK"
+
+    live(tmp_path, story, chosen=settings(sharing="exclusive", max_workers=1))
+
+
+@pytest.mark.parametrize("goes_away", [True, False])
+def test_of_two_connections_the_one_that_fails_takes_nothing_from_the_other(
+    tmp_path: Path, goes_away: bool
+) -> None:
+    async def story(broker: RunningBroker) -> None:
+        (worker,) = await idle_workers(broker, 1)
+        broker.cloud.slow[str(worker.address)] = 0.8
+        first, second = broker.client(), broker.client()
+        first.send(b"GET_WORKER client=ann wait=0\n" if not goes_away else b"GET_WORKER client=ann\n")
+        second.send(b"GET_WORKER client=ann wait=60\n")
+        await asyncio.sleep(0.2)
+        if goes_away:
+            first.vanish()
+        assert await second.reply() == worker.address
+        assert "max_workers" in await broker.ask("GET_WORKER client=ben wait=60")
+
+    live(tmp_path, story, chosen=settings(sharing="exclusive", max_workers=1))
+
+
+def test_a_proof_that_cannot_be_made_leaves_no_lease(tmp_path: Path) -> None:
+    async def story(broker: RunningBroker) -> None:
+        (worker,) = await idle_workers(broker, 1)
+        broker.cloud.fail["connect"].append(LimitReached("no file descriptors"))
+        assert "no file descriptors" in await broker.ask("GET_WORKER client=ann")
+        assert await broker.ask("GET_WORKER client=ben wait=60") == worker.address
+
+    live(tmp_path, story, chosen=settings(sharing="exclusive", max_workers=1))
+
+
+def test_a_readiness_that_may_not_be_old_at_all_is_still_good_for_several_at_once(tmp_path: Path) -> None:
+    async def story(broker: RunningBroker) -> None:
+        assert len(await acquire(broker.client(), "count=3 client=ann wait=60")) == 3
+
+    live(tmp_path, story, chosen=settings(sharing="exclusive", readiness_max_age=0))

@@ -12,8 +12,8 @@ import pytest
 from broker.core.errors import OfferingRefused
 from broker.core.model import InstanceState, Market, Offering, WorkerState
 from broker.core.settings import Settings, parse
-from broker.testing import RunningBroker, lost_answer
-from tests.support.acquiring import acquire, refusal
+from broker.testing import RunningBroker, lost_answer, run_virtual, running_broker
+from tests.support.acquiring import acquire, refusal, reply_of
 from tests.support.brokers import live, settings
 
 TIMEOUT = "[TIMEOUT]"
@@ -117,6 +117,39 @@ def test_on_demand_comes_for_the_wish_that_spot_refuses_although_others_are_serv
     live(tmp_path, story, chosen=chosen)
 
 
+def test_who_came_first_gets_what_is_on_its_way_and_the_other_hears_it(tmp_path: Path) -> None:
+    """The one who takes anything had been turned away, and the later one had got its machine."""
+
+    async def story(broker: RunningBroker) -> None:
+        two_sizes(broker)
+        broker.cloud.refuses["small"] = OfferingRefused("no small ones")
+        first = asyncio.create_task(broker.ask("GET_WORKER client=ann cores=1 wait=600"))
+        await asyncio.sleep(30)
+        broker.cloud.refuses["big"] = OfferingRefused("no big ones")
+        answer = await broker.ask("GET_WORKER client=ben type=big wait=600")
+        assert answer.startswith("ERROR: no big ones")
+        assert answer.endswith("[NO_CAPACITY]")
+        broker.cloud.boot(broker.cloud.running()[0])
+        assert not (await first).startswith("ERROR")
+
+    live(tmp_path, story, chosen=settings(leases_per_worker_max=1), boots=False)
+
+
+def test_a_machine_that_a_restart_found_held_and_silent_is_for_nobody_else(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with running_broker(exclusive(), tmp_path) as broker:
+            address = await broker.ask("GET_WORKER client=ann")
+            (machine,) = broker.cloud.machines.values()
+            machine.answers = False
+        async with running_broker(exclusive(), tmp_path, cloud=broker.cloud) as again:
+            assert await again.ask(f"PING {address} client=ann") == "OK"
+            begun_at = again.clock.monotonic()
+            assert not (await again.ask("GET_WORKER client=ben wait=600")).startswith("ERROR")
+            assert again.clock.monotonic() - begun_at < 5
+
+    run_virtual(main())
+
+
 # --- what is bought, and for whom ------------------------------------------------------------------------
 
 
@@ -146,6 +179,44 @@ def test_a_refusal_that_concerns_a_client_does_not_hold_up_the_spares(tmp_path: 
         assert broker.clock.monotonic() - begun_at < 5
 
     live(tmp_path, story, chosen=exclusive(warm=1))
+
+
+def test_a_place_under_the_cap_is_not_kept_for_what_cannot_be_bought(tmp_path: Path) -> None:
+    """And whoever waits hears its own reason, not that of another wish."""
+
+    async def story(broker: RunningBroker) -> None:
+        two_sizes(broker)
+        await broker.ask("GET_WORKER client=ann type=big")
+        broker.cloud.refuses["big"] = OfferingRefused("no big ones")
+        big = asyncio.create_task(broker.ask("GET_WORKER client=ben type=big wait=60"))
+        await asyncio.sleep(1)
+        assert not (await broker.ask("GET_WORKER client=cat type=small wait=60")).startswith("ERROR")
+        answer = await broker.ask("GET_WORKER client=dan type=small wait=10")
+        assert "max_workers = 2" in answer
+        big.cancel()
+
+    live(tmp_path, story, chosen=exclusive(max_workers=2))
+
+
+def test_where_there_is_room_for_two_the_first_two_are_bought_for(tmp_path: Path) -> None:
+    async def story(broker: RunningBroker) -> None:
+        two_sizes(broker)
+        for words in ("client=a", "client=b type=small", *(f"client=c{number}" for number in range(5))):
+            broker.client().send(f"ACQUIRE {words} wait=600\n".encode())
+        await asyncio.sleep(1)
+        assert sorted(worker.offering.instance_type for worker in broker.registry) == ["big", "small"]
+
+    live(tmp_path, story, chosen=exclusive(max_workers=2), boots=False)
+
+
+def test_spares_of_one_pool_do_not_take_the_place_of_anothers_clients_for_ever(tmp_path: Path) -> None:
+    async def story(broker: RunningBroker) -> None:
+        await broker.until(lambda: broker.registry.count("other", *BOOTED) == 2)
+        await broker.ask("GET_WORKER client=ann")
+        assert not (await broker.ask("GET_WORKER client=ben wait=900")).startswith("ERROR")
+
+    pools = {"default": {"sharing": "exclusive"}, "other": {"warm": 2, "idle_timeout": "5m"}}
+    live(tmp_path, story, chosen=parse({"broker": {"id": "lab", "max_workers": 3}, "pool": pools}, {}))
 
 
 def test_nothing_is_ordered_that_its_client_may_not_have(tmp_path: Path) -> None:
@@ -246,6 +317,45 @@ def test_machines_that_boot_one_after_another_are_not_idle_while_the_last_is_wai
         assert broker.cloud.count("launch") == 2
 
     live(tmp_path, story, chosen=exclusive(max_workers=2, idle_timeout="60s"), boots=False)
+
+
+def test_the_second_group_keeps_what_it_has_found_too(tmp_path: Path) -> None:
+    """Its first machine had been ended as idle and bought again for an hour."""
+
+    async def story(broker: RunningBroker) -> None:
+        two_sizes(broker)
+        first = asyncio.create_task(acquire(broker.client(), "count=2 type=big wait=3600 client=ann"))
+        await asyncio.sleep(1)
+        client = broker.client()
+        client.send(b"ACQUIRE count=2 type=small wait=1800 client=ben\n")
+        second = asyncio.create_task(reply_of(client))
+        await broker.until(lambda: len(broker.cloud.machines) == 4)
+        small = [one for one, made in broker.cloud.machines.items() if made.instance.instance_type == "small"]
+        for machine in small:
+            await asyncio.sleep(200)
+            broker.cloud.boot(machine)
+        assert (await asyncio.wait_for(second, 60))[0].startswith("LEASE ")
+        assert broker.cloud.count("launch") == 4
+        first.cancel()
+
+    chosen = exclusive(max_workers=4, idle_timeout="60s", boot_deadline="2h")
+    live(tmp_path, story, chosen=chosen, boots=False)
+
+
+def test_a_worker_that_is_given_back_after_long_work_stays_warm(tmp_path: Path) -> None:
+    async def story(broker: RunningBroker) -> None:
+        ((lease, address),) = await acquire(broker.client(), "client=ann ttl=7200")
+        await asyncio.sleep(3600)
+        await broker.ask(f"DONE {lease}")
+        await asyncio.sleep(600)
+        client = broker.client()
+        ((_, again),) = await acquire(client, "client=ann hold=connection")
+        await asyncio.sleep(3600)
+        client.vanish()
+        await asyncio.sleep(600)
+        assert address == again == await broker.ask("GET_WORKER client=ben")
+
+    live(tmp_path, story, chosen=exclusive())
 
 
 def test_a_client_that_is_served_on_one_connection_is_not_forgotten_on_the_other(tmp_path: Path) -> None:

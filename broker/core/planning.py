@@ -188,9 +188,19 @@ class Turns:
         self._supply = _Supply({one: coming[one] for one in sorted(coming, key=sought)})
         self._seats = seats
 
-    def serves(self, need: Need) -> bool:
-        """Whether there is something for the next one in the queue; then it is taken."""
-        return _unserved(self._supply, need, self._seats) < need.clients
+    def lacks(self, need: Need) -> Need:
+        """What of it there is not, for the next one in the queue; the rest is taken."""
+        return Need(need.wish, _unserved(self._supply, need, self._seats), need.exclusive)
+
+
+def together(needs: Iterable[Need]) -> list[Need]:
+    """Needs of one client each as `plan` takes them: those that want the same are one."""
+    found: dict[Kind, int] = {}
+    for need in needs:
+        if need.clients:
+            kind = need.wish, need.exclusive
+            found[kind] = found.get(kind, 0) + need.clients
+    return [Need(wish, clients, exclusive) for (wish, exclusive), clients in found.items()]
 
 
 def _most_particular_first(needs: Sequence[Need], offerings: Sequence[Offering]) -> list[Need]:

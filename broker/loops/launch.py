@@ -9,7 +9,7 @@ waits for it, reconcile watches for it instead.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Collection, Coroutine, Sequence
+from collections.abc import Callable, Collection, Coroutine, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,10 +29,10 @@ from broker.core.errors import (
 )
 from broker.core.life import BOOKED
 from broker.core.model import Bought, Market, Offering, Order
-from broker.core.planning import SEATS_MAX, Purchase, plan
+from broker.core.planning import SEATS_MAX, Need, Purchase, plan, together
 from broker.core.policy import Room, launch_room
 from broker.core.regional import first_good, sum_up
-from broker.core.wish import ANYTHING, Wish
+from broker.core.wish import Wish
 from broker.ledger import Ledger
 from broker.loops.setbacks import Setbacks
 from broker.loops.top_up import TopUp
@@ -157,28 +157,29 @@ class LaunchLoop:
         return self._order_all(name, outlook, shortage)
 
     def _order_all(self, name: str, outlook: Outlook, shortage: int) -> float | None:
-        """Order what can be had; or the moment until which it waits to know what that costs. A place under
-        the caps is not kept for what cannot be had."""
+        """Order what can be had; or the moment until which it waits to know what that costs.
+
+        A place under the caps is not kept for what cannot be had. And then it is not for the few who want
+        just this to have what is on its way, but for those who came first; for the others is ordered.
+        """
         context, seats = self._context, self._context.pool(name).seats or SEATS_MAX
         offerings = [one for cloud in outlook.sellers for one in cloud.provider.offerings(name)]
         unsold: set[Wish] = set()
         while True:
             room = self._room(name, offerings)
-            wanted = plan(
-                [need for need in self._supply.needs(name) if need.wish not in unsold],
-                self._supply.coming(name),
-                offerings,
-                room.machines,
-                seats=seats,
-                spare=0 if ANYTHING in unsold else shortage,
-                queue=(need for need in self._supply.one_by_one(name) if need.wish not in unsold),
-            )
+            if not unsold:
+                needs, coming = self._supply.needs(name), self._supply.coming(name)
+                queue: Iterable[Need] = self._supply.one_by_one(name)
+            else:
+                queue = [need for need in self._supply.lacking(name) if need.wish not in unsold]
+                needs, coming, shortage = together(queue), {}, 0
+            wanted = plan(needs, coming, offerings, room.machines, seats=seats, spare=shortage, queue=queue)
             priced_at = self._priced_at(name, outlook.sellers) if wanted.purchases else None
             if priced_at is not None:
                 return priced_at
             sold = {purchase: self._buy(name, outlook, purchase) for purchase in wanted.purchases}
             unsold |= {purchase.wish for purchase, bought in sold.items() if not bought}
-            if all(sold.values()) or not wanted.missing:
+            if all(sold.values()):
                 break
         if wanted.missing and room.why is not None:
             if context.registry.count(name, *BOOKED):
@@ -397,8 +398,8 @@ class LaunchLoop:
             self._held_up_within(order, cloud, CloudError(held_up[0].message))
 
     def _held_up_within(self, order: Order, cloud: Cloud, error: CloudError) -> None:
-        """The call was answered, and nothing that it asked for was looked at. As with calls that fail, clients
-        hear it when that happens again and again."""
+        """The call was answered, and nothing that it asked for was looked at. As with calls that fail,
+        clients hear it when that happens again and again."""
         if self._setbacks.times(order.pool, cloud) + 1 >= HELD_UP_MAX:
             self._held_up(order, error)
         else:
