@@ -77,9 +77,17 @@ AddressArgument = Annotated[
 def main() -> None:
     """The console script."""
     try:
-        app()
+        try:
+            app()
+        finally:
+            sys.stdout.flush()
     except KeyboardInterrupt:
         sys.exit(130)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing more is tried at the exit
+        if not isinstance(error, BrokenPipeError):
+            print(f"compute-broker: cannot write the output: {error.strerror or error}", file=sys.stderr)
+        sys.exit(1)
 
 
 # --- the daemon ------------------------------------------------------------------------------------------
@@ -313,6 +321,23 @@ def check(config: ConfigOption = None) -> None:
     configuration = load_settings(config)
     pools = (f"{name} -> {_where(p)}" for name, p in configuration.settings.pool.items())
     print(f"{configuration.source}: ok ({', '.join(pools)})")
+    for name, pool in configuration.settings.pool.items():
+        if idle := _of_another_provider(pool):
+            errors.print(
+                f'note: pool.{name}: {", ".join(idle)}: only of use with provider = "ec2", and this one is '
+                f'"{pool.provider}"',
+                highlight=False,
+                soft_wrap=True,
+            )
+
+
+def _of_another_provider(pool: PoolSettings) -> list[str]:
+    """What is said of EC2 in a pool that does not buy there."""
+    fields = type(pool).model_fields
+    said = [key for key in fields if key in pool.model_fields_set]
+    return [
+        key for key in said if pool.provider != "ec2" and (fields[key].description or "").startswith("ec2:")
+    ]
 
 
 def _where(pool: PoolSettings) -> str:

@@ -24,7 +24,11 @@ class Overview:
 
     def _row(self, name: str) -> dict[str, object]:
         context, now = self._context, self._context.now()
-        registry, pool, guard = context.registry, context.pool(name), context.guard(name)
+        registry, guard = context.registry, context.guard(name)
+        former = (
+            context.leaving[w.id] for w in registry.in_state(*BOOKED, pool=name) if w.id in context.leaving
+        )
+        pool = context.settings.pool.get(name) or next(former, context.pool(name))
         breaker = guard.breaker(now)
         counts = {str(state): registry.count(name, state) for state in sorted(BOOKED)}
         row: dict[str, object] = {

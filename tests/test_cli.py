@@ -577,3 +577,24 @@ def test_a_pool_in_several_regions_shows_each_and_why_one_is_passed_over() -> No
     assert first.rstrip().endswith("no answer")
     assert "ec2 us-east-1: 0" in second
     assert "ec2 eu-central-1: 2" in third
+
+
+def test_settings_of_ec2_in_a_pool_that_does_not_buy_there_are_remarked_upon(tmp_path: Path) -> None:
+    file = tmp_path / "broker.toml"
+    file.write_text('[pool.default]\nimage = "ami-1"\ninstance_types = ["c7i.large"]\n')
+    code, out, err = Run("config", "check", "--config", str(file)).said
+    assert (code, "ok (default -> local" in out) == (DONE, True)
+    assert 'pool.default: image, instance_types: only of use with provider = "ec2"' in err
+
+
+def test_output_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "broker", "config", "schema"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert done.returncode == 1
+    assert done.stderr == "compute-broker: cannot write the output: No space left on device\n"

@@ -588,5 +588,5 @@ def _siblings(path: list[str], model: type[BaseModel]) -> list[str]:
 
 
 def _did_you_mean(word: str, words: Iterable[str]) -> str:
-    close = get_close_matches(word, words, n=1)
+    close = get_close_matches(word, words, n=1, cutoff=0.7)
     return f"; did you mean {close[0]}?" if close else ""
