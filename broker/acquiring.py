@@ -21,7 +21,7 @@ from broker.core.protocol import Acquire
 from broker.core.replies import Granted
 from broker.core.settings import PoolSettings
 from broker.core.wish import Wish
-from broker.granting import PROOF_GRACE_SECONDS, Granting
+from broker.granting import NOT_HANDED_OUT, PROOF_GRACE_SECONDS, Granting
 from broker.prospects import Prospects
 from broker.waiting import Terms, Waiter
 
@@ -39,7 +39,7 @@ def timed_out(waiter: Waiter, prospects: Prospects, now: float) -> WaitTimedOut:
 def not_proved(waiter: Waiter, deadline_at: float) -> WaitTimedOut:
     """What a client hears that was to have a worker, when its wait is over before the worker has answered."""
     return WaitTimedOut(
-        f"{_too_late(waiter, deadline_at)}: what was free did not answer on its worker port; ask again"
+        f"{_too_late(waiter, deadline_at)}: what was free could not be shown to be ready in time; ask again"
     )
 
 
@@ -111,7 +111,7 @@ class Acquiring:
                 good = await self._granting.all_confirmed(leases, pool, until_at)
                 over = self._now() >= deadline_at
                 if len(good) == len(leases) or (len(good) >= waiter.least and (last or over)):
-                    self._granting.give_back([one for one in leases if one not in good], "not handed out")
+                    self._granting.give_back([one for one in leases if one not in good], NOT_HANDED_OUT)
                     return good
                 if over:
                     raise not_proved(waiter, deadline_at)
@@ -119,7 +119,7 @@ class Acquiring:
             raise CloudError("workers are lost as fast as they become ready")
         except BaseException:  # it may stand in the queue, or have been served there in this instant
             self._leave(waiter)
-            self._granting.give_back([*leases, *waiter.leases()], "not handed out")
+            self._granting.give_back([*leases, *waiter.leases()], NOT_HANDED_OUT)
             raise
 
     async def _served(self, waiter: Waiter, deadline_at: float) -> tuple[list[Lease], bool]:
@@ -146,7 +146,7 @@ class Acquiring:
     ) -> tuple[str, PoolSettings]:
         """Wait for the first complete scan of the pool's cloud. The pool for the wish: that one, or another
         when none was named. Raises what Admission.admit raises."""
-        clouds = self._context.clouds.of(pool)
+        wish, clouds = Wish.of(command), self._context.clouds.of(pool)
         while not is_known(clouds) and self._now() < deadline_at:
             if any(cloud.refusal(pool) is None for cloud in clouds):
                 say(self._prospects.starting(pool).line())
@@ -156,7 +156,9 @@ class Acquiring:
             except WaitTimedOut:
                 if again_at >= deadline_at:
                     raise
-        return await self._admission.admit(command.pool, Wish.of(command), deadline_at)
+            except CloudError:
+                break  # another pool may have what is asked for
+        return await self._admission.admit(command.pool, wish, deadline_at)
 
     async def _wait(self, waiter: Waiter, deadline_at: float) -> tuple[list[Lease], bool]:
         """Served in the queue, or (True) with what there is when that is over and it is enough."""
@@ -206,7 +208,7 @@ class Acquiring:
             waiter.told_at,
         )
         self._context.waiting.join(after)
-        self._granting.give_back(leases, "not handed out")
+        self._granting.give_back(leases, NOT_HANDED_OUT)
         return after
 
 

@@ -79,6 +79,10 @@ class Obstacles:
         return next(iter(self._found.get(pool, {}).values()), None)
 
 
+OWN_AGAIN_SECONDS = 180.0  # for so long its holder waits for it rather than for another one
+FOUND_AGAIN_SECONDS = 60.0  # a worker from before a restart that is well has answered by then
+
+
 @dataclass(slots=True)
 class Context:
     """See the module."""
@@ -202,30 +206,32 @@ class Context:
         return self.guards[pool]
 
     def booting(self, pool: str) -> list[Worker]:
-        """The workers that will be ready for somebody who waits. One that a restart has found held and that
-        does not answer is for its holder; a shared one counts as long as any machine may boot."""
-        settings, now = self.pool(pool), self.now()
+        """The workers that will be ready for somebody who waits. One that a restart has found held is ready
+        in a moment, and has perhaps a free seat; if it keeps silent it is for its holders."""
+        booting = self.registry.in_state(WorkerState.BOOTING, pool=pool)
         return [
             worker
-            for worker in self.registry.in_state(WorkerState.BOOTING, pool=pool)
-            if worker.id not in self.leaving
-            and (
-                not self.registry.busy(worker.id)
-                or (
-                    now - worker.since_at <= settings.boot_deadline
-                    and not any(lease.exclusive for lease in self.registry.leases(worker.id))
-                )
-            )
+            for worker in booting
+            if worker.id not in self.leaving and (not self.registry.busy(worker.id) or self._has_seat(worker))
         ]
+
+    def _has_seat(self, worker: Worker) -> bool:
+        """Whether a worker that a restart has found held will soon be there for one more client."""
+        soon = self.now() - worker.since_at <= FOUND_AGAIN_SECONDS
+        alone = any(lease.exclusive for lease in self.registry.leases(worker.id))
+        return soon and not alone and not self.registry.full(worker.id)
 
     def own_booting(self, waiter: Waiter) -> Worker | None:
         """The worker that the client holds already, as a restart has found it, and that may soon be ready."""
         if waiter.terms is not None:
             return None
-        settings, now = self.pool(waiter.pool), self.now()
+        now = self.now()
         for worker in self.registry.workers_held(waiter.pool, waiter.client):
-            soon = worker.state is WorkerState.BOOTING and now - worker.since_at <= settings.boot_deadline
-            if soon and worker.id not in self.leaving and waiter.wish.fits(worker.offering):
+            soon = worker.state is WorkerState.BOOTING and now - worker.since_at <= OWN_AGAIN_SECONDS
+            by_name = self.registry.lease_of(worker.id, waiter.client) is not None
+            alone = not waiter.exclusive or len(self.registry.leases(worker.id)) == 1
+            fits = waiter.wish.fits(worker.offering)
+            if soon and by_name and alone and fits and worker.id not in self.leaving:
                 return worker
         return None
 

@@ -25,6 +25,8 @@ PROOF_GRACE_SECONDS = 1.0  # beyond a client's wait: the proof of a worker that 
 PROOF_SECONDS_MIN = 0.1  # a proof is good for so long: several cannot be made in one instant
 PROOF_ROUNDS_MAX = 3  # of one hand-out: ports that answer slowly make the others' proofs old
 
+NOT_HANDED_OUT = "not handed out"  # why a lease ends of which no client was told
+
 Prove = Callable[[Worker], Awaitable[bool]]
 
 
@@ -49,6 +51,7 @@ class Granting:
         self._new_id = new_id
         self._now = context.clock.monotonic
         self._reap = reap
+        self.pinged: set[str] = set()  # acquired leases on which a PING was told OK
         self._kept: dict[str, Kept] = {}  # by pool, as of the last time that somebody was served
         self._turn_began_at: dict[str, float] = {}  # by pool
         self._writing: dict[str, asyncio.Task[None]] = {}  # lease id → its way to the disk
@@ -62,6 +65,7 @@ class Granting:
                 else:
                     self._write_lease(lease, worker)
             case LeaseEnded(lease=lease, worker=worker):
+                self.pinged.discard(lease.id)
                 self._writing.pop(lease.id, None)
                 self._context.store.soon(self._context.store.lease_ended(lease.id))
                 self.serve(worker.pool)
@@ -111,7 +115,7 @@ class Granting:
         if worker not in own:
             pool = self._context.pool(waiter.pool)
             refusal = client_refusal(self._registry, waiter.pool, pool, waiter.client)
-            if refusal is not None and not any(one.state is WorkerState.BOOTING for one in own):
+            if refusal is not None and self._context.own_booting(waiter) is None:
                 raise refusal
             if refusal is not None:
                 return None  # after a restart its own is looked at again: it comes in a moment
@@ -176,9 +180,13 @@ class Granting:
         return worker.id in self._context.wanted.get(worker.pool, ())
 
     def give_back(self, leases: Iterable[Lease], reason: str) -> None:
-        """End leases; their workers stay warm, and are looked at again: they may be overdue."""
+        """End leases; their workers stay warm, and are looked at again: they may be overdue. One on which a
+        PING was told OK before it was handed out stays, by the client's name: it is at work there."""
         now = self._now()
         for lease in leases:
+            if reason == NOT_HANDED_OUT and lease.id in self.pinged and self._registry.lease(lease.id):
+                self._registry.keep_by_name(lease.id, now)
+                continue
             ended = self._registry.end_lease(lease.worker_id, lease.key, reason, now)
             worker = self._registry.get(lease.worker_id)
             if ended is not None and worker is not None and worker.state in USABLE:
@@ -237,15 +245,17 @@ class Granting:
             return None
 
     async def _confirmed(self, lease: Lease, pool: PoolSettings) -> Worker | None:
-        worker = self._registry.get(lease.worker_id)
-        if worker is None or worker.state is not WorkerState.READY:
-            return None
-        if self._proof_is_old(worker, pool) and not await self._prove(worker):
-            return None
-        await self.written(lease)
-        worker = self._registry.get(lease.worker_id)
-        still_held = self._registry.lease_ends_at(lease.id) is not None
-        return worker if worker is not None and worker.state is WorkerState.READY and still_held else None
+        """A slow disk makes the proof old: then there is another one."""
+        for _ in range(PROOF_ROUNDS_MAX):
+            worker = self._registry.get(lease.worker_id)
+            if worker is None or worker.state is not WorkerState.READY:
+                return None
+            if self._proof_is_old(worker, pool) and not await self._prove(worker):
+                return None
+            await self.written(lease)
+            if self._may_go(lease, pool):
+                return self._registry.get(lease.worker_id)
+        return None
 
     def _proof_is_old(self, worker: Worker, pool: PoolSettings) -> bool:
         proved_at = self._registry.proved_at(worker.id)
@@ -359,5 +369,6 @@ class Granting:
             await asyncio.shield(task)
         except StoreError:
             if lease.exclusive:
-                self._registry.end_lease(lease.worker_id, lease.key, "not written", self._now())
+                if self._registry.lease(lease.id) is not None:
+                    self._registry.end_lease(lease.worker_id, lease.key, "not written", self._now())
                 raise

@@ -52,7 +52,7 @@ from broker.core.protocol import (
 from broker.core.replies import Versions
 from broker.core.settings import PoolSettings
 from broker.core.wish import ANYTHING, Wish
-from broker.granting import PROOF_GRACE_SECONDS, Granting, Prove
+from broker.granting import NOT_HANDED_OUT, PROOF_GRACE_SECONDS, Granting, Prove
 from broker.notices import Notices
 from broker.operations import Operations
 from broker.prospects import Prospects
@@ -227,7 +227,8 @@ class Service:
         """Keep the store, the queue and those who watch up with the books."""
         self._notices.heard(event)
         if isinstance(event, LeaseGranted) and not event.lease.acquired:
-            self._holds.setdefault(event.lease.id, Hold(told=event.lease.id in self._context.restored))
+            told = event.lease.id in self._context.restored or event.lease.id in self._granting.pinged
+            self._holds.setdefault(event.lease.id, Hold(told))
         if isinstance(event, LeaseEnded):
             self._holds.pop(event.lease.id, None)
         if isinstance(event, LeaseEnded) and (session := self._bound.pop(event.lease.id, None)) is not None:
@@ -291,8 +292,13 @@ class Service:
         what a GET_WORKER on another connection is about to be told of."""
         for lease in leases:
             hold = self._holds.get(lease.id)
-            if hold is not None and not hold.told and not hold.asking:
-                self._registry.end_lease(lease.worker_id, lease.key, "not handed out", self._now())
+            if hold is not None and not (hold.told or hold.asking or self._is_served(lease)):
+                self._registry.end_lease(lease.worker_id, lease.key, NOT_HANDED_OUT, self._now())
+
+    def _is_served(self, lease: Lease) -> bool:
+        """Whether a GET_WORKER on another connection was served with it in this instant, and will wake."""
+        pool = self._context.waiting.served(lease.id)
+        return any(True for _ in pool)
 
     def _remember(self, client: str, lease: Lease, pool: PoolSettings, reply: bytes) -> None:
         if len(self._warm) >= WARM_REPLIES_MAX and client not in self._warm:
@@ -318,6 +324,8 @@ class Service:
         for lease in leases:
             self._registry.renew(lease, self._now())
             self._tell(lease)
+            if lease.acquired:
+                self._granting.pinged.add(lease.id)
         return protocol.OK
 
     def _tell(self, lease: Lease) -> None:
@@ -327,6 +335,10 @@ class Service:
 
     async def _ping(self, command: Ping, client: str) -> bytes:
         """A client without a lease uses the worker, so it gets one, unless somebody else has it alone."""
+        if (
+            own := self._ping_now(command, client)
+        ) is not None:  # its own was not known before the first scan
+            return own
         worker = self._held_worker(command.address)
         if worker is None:
             raise self._not_found()

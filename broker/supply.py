@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 from broker.context import Context
 from broker.core.errors import BrokerError, Code
@@ -43,35 +43,35 @@ class Supply:
         return coming
 
     def tell(
-        self, name: str, error: BrokerError, wish: Wish | None = None, without: OpenOrder | None = None
+        self,
+        name: str,
+        error: BrokerError,
+        wish: Wish | None = None,
+        without: OpenOrder | None = None,
+        unsold: Collection[Wish] = (),
     ) -> bool:
         """Tell those clients (with that wish) for whom no machine is on its way that none will come. Whether
         anybody goes on waiting.
 
         When nothing can be had, one that a machine in use would do for goes on: its holder may give it back
         at any moment. It learns why none is bought. What is perhaps launched by the order `without` is no
-        hope.
+        hope; nor is it for others what clients with `unsold` wishes, for whom as little can be bought, have
+        come for before them.
         """
         context, seats = self._context, self._context.pool(name).seats or SEATS_MAX
-        waiters = context.waiting.of(name)
         turns = self._turns(name, without)
         in_use = self._in_use(name) if error.code in PASSING else Counter()
-        goes_on: dict[tuple[str, Wish], bool] = {}  # one client with one wish on many connections: one answer
-        for waiter in waiters:
-            if waiter.need not in goes_on:
-                need = Need(waiter.wish, waiter.lacking, waiter.exclusive)
-                served = context.own_booting(waiter) is not None or turns.lacks(need).clients < need.clients
+        told: dict[tuple[str, Wish], bool] = {}  # one client with one wish on many connections: one answer
+        for waiter, need in context.waiting.walk(name, self._caps(name), self._has_own(name)):
+            if wish is None or waiter.wish == wish or waiter.wish in unsold:
+                lacks_all = need.clients > 0 and turns.lacks(need) >= need.clients
                 concerned = wish is None or waiter.wish == wish
-                goes_on[waiter.need] = served or not concerned or self._may_come_free(waiter, in_use, seats)
-        anybody = context.waiting.fail(name, error, lambda waiter: not goes_on[waiter.need])
+                helped = self._may_come_free(waiter, in_use, seats)
+                told[waiter.need] = lacks_all and concerned and not helped
+        anybody = context.waiting.fail(name, error, lambda waiter: told.get(waiter.need, False))
         if anybody:
             context.obstacles.note(name, error, wish)
         return anybody
-
-    def lacking(self, name: str) -> list[Need]:
-        """What is not on its way, each client for itself, if whoever came first is served first."""
-        turns = self._turns(name)
-        return [turns.lacks(need) for need in self.one_by_one(name)]
 
     def _turns(self, name: str, without: OpenOrder | None = None) -> Turns:
         wishes = {waiter.wish for waiter in self._context.waiting.of(name)}

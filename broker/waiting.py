@@ -134,13 +134,26 @@ class Waiting:
         self, pool: str, caps: Caps | None = None, has_own: Callable[[Waiter], object] | None = None
     ) -> Iterator[Need]:
         """The same, each for itself, in the order of the queue."""
+        return (need for _, need in self.walk(pool, caps, has_own))
+
+    def walk(
+        self, pool: str, caps: Caps | None = None, has_own: Callable[[Waiter], object] | None = None
+    ) -> Iterator[tuple[Waiter, Need]]:
+        """Who needs what, in the order of the queue; of those who ask twice for the same the first."""
         known: set[tuple[str, Wish, bool]] = set()
         for waiter in self.of(pool):
             key = (*waiter.need, waiter.exclusive)
             if key not in known and not (has_own is not None and has_own(waiter)):
                 known.add(key)
                 lacking = waiter.lacking if caps is None else caps.within(waiter)
-                yield Need(waiter.wish, lacking, waiter.exclusive)
+                yield waiter, Need(waiter.wish, lacking, waiter.exclusive)
+
+    def served(self, lease_id: str) -> Iterator[Waiter]:
+        """Those who were served with a lease by name, and have not woken yet."""
+        for queue in self._queues.values():
+            for waiter in queue:
+                if any(lease.id == lease_id for lease in waiter.leases()):
+                    yield waiter
 
     def fail(
         self, pool: str, error: BrokerError, concerns: Callable[[Waiter], bool] = lambda waiter: True
@@ -174,6 +187,6 @@ class Caps:
         if left is None:
             return waiter.lacking
         seats = 1 if waiter.exclusive else self._seats
-        lacking = min(waiter.lacking, left * seats)
-        self._left[waiter.client] = left + -lacking // seats
-        return lacking
+        most = min(waiter.count, left * seats)
+        self._left[waiter.client] = left + -most // seats
+        return max(0, most - waiter.found)

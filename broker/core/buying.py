@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import inf
 
 from broker.core import prices
 from broker.core.cooling import Cooling
@@ -135,11 +136,13 @@ def to_replace(
     spot_prices: SpotPrices,
     now: float,
     is_here: Callable[[Worker], bool] = lambda worker: True,
+    known_at: float = -inf,
 ) -> tuple[str, ...]:
     """The pool's fallback workers (by id, the longest unused first) that may end now: nobody has used them
     for FALLBACK_IDLE_SECONDS, and spot at least as large is back. That its cool-down is over is no reason:
     whoever asks next would only wait for spot once more. `is_here` tells whether the worker was bought where
-    the offerings are: only there spot is known to have been refused."""
+    the offerings are: only there spot is known to have been refused; what was before `known_at`, a start of
+    the broker, nobody knows."""
     affordable, _ = _affordable(offerings, spot_prices)
     spot = _of(Market.SPOT, cooling.usable(affordable, now, pool=name)[0])
     unused = [
@@ -152,7 +155,7 @@ def to_replace(
         and now - registry.used_at(worker.id) >= FALLBACK_IDLE_SECONDS
         and any(
             _does_for(one, worker.offering)
-            and cooling.is_back(one, worker.born_at, now, refused=is_here(worker))
+            and cooling.is_back(one, worker.born_at, now, refused=is_here(worker), known_at=known_at)
             for one in spot
         )
     ]

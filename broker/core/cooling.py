@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from math import inf
 from typing import NamedTuple, TypeVar
 
 from broker.core.errors import CloudError, OfferingRefused, PermanentRefusal, QuotaReached
@@ -176,9 +177,12 @@ class Cooling:
             error = error or pause.error
         return error
 
-    def is_back(self, offering: Offering, since_at: float, now: float, *, refused: bool = True) -> bool:
+    def is_back(
+        self, offering: Offering, since_at: float, now: float, *, refused: bool = True, known_at: float = -inf
+    ) -> bool:
         """Whether an offering can be had again, as far as is known: it was bought since then, or, when it was
-        `refused` then, has not been for HOPE_SECONDS. To be asked of usable offerings."""
+        `refused` then, has not been for HOPE_SECONDS. What was before `known_at` nobody knows. To be asked of
+        usable offerings."""
         place = _place(offering)
         bought = [at for other, at in self._bought_at.items() if place in (other, _anywhere(other))]
         if any(at >= since_at for at in bought):
@@ -190,7 +194,8 @@ class Cooling:
             self._refused.get(place),
             self._refused.get(_anywhere(place)),
         )
-        return all(pause is None or now - pause.refused_at >= HOPE_SECONDS for pause in pauses)
+        refused_at = [pause.refused_at for pause in pauses if pause is not None]
+        return now - max([known_at, *refused_at]) >= HOPE_SECONDS
 
     def _pause(self, offering: Offering, now: float, pool: str) -> Pause | None:
         """Of all that stands against the offering what lasts longest."""

@@ -10,7 +10,7 @@ different wishes and offerings, not with that of clients.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from broker.core.model import Market, Offering, Worker
@@ -42,10 +42,11 @@ class Purchase:
 @dataclass(frozen=True, slots=True)
 class Plan:
     """What to order, the client that has waited longest first; spare ones last. `missing` machines, for which
-    clients wait, find no room."""
+    clients wait, find no room. `lacking`: the wishes for which machines are ordered, or find no room."""
 
     purchases: tuple[Purchase, ...] = ()
     missing: int = 0
+    lacking: tuple[Wish, ...] = field(default=(), compare=False)
 
 
 @dataclass(slots=True)
@@ -121,6 +122,7 @@ def plan(
     seats: int = SEATS_MAX,
     spare: int = 0,
     queue: Iterable[Need] = (),
+    unsold: Collection[Wish] = (),
 ) -> Plan:
     """What to order now.
 
@@ -128,50 +130,73 @@ def plan(
     order, which counts where there is not room for all; `coming`: machines on their way, by the offerings
     that each may turn out to be; `offerings`: what the pool can buy; `room`: so many machines may be ordered;
     `seats`: clients that share one worker, at most; `spare`: machines wanted beyond what clients wait for,
-    already without those that are ready.
+    already without those that are ready. For `unsold` wishes nothing can be bought now: of what is on its
+    way they have what they fit, whoever came first, and for the others more is ordered.
     """
-    room = max(0, room)
-    supply, wanted = _Supply(dict(coming)), {need.wish: 0 for need in needs}
-    ahead: dict[Kind, int] = {}  # so many of each kind, the first, are served by what is on its way
-    for need in _most_particular_first(needs, offerings):
-        clients = _unserved(supply, need, seats)
-        ahead[need.wish, need.exclusive] = need.clients - clients
-        if clients and not need.exclusive:
-            machines = -(-clients // seats)
-            bought = tuple(one for one in offerings if need.wish.fits(one))
-            supply.share(bought, machines * seats, clients)
-            wanted[need.wish] += machines
-        else:
-            wanted[need.wish] += clients
+    room, queue = max(0, room), list(queue) if unsold else queue
+    supply = _Supply(dict(coming))
+    if unsold:
+        turns = Turns(coming, {need.wish for need in needs}, seats=seats)
+        for need in queue:
+            if need.wish in unsold:
+                turns.lacks(need)
+        supply = turns.rest
+    sold = [need for need in _most_particular_first(needs, offerings) if need.wish not in unsold]
+    short = [replace(need, clients=_unserved(supply, need, seats)) for need in sold]
+    ahead: dict[Kind, int] = {}
+    for need, lack in zip(sold, short, strict=True):
+        kind = need.wish, need.exclusive
+        ahead[kind] = ahead.get(kind, 0) + need.clients - lack.clients
+    wanted = {need.wish: 0 for need in needs if need.wish not in unsold}
+    ordered = _Supply({})
+    for lack in short:
+        wanted[lack.wish] += _machines(ordered, lack, offerings, seats)
+    lacking = tuple(wish for wish, machines in wanted.items() if machines)
     missing = max(0, sum(wanted.values()) - room)
     if missing:
-        wanted = _in_turn(queue or needs, ahead, room, seats)
+        in_order = [need for need in (queue or needs) if need.wish not in unsold]
+        wanted = _in_turn(in_order, ahead, offerings, room, seats)
     purchases = [Purchase(wish, machines) for wish, machines in wanted.items() if machines]
     room -= sum(wanted.values())
     spares = min(max(0, spare - sum(supply.coming.values())), room)
     if spares:
         purchases.append(Purchase(ANYTHING, spares, spare=True))
-    return Plan(tuple(purchases), missing)
+    return Plan(tuple(purchases), missing, lacking)
 
 
-def _in_turn(queue: Iterable[Need], ahead: dict[Kind, int], room: int, seats: int) -> dict[Wish, int]:
-    """So many machines for each wish, for those who came first among the unserved."""
+def _machines(
+    ordered: _Supply, need: Need, offerings: Sequence[Offering], seats: int, room: int = SEATS_MAX
+) -> int:
+    """How many machines, of no more than there is room for, to order for clients that find no seat on those
+    that are to be ordered already."""
+    if need.exclusive:
+        return min(need.clients, room)
+    clients = ordered.seat(need.wish, need.clients)
+    machines = min(-(-clients // seats), room)
+    if machines:
+        bought = tuple(one for one in offerings if need.wish.fits(one))
+        ordered.share(bought, machines * seats, clients)
+    return machines
+
+
+def _in_turn(
+    queue: Iterable[Need], ahead: dict[Kind, int], offerings: Sequence[Offering], room: int, seats: int
+) -> dict[Wish, int]:
+    """So many machines for each wish, for those who came first among the unserved. `ahead`: so many of each
+    kind are served by what is on its way."""
     wanted: dict[Wish, int] = {}
-    free: dict[Kind, int] = {}  # seats on machines that are to be ordered
+    ordered = _Supply({})
     for need in queue:
         if not room:
             break
         kind = need.wish, need.exclusive
-        clients = need.clients - (served := min(need.clients, ahead.get(kind, 0)))
+        served = min(need.clients, ahead.get(kind, 0))
         ahead[kind] = ahead.get(kind, 0) - served
-        if not need.exclusive:
-            clients -= (seated := min(clients, free.get(kind, 0)))
-            free[kind] = free.get(kind, 0) - seated
-        machines = min(room, clients if need.exclusive else -(-clients // seats))
+        left = replace(need, clients=need.clients - served)
+        machines = _machines(ordered, left, offerings, seats, room) if left.clients else 0
         if machines:
             room -= machines
             wanted[need.wish] = wanted.get(need.wish, 0) + machines
-            free[kind] = free.get(kind, 0) + machines * seats - clients
     return wanted
 
 
@@ -185,22 +210,12 @@ class Turns:
         def sought(offerings: tuple[Offering, ...]) -> int:
             return sum(all(wish.fits(one) for one in offerings) for wish in wishes)
 
-        self._supply = _Supply({one: coming[one] for one in sorted(coming, key=sought)})
+        self.rest = _Supply({one: coming[one] for one in sorted(coming, key=sought)})
         self._seats = seats
 
-    def lacks(self, need: Need) -> Need:
-        """What of it there is not, for the next one in the queue; the rest is taken."""
-        return Need(need.wish, _unserved(self._supply, need, self._seats), need.exclusive)
-
-
-def together(needs: Iterable[Need]) -> list[Need]:
-    """Needs of one client each as `plan` takes them: those that want the same are one."""
-    found: dict[Kind, int] = {}
-    for need in needs:
-        if need.clients:
-            kind = need.wish, need.exclusive
-            found[kind] = found.get(kind, 0) + need.clients
-    return [Need(wish, clients, exclusive) for (wish, exclusive), clients in found.items()]
+    def lacks(self, need: Need) -> int:
+        """How much of it there is not, for the next one in the queue; the rest is taken."""
+        return _unserved(self.rest, need, self._seats)
 
 
 def _most_particular_first(needs: Sequence[Need], offerings: Sequence[Offering]) -> list[Need]:

@@ -384,6 +384,23 @@ class Registry:
         self._tell(LeaseGranted(lease, worker, first, now))
         return lease
 
+    def keep_by_name(self, lease_id: str, now: float) -> None:
+        """A lease of its own becomes one by the client's name, or ends where the client has that already."""
+        lease = self._by_lease[lease_id]
+        holders, worker = self._leases[lease.worker_id], self._workers[lease.worker_id]
+        if lease.client in holders:
+            self.end_lease(worker.id, lease.key, "held by name", now)
+            return
+        named = replace(lease, acquired=False, bound=False)
+        del holders[lease.key]
+        holders[named.key] = self._by_lease[lease_id] = named
+        held = self._held[(worker.pool, lease.key)]
+        del held[worker.id]
+        if not held:
+            del self._held[(worker.pool, lease.key)]
+        self._held.setdefault((worker.pool, named.key), {})[worker.id] = None
+        self._tell(LeaseGranted(named, worker, False, now))  # or a restart would know it by its id
+
     def renew(self, lease: Lease, now: float) -> None:
         """The client used its worker: O(1), the busiest line of the broker."""
         self._lease_ends_at[lease.id] = now + lease.ttl_seconds

@@ -9,7 +9,7 @@ waits for it, reconcile watches for it instead.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Collection, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Collection, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,7 +29,7 @@ from broker.core.errors import (
 )
 from broker.core.life import BOOKED
 from broker.core.model import Bought, Market, Offering, Order
-from broker.core.planning import SEATS_MAX, Need, Purchase, plan, together
+from broker.core.planning import SEATS_MAX, Purchase, plan
 from broker.core.policy import Room, launch_room
 from broker.core.regional import first_good, sum_up
 from broker.core.wish import Wish
@@ -61,6 +61,14 @@ class Outlook:
     sellers: list[Cloud] = field(default_factory=list)
     refusing: list[tuple[Cloud, BrokerError]] = field(default_factory=list)
     blind: list[tuple[Cloud, BrokerError]] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """What can be bought for a wish, and where; without a cloud: nothing, and why."""
+
+    cloud: Cloud | None
+    choice: Choice
 
 
 class LaunchLoop:
@@ -157,35 +165,43 @@ class LaunchLoop:
         return self._order_all(name, outlook, shortage)
 
     def _order_all(self, name: str, outlook: Outlook, shortage: int) -> float | None:
-        """Order what can be had; or the moment until which it waits to know what that costs.
-
-        A place under the caps is not kept for what cannot be had. And then it is not for the few who want
-        just this to have what is on its way, but for those who came first; for the others is ordered.
-        """
-        context, seats = self._context, self._context.pool(name).seats or SEATS_MAX
+        """Order what can be had; or the moment until which it waits to know what that costs. A place under
+        the caps is not kept for what cannot be had."""
+        context, supply = self._context, self._supply
         offerings = [one for cloud in outlook.sellers for one in cloud.provider.offerings(name)]
+        room, coming = self._room(name, offerings), supply.coming(name)
+        seats = context.pool(name).seats or SEATS_MAX
+        offers: dict[Wish, Offer] = {}
         unsold: set[Wish] = set()
         while True:
-            room = self._room(name, offerings)
-            if not unsold:
-                needs, coming = self._supply.needs(name), self._supply.coming(name)
-                queue: Iterable[Need] = self._supply.one_by_one(name)
-            else:
-                queue = [need for need in self._supply.lacking(name) if need.wish not in unsold]
-                needs, coming, shortage = together(queue), {}, 0
-            wanted = plan(needs, coming, offerings, room.machines, seats=seats, spare=shortage, queue=queue)
-            priced_at = self._priced_at(name, outlook.sellers) if wanted.purchases else None
+            wanted = plan(
+                supply.needs(name),
+                coming,
+                offerings,
+                room.machines,
+                seats=seats,
+                spare=shortage,
+                queue=supply.one_by_one(name),
+                unsold=unsold,
+            )
+            new = [wish for wish in wanted.lacking if wish not in offers] if room.machines else []
+            priced_at = self._priced_at(name, outlook.sellers) if new or wanted.purchases else None
             if priced_at is not None:
                 return priced_at
-            sold = {purchase: self._buy(name, outlook, purchase) for purchase in wanted.purchases}
-            unsold |= {purchase.wish for purchase, bought in sold.items() if not bought}
-            if all(sold.values()):
+            offers |= {wish: self._offer(name, outlook, wish, 1) for wish in new}
+            refused = {wish for wish in new if offers[wish].cloud is None}
+            unsold |= refused
+            if not refused:
                 break
+        for wish in unsold:
+            self._not_sold(name, wish, offers[wish], unsold)
+        for purchase in wanted.purchases:
+            self._buy(name, outlook, purchase)
         if wanted.missing and room.why is not None:
             if context.registry.count(name, *BOOKED):
                 context.obstacles.note(name, room.why)
             else:
-                self._supply.tell(name, room.why)
+                supply.tell(name, room.why)
         return None
 
     def _priced_at(self, name: str, sellers: Sequence[Cloud]) -> float | None:
@@ -242,40 +258,46 @@ class LaunchLoop:
             max_workers=context.settings.broker.max_workers,
         )
 
-    def _buy(self, name: str, outlook: Outlook, purchase: Purchase) -> bool:
-        """Place the orders of one purchase, as few as the providers allow. Whether anything can be had."""
-        left, wish = purchase.machines, purchase.wish
+    def _offer(self, name: str, outlook: Outlook, wish: Wish, machines: int) -> Offer:
+        """Where so many machines for a wish can be bought now, or why nowhere."""
         suitable = [(cloud, some) for cloud in outlook.sellers if (some := _suiting(cloud, name, wish))]
         blind = [one for one in outlook.blind if _suiting(one[0], name, wish)]
         refusing = [one for one in outlook.refusing if _suiting(one[0], name, wish)]
         passed_over = _named(blind + refusing)
         if not suitable and not passed_over:
-            self._supply.tell(name, NoCapacity(f"pool '{name}' has nothing with {wish}"), wish)
-        while left > 0 and (suitable or passed_over):
-            number, choice = first_good(
-                (
-                    (cloud.provider.name, self._choose(name, cloud, some, wish, left))
-                    for cloud, some in suitable
-                ),
-                passed_over,
-                worth_waiting=bool(blind),
-            )
-            if purchase.spare and number is None:
+            return Offer(None, Choice(refusal=NoCapacity(f"pool '{name}' has nothing with {wish}")))
+        choices = (
+            (cloud.provider.name, self._choose(name, cloud, some, wish, machines)) for cloud, some in suitable
+        )
+        number, choice = first_good(choices, passed_over, worth_waiting=bool(blind))
+        return Offer(None if number is None else suitable[number][0], choice)
+
+    def _not_sold(self, name: str, wish: Wish, offer: Offer, unsold: Collection[Wish]) -> None:
+        """Nothing can be bought for these clients now: they hear why, at once or while they wait."""
+        choice = offer.choice
+        if choice.spot_refused:
+            self._setbacks.spot_refused(name, wish)
+        if choice.obstacle:
+            self._context.obstacles.note(name, NoCapacity(choice.obstacle), wish)
+        if choice.refusal is not None:
+            self._supply.tell(name, choice.refusal, wish, unsold=unsold)
+
+    def _buy(self, name: str, outlook: Outlook, purchase: Purchase) -> None:
+        """Place the orders of one purchase, as few as the providers allow."""
+        left, wish = purchase.machines, purchase.wish
+        while left > 0:
+            offer = self._offer(name, outlook, wish, left)
+            if offer.cloud is None and purchase.spare:
                 self.top_up.refused(name)
-                return False
-            if choice.spot_refused and not purchase.spare:
+                return
+            if offer.cloud is None:
+                self._not_sold(name, wish, offer, ())
+                return
+            if offer.choice.spot_refused and not purchase.spare:
                 self._setbacks.spot_refused(name, wish)
-            if choice.refusal is not None:
-                self._supply.tell(name, choice.refusal, wish)
-            if choice.obstacle:
-                self._context.obstacles.note(name, NoCapacity(choice.obstacle), wish)
-            if number is None:
-                break
-            cloud = suitable[number][0]
-            count = min(choice.machines, cloud.provider.machines_max)
-            self._order(name, cloud, choice.offerings, count, spare=purchase.spare)
+            count = min(offer.choice.machines, offer.cloud.provider.machines_max)
+            self._order(name, offer.cloud, offer.choice.offerings, count, spare=purchase.spare)
             left -= count
-        return left < purchase.machines
 
     def _choose(
         self, name: str, cloud: Cloud, suitable: Sequence[Offering], wish: Wish, machines: int

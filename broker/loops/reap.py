@@ -45,6 +45,7 @@ class ReapLoop:
         self._failures: dict[int, int] = defaultdict(int)  # by cloud
         self._not_before: dict[int, float] = {}
         self._sent_at: dict[str, float] = {}
+        self._started_at = context.now()
 
     async def tick(self) -> float | None:
         now = self._context.now()
@@ -83,6 +84,7 @@ class ReapLoop:
                     spot_prices=cloud.quotes.known(now),
                     now=now,
                     is_here=partial(self._is_in, cloud),
+                    known_at=self._started_at,
                 )
                 for worker_id in unused:
                     if self._is_wanted(name, worker_id):

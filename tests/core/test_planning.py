@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from broker.core.model import Market, Offering
-from broker.core.planning import Need, Plan, Purchase, Turns, plan, together
+from broker.core.planning import Need, Plan, Purchase, Turns, plan
 from broker.core.wish import ANYTHING, Wish
 from tests.core.generated import MANY
 
@@ -119,24 +119,19 @@ def test_a_seat_that_is_free_on_a_machine_to_be_ordered_takes_no_room() -> None:
 
 def test_who_came_first_is_served_first_by_what_is_on_its_way() -> None:
     turns = Turns({(BIG,): 1}, {ANYTHING, MANY_CORES}, seats=ENOUGH)
-    assert turns.lacks(Need(ANYTHING, 1, True)) == Need(ANYTHING, 0, True)
-    assert turns.lacks(Need(MANY_CORES, 1, True)) == Need(MANY_CORES, 1, True)
+    assert turns.lacks(Need(ANYTHING, 1, True)) == 0
+    assert turns.lacks(Need(MANY_CORES, 1, True)) == 1
 
 
 def test_who_takes_anything_takes_what_the_others_cannot_use() -> None:
     turns = Turns({(BIG,): 1, (SMALL,): 1}, {ANYTHING, MANY_CORES}, seats=ENOUGH)
     asks = [Need(ANYTHING, 1, True), Need(MANY_CORES, 1, True), Need(ANYTHING, 1, True)]
-    assert [turns.lacks(need).clients for need in asks] == [0, 0, 1]
+    assert [turns.lacks(need) for need in asks] == [0, 0, 1]
 
 
 def test_sharers_sit_on_one_machine_until_it_is_full() -> None:
     turns = Turns({(BIG,): 1}, {ANYTHING}, seats=2)
-    assert [turns.lacks(Need(ANYTHING, 1, False)).clients for _ in range(3)] == [0, 0, 1]
-
-
-def test_needs_of_one_each_are_put_together() -> None:
-    queue = [Need(ANYTHING, 1, True), Need(MANY_CORES, 0, True), Need(ANYTHING, 2, True)]
-    assert together(queue) == [Need(ANYTHING, 3, True)]
+    assert [turns.lacks(Need(ANYTHING, 1, False)) for _ in range(3)] == [0, 0, 1]
 
 
 @given(needs=NEEDS, coming=COMING, room=st.integers(0, 12), seats=st.integers(1, 4), spare=st.integers(0, 3))
