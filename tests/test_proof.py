@@ -7,12 +7,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import pytest
 
 from broker.core.errors import LimitReached
-from broker.core.model import Worker
-from broker.testing import RunningBroker
+from broker.core.model import Lease, Worker
+from broker.testing import RunningBroker, run_virtual, running_broker
 from tests.support.acquiring import acquire
 from tests.support.brokers import live, settings
 
@@ -191,3 +193,106 @@ def test_a_readiness_that_may_not_be_old_at_all_is_still_good_for_several_at_onc
         assert len(await acquire(broker.client(), "count=3 client=ann wait=60")) == 3
 
     live(tmp_path, story, chosen=settings(sharing="exclusive", readiness_max_age=0))
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_an_acquire_that_fails_leaves_the_worker_to_who_was_told_ok_by_a_ping(
+    tmp_path: Path, count: int
+) -> None:
+    """It was given back with the rest, and the next client's RELEASE ended the machine under its client."""
+
+    async def story(broker: RunningBroker) -> None:
+        first, *others = await idle_workers(broker, count)
+        for worker in (first, *others):
+            broker.cloud.slow[str(worker.address)] = 3.0
+        for worker in others:
+            await silent(broker, worker)
+        client = broker.client()
+        client.send(f"ACQUIRE client=ann count={count} wait=0\n".encode())
+        await asyncio.sleep(0.5)
+        assert await broker.ask(f"PING {first.address} client=ann") == "OK"
+        assert "[TIMEOUT]" in str(await client.reply())
+        broker.cloud.slow.clear()
+        await asyncio.sleep(10)
+        assert [lease.client for lease in broker.registry.leases(first.id)] == ["ann"]
+        assert await broker.ask("GET_WORKER client=ben wait=5") != first.address
+        assert await broker.ask(f"PING {first.address} client=ann") == "OK"
+        await asyncio.sleep(3600)
+        assert broker.registry.get(first.id) is None, "without another PING it is idle"
+
+    live(tmp_path, story, chosen=settings(sharing="exclusive", max_workers=count))
+
+
+def test_a_lease_that_was_kept_by_name_is_known_by_it_after_a_restart(tmp_path: Path) -> None:
+    async def main() -> None:
+        chosen = settings(sharing="exclusive", max_workers=1)
+        async with running_broker(chosen, tmp_path) as broker:
+            (worker,) = await idle_workers(broker, 1)
+            broker.cloud.slow[str(worker.address)] = 3.0
+            client = broker.client()
+            client.send(b"ACQUIRE client=ann hold=connection wait=0\n")
+            await asyncio.sleep(0.5)
+            assert await broker.ask(f"PING {worker.address} client=ann") == "OK"
+            assert "[TIMEOUT]" in str(await client.reply())
+            await asyncio.sleep(1)
+        async with running_broker(chosen, tmp_path, cloud=broker.cloud) as again:
+            broker.cloud.slow.clear()
+            assert await again.ask("GET_WORKER client=ann") == worker.address
+            assert "max_workers" in await again.ask("GET_WORKER client=ben wait=5")
+
+    run_virtual(main())
+
+
+@pytest.mark.parametrize("command", ["GET_WORKER", "ACQUIRE"])
+def test_a_worker_that_dies_while_the_disk_is_slow_is_not_handed_out(tmp_path: Path, command: str) -> None:
+    async def story(broker: RunningBroker) -> None:
+        first, _ = await idle_workers(broker, 2)
+        await asyncio.sleep(31)
+        store = broker.daemon.context.store
+        written = store.lease_granted
+
+        async def slowly(lease: Lease, worker: Worker) -> None:
+            await asyncio.sleep(5)
+            await written(lease, worker)
+
+        with patch.object(store, "lease_granted", slowly):
+            client = broker.client()
+            client.send(f"{command} client=ann wait=60\n".encode())
+            await asyncio.sleep(1)
+            await silent(broker, first)
+            reply = await client.reply(60)
+            assert reply is not None
+            assert str(first.address) not in reply.split()[-8:]
+            assert not reply.startswith("ERROR")
+
+    live(tmp_path, story, chosen=settings(sharing="exclusive", max_workers=3))
+
+
+@pytest.mark.parametrize(
+    "pool", [{"leases_per_worker_max": 1}, {"workers_per_client_max": 1}, {"sharing": "exclusive"}]
+)
+def test_a_holder_that_pings_before_the_first_scan_after_a_restart_holds_its_worker(
+    tmp_path: Path, pool: dict[str, Any]
+) -> None:
+    async def main() -> None:
+        async with running_broker(settings(**pool), tmp_path) as broker:
+            address = await broker.ask("GET_WORKER client=ann")
+        async with running_broker(settings(**pool), tmp_path, cloud=broker.cloud) as again:
+            assert await again.ask(f"PING {address} client=ann") == "OK"
+
+    run_virtual(main())
+
+
+def test_of_two_connections_that_are_served_in_one_instant_the_living_one_keeps_it(tmp_path: Path) -> None:
+    async def story(broker: RunningBroker) -> None:
+        address = await broker.ask("GET_WORKER client=zoe")
+        clients = [broker.client() for _ in range(3)]
+        for client, name in zip(clients, ("ann", "ann", "ben"), strict=True):
+            client.send(f"GET_WORKER client={name} wait=100\n".encode())
+            await asyncio.sleep(1)
+        releasing = broker.client()
+        releasing.send(f"RELEASE {address} client=zoe\n".encode())
+        clients[0].vanish()
+        assert await clients[1].reply(10) == address
+
+    live(tmp_path, story, chosen=settings(sharing="exclusive", max_workers=1))

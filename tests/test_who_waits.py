@@ -358,6 +358,36 @@ def test_a_worker_that_is_given_back_after_long_work_stays_warm(tmp_path: Path) 
     live(tmp_path, story, chosen=exclusive())
 
 
+def test_a_group_that_has_found_some_is_ordered_for_the_rest_of_what_it_may_have(tmp_path: Path) -> None:
+    async def story(broker: RunningBroker) -> None:
+        await acquire(broker.client(), "client=ann")
+        ((lease, _),) = await acquire(broker.client(), "client=zoe")
+        await broker.ask(f"DONE {lease}")
+        assert len(await acquire(broker.client(), "count=3 min=1 client=ann wait=600")) == 2
+        assert broker.cloud.count("launch") == 3
+
+    live(tmp_path, story, chosen=exclusive(workers_per_client_max=3, max_workers=10))
+
+
+def test_who_hears_that_nothing_comes_is_who_may_not_have_it_anyway(tmp_path: Path) -> None:
+    """Another client's second request had counted before one whose machine was booting."""
+
+    async def story(broker: RunningBroker) -> None:
+        asks = [asyncio.create_task(acquire(broker.client(), "client=ann wait=600"))]
+        asks.append(asyncio.create_task(refusal(broker.client(), "client=ann wait=600")))  # type: ignore[arg-type]
+        await asyncio.sleep(1)
+        asks.append(asyncio.create_task(acquire(broker.client(), "client=dan wait=600")))
+        await asyncio.sleep(1)
+        broker.cloud.refuses["big"] = OfferingRefused("none left")
+        assert "none left" in await refusal(broker.client(), "client=eve wait=600")
+        for machine in broker.cloud.running():
+            broker.cloud.boot(machine)
+        assert len(await asks[0]) == len(await asks[2]) == 1
+        await asks[1]
+
+    live(tmp_path, story, chosen=exclusive(workers_per_client_max=1), boots=False)
+
+
 def test_a_client_that_is_served_on_one_connection_is_not_forgotten_on_the_other(tmp_path: Path) -> None:
     """Its own worker answers again: both who wait under its name have it, and the next in the queue waits."""
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from broker.core.cooling import (
     COOL_DOWN_SECONDS,
     COOL_DOWN_SECONDS_MAX,
+    HOPE_SECONDS,
     MENDING_SECONDS,
     RECLAIM_SECONDS,
     STREAK_SECONDS_MAX,
@@ -179,6 +180,14 @@ def test_a_permanent_refusal_grows_to_minutes_and_a_reload_ends_it() -> None:
     assert cooling.refusal([BIG_A], now + 1.0, pool="right") is None
     cooling.mended("wrong")
     assert cooling.refusal([BIG_A], now + 1.0, pool="wrong") is None
+
+
+def test_after_a_start_nobody_knows_what_was_refused_before() -> None:
+    cooling = Cooling()
+    assert cooling.is_back(BIG_A, 0.0, 1.0)
+    assert not cooling.is_back(BIG_A, 0.0, 101.0, known_at=100.0)
+    assert cooling.is_back(BIG_A, 0.0, 100.0 + HOPE_SECONDS, known_at=100.0)
+    assert not cooling.is_back(BIG_A, 0.0, 1e6, refused=False), "where it was not refused it must be bought"
 
 
 def test_a_quota_that_has_no_room_for_a_large_machine_may_have_room_for_a_small_one() -> None:

@@ -117,6 +117,21 @@ def test_a_seat_that_is_free_on_a_machine_to_be_ordered_takes_no_room() -> None:
     assert found == Plan((Purchase(ANYTHING, 1), Purchase(MANY_CORES, 1)), missing=2)
 
 
+def test_a_seat_on_a_machine_for_which_there_is_no_room_is_no_seat() -> None:
+    """The second in the queue was to share the machine of the fourth, which was never ordered."""
+    small, cores, big = shared(1, SMALLEST), shared(1, TWO_CORES), shared(1, MANY_CORES)
+    queue = [small, cores, alone(1, MANY_CORES), big]
+    found = plan(queue, {}, OFFERINGS, 2, seats=1, queue=iter(queue))
+    assert found.purchases == (Purchase(SMALLEST, 1), Purchase(TWO_CORES, 1))
+
+
+def test_what_is_on_its_way_is_first_for_those_for_whom_nothing_can_be_bought() -> None:
+    needs = [alone(1), alone(1, MANY_CORES)]
+    found = plan(needs, {(BIG,): 1}, OFFERINGS, 5, queue=iter(needs), unsold={ANYTHING})
+    assert found == Plan((Purchase(MANY_CORES, 1),))
+    assert plan(needs, {(BIG,): 1}, OFFERINGS, 5) == Plan((Purchase(ANYTHING, 1),))
+
+
 def test_who_came_first_is_served_first_by_what_is_on_its_way() -> None:
     turns = Turns({(BIG,): 1}, {ANYTHING, MANY_CORES}, seats=ENOUGH)
     assert turns.lacks(Need(ANYTHING, 1, True)) == 0
