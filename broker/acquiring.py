@@ -146,8 +146,8 @@ class Acquiring:
     ) -> tuple[str, PoolSettings]:
         """Wait for the first complete scan of the pool's cloud. The pool for the wish: that one, or another
         when none was named. Raises what Admission.admit raises."""
-        wish, clouds = Wish.of(command), self._context.clouds.of(pool)
-        while not is_known(clouds) and self._now() < deadline_at:
+        wish = Wish.of(command)
+        while not is_known(clouds := self._context.clouds.of(pool)) and self._now() < deadline_at:
             if any(cloud.refusal(pool) is None for cloud in clouds):
                 say(self._prospects.starting(pool).line())
             again_at = self._now() + STARTING_SECONDS

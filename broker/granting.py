@@ -51,7 +51,7 @@ class Granting:
         self._new_id = new_id
         self._now = context.clock.monotonic
         self._reap = reap
-        self.pinged: set[str] = set()  # acquired leases on which a PING was told OK
+        self.pinged: set[str] = set()  # leases on which a PING was told OK
         self._kept: dict[str, Kept] = {}  # by pool, as of the last time that somebody was served
         self._turn_began_at: dict[str, float] = {}  # by pool
         self._writing: dict[str, asyncio.Task[None]] = {}  # lease id → its way to the disk
@@ -184,14 +184,22 @@ class Granting:
         PING was told OK before it was handed out stays, by the client's name: it is at work there."""
         now = self._now()
         for lease in leases:
-            if reason == NOT_HANDED_OUT and lease.id in self.pinged and self._registry.lease(lease.id):
-                self._registry.keep_by_name(lease.id, now)
+            if reason == NOT_HANDED_OUT and lease.id in self.pinged:
+                self._keep_by_name(lease)
                 continue
             ended = self._registry.end_lease(lease.worker_id, lease.key, reason, now)
             worker = self._registry.get(lease.worker_id)
             if ended is not None and worker is not None and worker.state in USABLE:
                 self._registry.look_again(worker.id, now)
         self._reap()
+
+    def _keep_by_name(self, lease: Lease) -> None:
+        worker = self._registry.get(lease.worker_id)
+        if worker is None or self._registry.lease(lease.id) is None:
+            return
+        ttl_seconds = self._context.pool_of(worker).idle_timeout
+        self.pinged.add(self._registry.keep_by_name(lease.id, ttl_seconds, self._now()).id)
+        self.serve(worker.pool)  # the client may wait for it on another connection
 
     async def all_confirmed(
         self, leases: Sequence[Lease], pool: PoolSettings, until_at: float
@@ -369,6 +377,6 @@ class Granting:
             await asyncio.shield(task)
         except StoreError:
             if lease.exclusive:
-                if self._registry.lease(lease.id) is not None:
+                if self._registry.lease(lease.id) is not None and lease.id not in self.pinged:
                     self._registry.end_lease(lease.worker_id, lease.key, "not written", self._now())
                 raise

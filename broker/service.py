@@ -282,6 +282,7 @@ class Service:
                 return leases
             raise timed_out(waiter, self._prospects, self._now()) from None
         except asyncio.CancelledError:
+            waiting.leave(waiter)
             self._let_go(waiter.leases())  # served in the instant in which the client went away
             raise
         finally:
@@ -292,7 +293,8 @@ class Service:
         what a GET_WORKER on another connection is about to be told of."""
         for lease in leases:
             hold = self._holds.get(lease.id)
-            if hold is not None and not (hold.told or hold.asking or self._is_served(lease)):
+            told = hold is None or hold.told or lease.id in self._granting.pinged
+            if hold is not None and not (told or hold.asking or self._is_served(lease)):
                 self._registry.end_lease(lease.worker_id, lease.key, NOT_HANDED_OUT, self._now())
 
     def _is_served(self, lease: Lease) -> bool:
@@ -324,8 +326,7 @@ class Service:
         for lease in leases:
             self._registry.renew(lease, self._now())
             self._tell(lease)
-            if lease.acquired:
-                self._granting.pinged.add(lease.id)
+            self._granting.pinged.add(lease.id)
         return protocol.OK
 
     def _tell(self, lease: Lease) -> None:
@@ -350,8 +351,8 @@ class Service:
             raise refusal
         lease = Lease(self._new_id(), worker.id, client, pool.idle_timeout, pool.exclusive)
         lease = self._registry.grant(lease, self._now())
-        self._tell(lease)
         await self._granting.written(lease)
+        self._tell(lease)
         self._context.require_charge(self._context.cloud_of(worker))
         return protocol.OK
 

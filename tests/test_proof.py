@@ -14,7 +14,7 @@ import pytest
 
 from broker.core.errors import LimitReached
 from broker.core.model import Lease, Worker
-from broker.testing import RunningBroker, run_virtual, running_broker
+from broker.testing import FakeCloud, LoopClock, RunningBroker, run_virtual, running_broker
 from tests.support.acquiring import acquire
 from tests.support.brokers import live, settings
 
@@ -296,3 +296,70 @@ def test_of_two_connections_that_are_served_in_one_instant_the_living_one_keeps_
         assert await clients[1].reply(10) == address
 
     live(tmp_path, story, chosen=settings(sharing="exclusive", max_workers=1))
+
+
+@pytest.mark.parametrize("words", ["", "hold=connection", "ttl=86400"])
+def test_one_that_was_served_in_the_queue_keeps_its_worker_by_a_ping_for_an_idle_timeout(
+    tmp_path: Path, words: str
+) -> None:
+    """It stood twice in the list of what was to be given back, and the second time ended it."""
+
+    async def story(broker: RunningBroker) -> None:
+        address = await broker.ask("GET_WORKER client=zoe")
+        client = broker.client()
+        client.send(f"ACQUIRE client=ann wait=20 {words}\n".encode())
+        await asyncio.sleep(15)
+        broker.cloud.slow[address] = 10.0
+        lease = next(iter(broker.registry.leases(next(iter(broker.registry)).id)))
+        broker.registry.end_lease(lease.worker_id, lease.key, "done", broker.clock.monotonic())
+        await asyncio.sleep(1)
+        assert await broker.ask(f"PING {address} client=ann") == "OK"
+        reply = await client.reply(60)
+        while reply is not None and reply.startswith("PENDING"):
+            reply = await client.reply(60)
+        assert "[TIMEOUT]" in str(reply)
+        broker.cloud.slow.clear()
+        client.vanish()
+        assert "max_workers" in await broker.ask("GET_WORKER client=ben wait=60")
+        assert await broker.ask(f"PING {address} client=ann") == "OK"
+        await asyncio.sleep(3600)
+        assert broker.cloud.running() == []
+
+    live(tmp_path, story, chosen=settings(sharing="exclusive", max_workers=1))
+
+
+def test_a_client_that_goes_away_as_it_is_served_leaves_its_worker_to_the_next(tmp_path: Path) -> None:
+    async def story(broker: RunningBroker) -> None:
+        address = await broker.ask("GET_WORKER client=zoe")
+        first, second, releasing = broker.client(), broker.client(), broker.client()
+        first.send(b"GET_WORKER client=ann wait=100\n")
+        await asyncio.sleep(1)
+        second.send(b"GET_WORKER client=ben wait=100\n")
+        await asyncio.sleep(1)
+        releasing.send(f"RELEASE {address} client=zoe\n".encode())
+        first.vanish()
+        assert await second.reply(10) == address
+
+    live(tmp_path, story, chosen=settings(sharing="exclusive", max_workers=1))
+
+
+def test_an_acquire_that_waits_for_the_first_look_hears_that_its_pool_was_removed(tmp_path: Path) -> None:
+    """It had asked again and again whether a removed pool's clouds were known, without a pause: for ever."""
+
+    async def main() -> None:
+        old = FakeCloud("lab", ("old",), clock=LoopClock(asyncio.get_running_loop()), first=1000)
+        old.hold["listing"] = asyncio.Event()
+        chosen = settings({"old": {}})
+        async with running_broker(chosen, tmp_path, others={"old": old}) as broker:
+            await asyncio.sleep(2)
+            client = broker.client()
+            client.send(b"ACQUIRE pool=old wait=60\n")
+            await asyncio.sleep(1)
+            await broker.reload(settings())
+            reply = await client.reply(5)
+            while reply is not None and reply.startswith("PENDING"):
+                reply = await client.reply(5)
+            assert str(reply).startswith("ERROR: there is no pool 'old' any more")
+            old.hold.pop("listing").set()
+
+    run_virtual(main())

@@ -134,13 +134,11 @@ def plan(
     way they have what they fit, whoever came first, and for the others more is ordered.
     """
     room, queue = max(0, room), list(queue) if unsold else queue
-    supply = _Supply(dict(coming))
-    if unsold:
-        turns = Turns(coming, {need.wish for need in needs}, seats=seats)
-        for need in queue:
-            if need.wish in unsold:
-                turns.lacks(need)
-        supply = turns.rest
+    turns = Turns(coming, {need.wish for need in needs}, seats=seats)
+    for need in queue if unsold else ():
+        if need.wish in unsold:
+            turns.lacks(need)
+    supply = turns.rest
     sold = [need for need in _most_particular_first(needs, offerings) if need.wish not in unsold]
     short = [replace(need, clients=_unserved(supply, need, seats)) for need in sold]
     ahead: dict[Kind, int] = {}

@@ -384,22 +384,31 @@ class Registry:
         self._tell(LeaseGranted(lease, worker, first, now))
         return lease
 
-    def keep_by_name(self, lease_id: str, now: float) -> None:
-        """A lease of its own becomes one by the client's name, or ends where the client has that already."""
+    def keep_by_name(self, lease_id: str, ttl_seconds: float, now: float) -> Lease:
+        """A lease of its own is replaced by one by the client's name, if the client has none; nobody else can
+        come in between. Returns the one by name, renewed."""
         lease = self._by_lease[lease_id]
         holders, worker = self._leases[lease.worker_id], self._workers[lease.worker_id]
-        if lease.client in holders:
-            self.end_lease(worker.id, lease.key, "held by name", now)
-            return
-        named = replace(lease, acquired=False, bound=False)
-        del holders[lease.key]
-        holders[named.key] = self._by_lease[lease_id] = named
+        named = holders.get(lease.client)
+        if named is not None:
+            self.renew(named, now)
+            if named is not lease:
+                self.end_lease(worker.id, lease.key, "held by name", now)
+            return named
+        named_id = f"{lease_id}-by-name"
+        named = replace(lease, id=named_id, acquired=False, bound=False, ttl_seconds=ttl_seconds)
+        del holders[lease.key], self._by_lease[lease_id], self._lease_ends_at[lease_id]
+        holders[named.key] = self._by_lease[named_id] = named
         held = self._held[(worker.pool, lease.key)]
         del held[worker.id]
         if not held:
             del self._held[(worker.pool, lease.key)]
         self._held.setdefault((worker.pool, named.key), {})[worker.id] = None
-        self._tell(LeaseGranted(named, worker, False, now))  # or a restart would know it by its id
+        self.renew(named, now)
+        self._deadlines.no_later(worker.id, now + ttl_seconds)
+        self._tell(LeaseGranted(named, worker, False, now))
+        self._tell(LeaseEnded(lease, worker, False, "held by name", now))
+        return named
 
     def renew(self, lease: Lease, now: float) -> None:
         """The client used its worker: O(1), the busiest line of the broker."""

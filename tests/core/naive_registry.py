@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from broker.core.errors import Denied, IllegalStep, WorkerNotFound
 from broker.core.model import (
@@ -281,6 +281,26 @@ class NaiveRegistry:
         self._line_up()
         self.told.append(("ended", lease, worker_id, not entry.holds, reason, now))
         return lease
+
+    def keep_by_name(self, worker_id: str, key: str, ttl_seconds: float, now: float) -> Lease:
+        entry = self.entries[worker_id]
+        lease, _ = entry.holds[key]
+        if lease.client in entry.holds:
+            self.renew(worker_id, lease.client, now)
+            if key != lease.client:
+                self.end_lease(worker_id, key, "held by name", now)
+            return entry.holds[lease.client][0]
+        named = replace(lease, id=f"{lease.id}-by-name", acquired=False, bound=False, ttl_seconds=ttl_seconds)
+        del entry.holds[key]
+        entry.holds[named.key] = (named, now)
+        self.grants.remove((worker_id, key))
+        self.grants.append((worker_id, named.key))
+        self.renew(worker_id, named.key, now)
+        ends_at = now + ttl_seconds
+        entry.look_at = ends_at if entry.look_at is None else min(entry.look_at, ends_at)
+        self.told.append(("granted", named, worker_id, False, now))
+        self.told.append(("ended", lease, worker_id, False, "held by name", now))
+        return named
 
     def expire_leases(self, worker_id: str, now: float) -> None:
         entry = self.entries.get(worker_id)

@@ -255,6 +255,16 @@ class TwoRegistries(RuleBasedStateMachine):
             lambda: self.naive.renew(worker_id, key, self.now), lambda: self.real.renew(lease, self.now)
         )
 
+    @precondition(lambda self: self.naive.grants)
+    @rule(number=st.integers(0, 20))
+    def keep_by_name(self, number: int) -> None:
+        worker_id, key = self.naive.grants[number % len(self.naive.grants)]
+        (lease,) = [one for one in self.real.leases(worker_id) if one.key == key]
+        self.both(
+            lambda: self.naive.keep_by_name(worker_id, key, 15.0, self.now),
+            lambda: self.real.keep_by_name(lease.id, 15.0, self.now),
+        )
+
     @rule(worker_id=known)
     def expire(self, worker_id: str) -> None:
         self.both(
