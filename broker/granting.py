@@ -22,7 +22,7 @@ from broker.waiting import Waiter
 TURN_SECONDS = 300.0  # longer than a machine takes to boot: what is missing is mostly on its way
 CONFIRMED_AT_ONCE_MAX = 64  # connections to worker ports for one command: file descriptors are few
 PROOF_GRACE_SECONDS = 1.0  # beyond a client's wait: the proof of a worker that came in its last moment
-PROOF_SECONDS_MIN = 0.1  # a proof is good for so long: several cannot be made in one instant
+PROOF_SECONDS_MIN = 0.1  # one that was made for this hand-out is good for so long, whatever the pool says
 PROOF_ROUNDS_MAX = 3  # of one hand-out: ports that answer slowly make the others' proofs old
 
 NOT_HANDED_OUT = "not handed out"  # why a lease ends of which no client was told
@@ -209,13 +209,13 @@ class Granting:
 
         Proving one may take so long that the proof of another is old by then. Raises StoreError.
         """
-        good = list(leases)
+        good, began_at = list(leases), self._now()
         for _ in range(PROOF_ROUNDS_MAX):
             found = await self._confirm_each(good, pool, until_at)
             good = [lease for lease, worker in zip(good, found, strict=True) if worker is not None]
-            if all(self._may_go(lease, pool) for lease in good):
+            if all(self._may_go(lease, pool, began_at) for lease in good):
                 return good
-        return [lease for lease in good if self._may_go(lease, pool)]
+        return [lease for lease in good if self._may_go(lease, pool, began_at)]
 
     async def _confirm_each(
         self, leases: Sequence[Lease], pool: PoolSettings, until_at: float
@@ -234,10 +234,12 @@ class Granting:
                 raise one
         return [one for one in found if not isinstance(one, BaseException)]
 
-    def _may_go(self, lease: Lease, pool: PoolSettings) -> bool:
+    def _may_go(self, lease: Lease, pool: PoolSettings, began_at: float) -> bool:
         worker = self._registry.get(lease.worker_id)
         ready = (
-            worker is not None and worker.state is WorkerState.READY and not self._proof_is_old(worker, pool)
+            worker is not None
+            and worker.state is WorkerState.READY
+            and not self._proof_is_old(worker, pool, began_at)
         )
         return ready and self._registry.lease(lease.id) is not None
 
@@ -254,21 +256,24 @@ class Granting:
 
     async def _confirmed(self, lease: Lease, pool: PoolSettings) -> Worker | None:
         """A slow disk makes the proof old: then there is another one."""
+        began_at = self._now()
         for _ in range(PROOF_ROUNDS_MAX):
             worker = self._registry.get(lease.worker_id)
             if worker is None or worker.state is not WorkerState.READY:
                 return None
-            if self._proof_is_old(worker, pool) and not await self._prove(worker):
+            if self._proof_is_old(worker, pool, began_at) and not await self._prove(worker):
                 return None
             await self.written(lease)
-            if self._may_go(lease, pool):
+            if self._may_go(lease, pool, began_at):
                 return self._registry.get(lease.worker_id)
         return None
 
-    def _proof_is_old(self, worker: Worker, pool: PoolSettings) -> bool:
-        proved_at = self._registry.proved_at(worker.id)
-        age_max = max(pool.readiness_max_age, PROOF_SECONDS_MIN)
-        return pool.readiness == "tcp" and self._now() - proved_at > age_max
+    def _proof_is_old(self, worker: Worker, pool: PoolSettings, began_at: float) -> bool:
+        """Whether it may not be relied upon in a hand-out that began then. Several proofs, or a proof and a
+        write to the disk, are not made in one instant."""
+        proved_at, now = self._registry.proved_at(worker.id), self._now()
+        its_own = proved_at >= began_at and now - proved_at <= PROOF_SECONDS_MIN
+        return pool.readiness == "tcp" and now - proved_at > pool.readiness_max_age and not its_own
 
     def serve(self, pool: str) -> None:
         """Give what has become free to whoever waits longest for it.
