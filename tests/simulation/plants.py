@@ -352,7 +352,7 @@ def exclusive_is_a_word() -> Iterator[Any]:
 @planted
 def handed_out_without_a_proof() -> Iterator[Any]:
     """A worker that was ready once is ready for ever."""
-    yield patch.object(granting.Granting, "_proof_is_old", lambda self, worker, pool: False)
+    yield patch.object(granting.Granting, "_proof_is_old", lambda self, worker, pool, began_at: False)
 
 
 @planted
@@ -462,8 +462,8 @@ def a_drought_never_ends() -> Iterator[Any]:
     """Spot was refused once, long ago, and has been bought since; or those who waited for it have left."""
     since_at = lambda self, pool, wish: self._droughts.get((pool, wish))  # noqa: E731
     no_end = lambda self, pool, what: None  # noqa: E731
-    with patch.multiple(setbacks.Setbacks, waits_for=no_end, spot_bought=no_end):
-        yield patch.object(setbacks.Setbacks, "drought_since_at", since_at)
+    yield patch.multiple(setbacks.Setbacks, waits_for=no_end, spot_bought=no_end)
+    yield patch.object(setbacks.Setbacks, "drought_since_at", since_at)
 
 
 @planted
