@@ -68,11 +68,11 @@ class Admission:
         return any(wish.fits(offering) for offering in self._context.offerings(pool))
 
     def _impossible(self, wish: Wish, pools: Sequence[str]) -> BadRequest:
-        there = [f"pool '{one}' has {_catalogue(self._context.offerings(one))}" for one in pools]
-        if len(there) == 1:
-            it_has = there[0].removeprefix(f"pool '{pools[0]}' ")
-            return BadRequest(f"pool '{pools[0]}' has nothing with {wish}; it {it_has}")
-        return BadRequest(f"no pool has anything with {wish}; {'; '.join(there)}")
+        has = {one: _catalogue(self._context.offerings(one)) for one in pools}
+        if len(has) == 1:
+            return BadRequest(f"pool '{pools[0]}' has nothing with {wish}; it has {has[pools[0]]}")
+        there = "; ".join(f"pool '{one}' has {catalogue}" for one, catalogue in has.items())
+        return BadRequest(f"no pool has anything with {wish}; {there}")
 
     async def recovered(self, pool: str | None = None, deadline_at: float | None = None) -> None:
         """Wait for the first complete scan, of one cloud or of all. Raises CloudError, WaitTimedOut."""

@@ -294,13 +294,8 @@ class Service:
         for lease in leases:
             hold = self._holds.get(lease.id)
             told = hold is None or hold.told or lease.id in self._granting.pinged
-            if hold is not None and not (told or hold.asking or self._is_served(lease)):
+            if hold is not None and not (told or hold.asking or self._context.waiting.is_served(lease.id)):
                 self._registry.end_lease(lease.worker_id, lease.key, NOT_HANDED_OUT, self._now())
-
-    def _is_served(self, lease: Lease) -> bool:
-        """Whether a GET_WORKER on another connection was served with it in this instant, and will wake."""
-        pool = self._context.waiting.served(lease.id)
-        return any(True for _ in pool)
 
     def _remember(self, client: str, lease: Lease, pool: PoolSettings, reply: bytes) -> None:
         if len(self._warm) >= WARM_REPLIES_MAX and client not in self._warm:

@@ -148,12 +148,10 @@ class Waiting:
                 lacking = waiter.lacking if caps is None else caps.within(waiter)
                 yield waiter, Need(waiter.wish, lacking, waiter.exclusive)
 
-    def served(self, lease_id: str) -> Iterator[Waiter]:
-        """Those who were served with a lease by name, and have not woken yet."""
-        for queue in self._queues.values():
-            for waiter in queue:
-                if any(lease.id == lease_id for lease in waiter.leases()):
-                    yield waiter
+    def is_served(self, lease_id: str) -> bool:
+        """Whether somebody was served with a lease in this instant, and has not woken yet."""
+        waiters = (waiter for queue in self._queues.values() for waiter in queue)
+        return any(lease.id == lease_id for waiter in waiters for lease in waiter.leases())
 
     def fail(
         self, pool: str, error: BrokerError, concerns: Callable[[Waiter], bool] = lambda waiter: True

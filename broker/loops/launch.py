@@ -29,7 +29,7 @@ from broker.core.errors import (
 )
 from broker.core.life import BOOKED
 from broker.core.model import Bought, Market, Offering, Order
-from broker.core.planning import SEATS_MAX, Purchase, plan
+from broker.core.planning import SEATS_MAX, Need, Purchase, plan
 from broker.core.policy import Room, launch_room
 from broker.core.regional import first_good, sum_up
 from broker.core.wish import Wish
@@ -162,9 +162,9 @@ class LaunchLoop:
         self._orders.strand(name, sellers)
         if needs:
             self._send_again(name, sellers)
-        return self._order_all(name, outlook, shortage)
+        return self._order_all(name, outlook, needs, shortage)
 
-    def _order_all(self, name: str, outlook: Outlook, shortage: int) -> float | None:
+    def _order_all(self, name: str, outlook: Outlook, needs: Sequence[Need], shortage: int) -> float | None:
         """Order what can be had; or the moment until which it waits to know what that costs. A place under
         the caps is not kept for what cannot be had."""
         context, supply = self._context, self._supply
@@ -175,7 +175,7 @@ class LaunchLoop:
         unsold: set[Wish] = set()
         while True:
             wanted = plan(
-                supply.needs(name),
+                needs,
                 coming,
                 offerings,
                 room.machines,
