@@ -18,12 +18,12 @@ from dataclasses import dataclass, field, replace
 from math import inf
 from typing import NamedTuple, TypeVar
 
+from broker.core.backoff import doubled
 from broker.core.errors import CloudError, OfferingRefused, PermanentRefusal, QuotaReached
 from broker.core.model import Market, Offering
 
 COOL_DOWN_SECONDS = 180.0  # after the first refusal (Karpenter's cache of unavailable offerings: 3 minutes)
 COOL_DOWN_SECONDS_MAX = 1800.0  # doubled up to here: stock comes back within hours, and asking costs one call
-DOUBLINGS_MAX = 4  # more would exceed either maximum; far more would exceed a float
 MENDING_SECONDS = 60.0  # a permanent refusal, doubled likewise: until then clients hear it without a new call
 MENDING_SECONDS_MAX = 300.0  # no longer: it may be mended in the cloud, and nobody tells us
 STREAK_SECONDS_MAX = 3600.0  # a refusal so long after a cool-down is not "in a row" any more
@@ -288,11 +288,11 @@ def _once_more(
 
 
 def _cool_down_seconds(times: int) -> float:
-    return min(COOL_DOWN_SECONDS * 2.0 ** min(times - 1, DOUBLINGS_MAX), COOL_DOWN_SECONDS_MAX)
+    return doubled(COOL_DOWN_SECONDS, times, COOL_DOWN_SECONDS_MAX)
 
 
 def _mending_seconds(times: int) -> float:
-    return min(MENDING_SECONDS * 2.0 ** min(times - 1, DOUBLINGS_MAX), MENDING_SECONDS_MAX)
+    return doubled(MENDING_SECONDS, times, MENDING_SECONDS_MAX)
 
 
 def _fresh(pauses: dict[Key, Pause], now: float) -> dict[Key, Pause]:

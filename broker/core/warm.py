@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 
+from broker.core.backoff import doubled
 from broker.core.model import UNKNOWN_CLIENT, Worker, WorkerState
 from broker.core.registry import Registry
 from broker.core.settings import PoolSettings
@@ -41,7 +42,7 @@ class Warmth:
         if now < self.not_before_at:
             return
         self.failures = min(self.failures + 1, FAILURES_MAX)
-        self.pause(min(PAUSE_SECONDS_MIN * 2 ** (self.failures - 1), PAUSE_SECONDS_MAX), now)
+        self.pause(doubled(PAUSE_SECONDS_MIN, self.failures, PAUSE_SECONDS_MAX), now)
 
     def pause(self, seconds: float, now: float) -> None:
         """No warm launches for so long, at least."""

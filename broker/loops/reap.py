@@ -15,6 +15,7 @@ from functools import partial
 
 from broker.clouds import Cloud
 from broker.context import Context
+from broker.core.backoff import doubled
 from broker.core.buying import is_fallback, to_replace
 from broker.core.errors import BrokerError
 from broker.core.model import Worker, WorkerState
@@ -138,7 +139,7 @@ class ReapLoop:
             await cloud.provider.terminate(ids)
         except BrokerError as error:
             self._failures[key] += 1
-            pause_seconds = min(PAUSE_SECONDS_MIN * 2 ** (self._failures[key] - 1), PAUSE_SECONDS_MAX)
+            pause_seconds = doubled(PAUSE_SECONDS_MIN, self._failures[key], PAUSE_SECONDS_MAX)
             self._not_before[key] = self._context.now() + pause_seconds
             self._report(
                 "terminate failed", {"instances": ids, "error": error.message, "again_in": pause_seconds}

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 from broker.clouds import Cloud
 from broker.context import Context
 from broker.core import tags
+from broker.core.backoff import doubled
 from broker.core.errors import BrokerError, CloudUnreachable, SettingsError, StoreError
 from broker.core.life import BOOKED, USABLE
 from broker.core.model import UNKNOWN_CLIENT, Instance, InstanceState, Lease, Order, Worker, WorkerState
@@ -140,7 +141,7 @@ class ReconcileLoop:
         """As soon as the cloud that has failed for the shortest time deserves, never later than a scan."""
         failures = min((cloud.failures for cloud in self._context.clouds.all if cloud.failures), default=1)
         longest_seconds = min(RETRY_SECONDS_MAX, self._context.settings.broker.reconcile_interval)
-        return min(RETRY_SECONDS * 2.0 ** min(failures - 1, 10), longest_seconds)
+        return doubled(RETRY_SECONDS, failures, longest_seconds)
 
     async def _scan_cloud(self, cloud: Cloud) -> BrokerError | None:
         started_at = self._context.now()

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from broker.clock import Clock
+from broker.core.backoff import doubled
 
 PAUSE_SECONDS_MIN = 1.0
 PAUSE_SECONDS_MAX = 60.0
@@ -74,7 +75,7 @@ class LoopRunner:
         self.failures += 1
         self.failures_total += 1
         self._ticking_since = None
-        pause_seconds = min(PAUSE_SECONDS_MIN * 2 ** min(self.failures - 1, 10), PAUSE_SECONDS_MAX)
+        pause_seconds = doubled(PAUSE_SECONDS_MIN, self.failures, PAUSE_SECONDS_MAX)
         self._failed(self.name, error, pause_seconds)
         await asyncio.sleep(pause_seconds)
 

@@ -11,13 +11,13 @@ from collections.abc import Collection
 
 from broker.clouds import Cloud
 from broker.context import Context
+from broker.core.backoff import doubled
 from broker.core.errors import BrokerError
 from broker.core.model import Offering
 from broker.core.wish import Wish
 
 PAUSE_SECONDS_MIN = 10.0  # after the first call that was held up, doubling
 PAUSE_SECONDS_MAX = 300.0
-DOUBLINGS_MAX = 5  # more would exceed PAUSE_SECONDS_MAX; far more would exceed a float
 PASSED_OVER_SECONDS = 60.0  # for so long a region whose launch calls failed is passed over
 
 Key = tuple[str, int]  # pool, cloud
@@ -52,8 +52,7 @@ class Setbacks:
         """A launch call was not looked at."""
         key, now = (pool, id(cloud)), self._context.now()
         times = self._held_up[key] = self._held_up.get(key, 0) + 1
-        seconds = PAUSE_SECONDS_MIN * 2.0 ** min(times - 1, DOUBLINGS_MAX)
-        self._pauses[key] = now + min(seconds, PAUSE_SECONDS_MAX), error
+        self._pauses[key] = now + doubled(PAUSE_SECONDS_MIN, times, PAUSE_SECONDS_MAX), error
 
     def goes_elsewhere(self, pool: str, cloud: Cloud | None, error: BrokerError) -> bool:
         """Whether the pool has other regions: then this one is passed over for a while."""
