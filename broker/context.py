@@ -15,7 +15,7 @@ from broker.core import prices
 from broker.core.claim import Claim
 from broker.core.errors import BadRequest, BrokerError
 from broker.core.latency import nearest_first
-from broker.core.life import BOOKED
+from broker.core.life import COUNTED
 from broker.core.model import Instance, Offering, Order, Worker, WorkerState
 from broker.core.money import Price
 from broker.core.policy import LaunchGuard, room_overall
@@ -247,7 +247,7 @@ class Context:
 
     def _warm_target(self, name: str, now: float) -> int:
         pool, now_unix = self.pool(name), self.pool_unix(name, now)
-        full = self.registry.count(name, *BOOKED) >= pool.max_workers
+        full = self.registry.count(name, *COUNTED) >= pool.max_workers
         if not pool.keeps_warm or now_unix is None or (full and self.waiting.of(name)):
             return 0
         if room_overall(self.registry, self.settings.broker.max_workers) == 0 and len(self.waiting):

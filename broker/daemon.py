@@ -24,7 +24,7 @@ from broker.clock import Clock, moment
 from broker.clouds import Cloud, Clouds
 from broker.context import Context
 from broker.core.errors import BrokerError, CloudUnreachable, SettingsError, StoreError
-from broker.core.life import BOOKED
+from broker.core.life import COUNTED
 from broker.core.model import (
     Event,
     InstanceState,
@@ -50,6 +50,7 @@ from broker.loops.reap import ReapLoop
 from broker.loops.reconcile import ReconcileLoop
 from broker.loops.reload import Reloaded, ReloadLoop
 from broker.loops.runner import LoopRunner
+from broker.loops.stock import StockLoop
 from broker.loops.tagging import TaggingLoop
 from broker.memory import Memory
 from broker.metering import Meter
@@ -135,8 +136,14 @@ class Daemon:
     def _wire(self, connect: Connect, new_id: Callable[[], str]) -> None:
         context, report = self.context, self._report
         wake_launch, wake_reap = (lambda: self._wake("launch")), (lambda: self._wake("reap"))
+        self.stock = StockLoop(context, report, wake=lambda: self._wake("stock"), changed=self._look_closely)
         self.launch = LaunchLoop(
-            context, self.orders, self.ledger, new_order_id=lambda: f"cb-{new_id()}", wake=wake_launch
+            context,
+            self.orders,
+            self.ledger,
+            new_order_id=lambda: f"cb-{new_id()}",
+            wake=wake_launch,
+            startable=self.stock.startable,
         )
         self.probe = ProbeLoop(context, lambda: self._wake("probe"), connect)
         self.reap = ReapLoop(context, report, terminated=self._look_closely)
@@ -193,6 +200,7 @@ class Daemon:
             self.reconcile,
             self.probe,
             self.reap,
+            self.stock,
             self.launch,
             TaggingLoop(context, report),
             PricesLoop(context, report, heard=lambda: self._wake("launch")),
@@ -212,6 +220,7 @@ class Daemon:
             self.metrics.heard,
             self.memory.heard,
             self.launch.top_up.heard,
+            self.stock.heard,
             prospects.boots.heard,
             self.orders.heard,
             self.probe.heard,
@@ -416,14 +425,12 @@ class Daemon:
         self.ledger.save()
         if web_runner is not None:
             await web_runner.cleanup()
-        alive = [
-            w.instance_id
-            for w in self.context.registry.in_state(*BOOKED)
-            if w.state is not WorkerState.ORDERED
-        ]
+        registry = self.context.registry
+        left = [w.instance_id for w in registry.in_state(*COUNTED) if w.state is not WorkerState.ORDERED]
         self._log.info(
             "stopped",
-            workers_left_running=alive,
+            workers_left_running=left,
+            workers_left_stopped=[w.instance_id for w in registry.in_state(WorkerState.STOPPED)],
             open_orders=[entry.order.id for entry in self.orders.unresolved()],
         )
 
@@ -488,7 +495,8 @@ class Daemon:
                     self._wake("probe")
                     if state is WorkerState.READY:
                         self._wake("tagging")
-                    if state is WorkerState.BOOTING:
+                    if state in (WorkerState.BOOTING, WorkerState.STOPPING):
+                        self._wake("stock")
                         self._look_closely()
 
     def _replace_spare(self, pool: str) -> None:

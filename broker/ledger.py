@@ -113,6 +113,11 @@ class Ledger:
         run = self._runs.get(instance_id)
         return run is not None and run.running_from_unix is not None and run.ended_by_unix is None
 
+    def has_ended(self, instance_id: str) -> bool:
+        """Whether the machine was seen not to run any more: it was stopped, or is gone."""
+        run = self._runs.get(instance_id)
+        return run is not None and run.ended_by_unix is not None
+
     def reloaded(self) -> None:
         """There may be new pools at clouds that were scanned long ago: what they cost is counted from now."""
         for cloud in self._context.clouds.all:
@@ -133,11 +138,15 @@ class Ledger:
 
     def _take_in(self, instance: Instance, look: Span) -> None:
         before = self._runs.get(instance.id)
+        if before is not None and ledger.runs_anew(before, instance, look):
+            self._set_aside(before)
+            before = None
+        pool = tags.read(instance.tags).pool or "default"
         if before is None:
-            pool = tags.read(instance.tags).pool or "default"
             after = ledger.first_seen(instance, pool, self._context.price(pool, instance), look)
         else:
-            after = ledger.seen(before, instance, look)
+            may_stop = self._context.pool(pool).warm_stopped > 0
+            after = ledger.seen(before, instance, look, may_stop=may_stop)
         if after == before:
             return
         self._runs[instance.id] = after
@@ -145,6 +154,14 @@ class Ledger:
             self._write_soon(after)
         else:
             self._dirty.add(instance.id)
+
+    def _set_aside(self, run: Run) -> None:
+        """Its machine was stopped, and runs again: that is another run."""
+        began_unix = int(run.not_running_until_unix)
+        former = replace(run, instance_id=f"{run.instance_id}{ledger.FORMER}{began_unix}")
+        self._runs[former.instance_id] = former
+        self._clouds[former.instance_id] = self._clouds[run.instance_id]
+        self._write_soon(former)
 
     def _miss(self, run: Run, asked_at: float, look: Span) -> None:
         """As long as the books have the machine, reconcile has not given it up."""
@@ -178,12 +195,17 @@ class Ledger:
     # --- answers -----------------------------------------------------------------------------------
 
     def runs(self) -> dict[str, Run]:
-        """Every machine known, by instance id; those that ended long ago are read from the disk."""
+        """Every run known, by its key; those that ended long ago are read from the disk."""
         return {run.instance_id: run for run in self._context.store.runs()} | self._runs
 
     def billed_seconds(self) -> dict[str, Bracket]:
-        """What the cloud bills each machine of `runs` for at this moment lies in between."""
-        return {id_: run.billed_seconds(self._at_unix(run)) for id_, run in self.runs().items()}
+        """What the cloud bills each machine for at this moment lies in between."""
+        found: dict[str, Bracket] = {}
+        for run in self.runs().values():
+            id_, billed = ledger.machine_of(run), run.billed_seconds(self._at_unix(run))
+            before = found.get(id_, ledger.NOTHING)
+            found[id_] = Bracket(before.low + billed.low, before.high + billed.high)
+        return found
 
     def cost_usd_micros(self, pool: str) -> int:
         """The most that the pool has cost since this broker first saw its cloud; never less than before.

@@ -9,7 +9,7 @@ from typing import Any
 from broker.context import Context
 from broker.core import protocol
 from broker.core.errors import BrokerError, CloudError, Draining
-from broker.core.life import BOOKED, USABLE
+from broker.core.life import BOOKED, LIVING
 from broker.core.model import Instance, InstanceState, Worker, WorkerState
 from broker.core.policy import Reason
 from broker.core.tags import protects, rfc3339
@@ -55,7 +55,7 @@ class Operations:
             )
         self._context.unwanted.update(w.id for w in self._registry.in_state(WorkerState.ORDERED))
         spared = [w.instance_id for w in self._registry.in_state(*BOOKED) if w.protected]
-        ended = [worker for worker in self._registry.in_state(*USABLE) if not worker.protected]
+        ended = [worker for worker in self._registry.in_state(*LIVING) if not worker.protected]
         for worker in ended:
             self._registry.drain(worker.id, Reason.TERMINATE_ALL, now)
         self._reap()

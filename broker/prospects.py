@@ -54,7 +54,7 @@ class Queue:
         fitting = [free for offering, free in self._free.items() if free and waiter.wish.fits(offering)]
         if not fitting:
             return None, 0
-        worker = min(fitting, key=lambda free: free[0].born_at).popleft()
+        worker = min(fitting, key=lambda free: free[0].boot_began_at).popleft()
         return worker, 1 if waiter.exclusive else self._seats
 
 
@@ -69,7 +69,7 @@ class Prospects:
         """Everybody in the pool's queue, and what there is to say to them now."""
         context = self.context
         on_order = [*context.registry.in_state(WorkerState.ORDERED, pool=pool), *context.booting(pool)]
-        booting = sorted(on_order, key=lambda worker: worker.born_at)
+        booting = sorted(on_order, key=lambda worker: worker.boot_began_at)
         queue = Queue(booting, context.pool(pool).seats or SEATS_MAX)
         for position, waiter in enumerate(context.waiting.of(pool), start=1):
             obstacle = context.obstacles.of(pool, waiter.wish)
@@ -93,8 +93,9 @@ class Prospects:
         self, waiter: Waiter, position: int, machine: Worker | None, obstacle: BrokerError | None
     ) -> Pending:
         if machine is not None:
-            age_seconds = self.context.now() - machine.born_at
-            eta_seconds = self.boots.eta_seconds(waiter.pool, age_seconds)
+            age_seconds = self.context.now() - machine.boot_began_at
+            started = machine.started_at is not None
+            eta_seconds = self.boots.eta_seconds(waiter.pool, age_seconds, started=started)
             return Pending(eta_seconds, position, BOOTING, f"one has been booting for {age_seconds:.0f} s")
         if obstacle is not None:
             code = obstacle.code if obstacle.code in OBSTACLES else Code.CLOUD

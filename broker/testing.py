@@ -239,7 +239,7 @@ class FakeCloud:
         self.cores: dict[str, int] = {}
         self.place: Place = ("fake", None, None)
         self.round_trip: float | None = None  # seconds, as measured
-        self.ends_at_once = True
+        self.ends_at_once = self.stops_at_once = True
         self.refuses: dict[str, CloudError] = {}
         self.sells_otherwise: set[str] = set()  # machine types that come on demand, whatever was ordered
         self.dry: set[Market | tuple[str, Market]] = set()  # markets without machines (of a type)
@@ -373,6 +373,26 @@ class FakeCloud:
             machine = self.machines.get(instance_id)
             if machine is not None and machine.instance.state is not InstanceState.TERMINATED:
                 self.set_state(instance_id, state, "terminated by the broker")
+
+    async def stop(self, instance_id: str) -> None:
+        await self._call("stop", instance_id)
+        machine = self.machines[instance_id]
+        if machine.instance.state in (InstanceState.PENDING, InstanceState.RUNNING):
+            state = InstanceState.STOPPED if self.stops_at_once else InstanceState.STOPPING
+            machine.instance = replace(machine.instance, state=state, address=None)
+
+    async def start(self, instance_id: str) -> None:
+        await self._call("start", instance_id)
+        machine = self.machines[instance_id]
+        if refusal := self.refuses.get(machine.instance.instance_type):
+            raise refusal
+        if machine.instance.state is InstanceState.STOPPED:
+            machine.instance = replace(
+                machine.instance,
+                state=InstanceState.RUNNING if self.boots else InstanceState.PENDING,
+                address=_address(f"i-{next(self._numbers):017d}") if self.boots else None,
+                launched_unix=self._clock.wall(),
+            )
 
     async def tag(self, instance_id: str, new: Mapping[str, str]) -> None:
         await self._call("tag", instance_id, dict(new))

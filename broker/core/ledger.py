@@ -18,8 +18,7 @@ How wide is it? At its beginning the boot (pending looks may be a minute old, so
 the best floor) and the few seconds between two looks at a booting machine; at its end a second when somebody
 ended it through the API, a scan and STALE_SECONDS_MAX when it was reclaimed or shut itself down.
 
-A machine that is stopped and started again (nobody does that to a worker) counts from its latest beginning
-at the low end, and all the time since its first one at the high end.
+A machine that is stopped and started again has a run each time, and a minute's bill at least for each.
 """
 
 from __future__ import annotations
@@ -59,9 +58,15 @@ class Bracket:
 NOTHING = Bracket(0.0, 0.0)
 
 
+FORMER = "#"  # in the key of a run that is not its machine's last one: "i-0abc#1767225600"
+
+
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One machine that exists or did, its price, and what is known of its time. See the module."""
+    """One machine that exists or did, its price, and what is known of its time. See the module.
+
+    `instance_id` is the key: what stands before FORMER is the machine's id.
+    """
 
     instance_id: str
     pool: str
@@ -129,8 +134,11 @@ def first_seen(instance: Instance, pool: str, price: Price, look: Span) -> Run:
     return seen(run, instance, look)
 
 
-def seen(run: Run, instance: Instance, look: Span) -> Run:
-    """The run after one more look: asked for at `look.earliest_unix`, answered at `look.latest_unix`."""
+def seen(run: Run, instance: Instance, look: Span, *, may_stop: bool = False) -> Run:
+    """The run after one more look: asked for at `look.earliest_unix`, answered at `look.latest_unix`.
+
+    `may_stop`: the moment that EC2 names may be the end of a machine that had been stopped before.
+    """
     was_so_unix = look.earliest_unix - STALE_SECONDS_MAX
     if run.running_from_unix is None and instance.launched_unix > run.not_running_until_unix:
         run = replace(run, not_running_until_unix=instance.launched_unix)
@@ -140,7 +148,22 @@ def seen(run: Run, instance: Instance, look: Span) -> Run:
         case InstanceState.RUNNING:
             return _seen_running(run, was_so_unix, look.latest_unix)
         case _:
-            return _seen_ended(run, instance, look.latest_unix)
+            return _seen_ended(run, instance, look.latest_unix, may_stop)
+
+
+def runs_anew(run: Run, instance: Instance, look: Span) -> bool:
+    """Whether a look shows that a machine whose run had ended has been started since."""
+    if run.ended_by_unix is None:
+        return False
+    if instance.launched_unix >= run.ended_by_unix:  # EC2's LaunchTime is that of the last start
+        return True
+    runs = instance.state in (InstanceState.PENDING, InstanceState.RUNNING)
+    return runs and look.earliest_unix - STALE_SECONDS_MAX > run.ended_by_unix
+
+
+def machine_of(run: Run) -> str:
+    """The id of the machine that ran."""
+    return run.instance_id.partition(FORMER)[0]
 
 
 def missed(run: Run, by_unix: float) -> Run:
@@ -155,14 +178,6 @@ def _seen_pending(run: Run, was_so_unix: float) -> Run:
 
 
 def _seen_running(run: Run, was_so_unix: float, seen_unix: float) -> Run:
-    if run.ended_by_unix is not None and was_so_unix > run.ended_by_unix:  # started again
-        return replace(
-            run,
-            running_from_unix=seen_unix,
-            running_until_unix=was_so_unix,
-            ended_by_unix=None,
-            reclaimed=None,
-        )
     latest = (seen_unix, run.running_from_unix, run.ended_by_unix)
     return replace(
         run,
@@ -171,7 +186,7 @@ def _seen_running(run: Run, was_so_unix: float, seen_unix: float) -> Run:
     )
 
 
-def _seen_ended(run: Run, instance: Instance, seen_unix: float) -> Run:
+def _seen_ended(run: Run, instance: Instance, seen_unix: float, may_stop: bool) -> Run:
     ended_by = min(seen_unix, inf if run.ended_by_unix is None else run.ended_by_unix)
     until, named = run.running_until_unix, instance.ended_unix
     known = ended_by if named is None else named + NAMED_SECONDS
@@ -179,9 +194,10 @@ def _seen_ended(run: Run, instance: Instance, seen_unix: float) -> Run:
         return run  # a dead machine is listed for an hour
     if named is not None:
         # It ran until then, unless it had stopped before: it was seen so, or it is a machine that may stop.
-        if until is not None and named <= ended_by and tags.read(instance.tags).order:
+        stopped = run.ended_by_unix is not None or may_stop
+        if until is not None and named <= ended_by and tags.read(instance.tags).order and not stopped:
             until = max(until, named)
-        ended_by = named + NAMED_SECONDS
+        ended_by = min(ended_by, named + NAMED_SECONDS)
     reclaimed = instance.reason.startswith(RECLAIMED) if instance.reason else run.reclaimed
     return replace(run, running_until_unix=until, ended_by_unix=ended_by, reclaimed=reclaimed)
 

@@ -26,6 +26,8 @@ class WorkerState(StrEnum):
     BOOTING = "booting"
     READY = "ready"
     SUSPECT = "suspect"
+    STOPPING = "stopping"
+    STOPPED = "stopped"
     DRAINING = "draining"
     TERMINATING = "terminating"
     GONE = "gone"
@@ -133,6 +135,7 @@ class Worker:
     address: str | None = None
     running: bool = False  # the cloud has said `running`: from here on it is billed
     launched_unix: float = 0.0
+    started_at: float | None = None  # when it was last started after it had been stopped
     reason: str = ""  # why it entered its state
     standing_notice: str = ""  # a notice that probes cannot lift: it will not become READY again
     protected: bool = False  # a person's tag keeps the broker from ending it
@@ -141,6 +144,11 @@ class Worker:
     @property
     def cores(self) -> int | None:
         return self.offering.cores
+
+    @property
+    def boot_began_at(self) -> float:
+        """Since when it has been on its way up: its order, or its latest start."""
+        return self.born_at if self.started_at is None else self.started_at
 
 
 @dataclass(frozen=True, slots=True)

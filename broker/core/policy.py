@@ -15,10 +15,17 @@ from math import inf
 
 from broker.core.errors import BrokerError, LimitReached
 from broker.core.ledger import Budget
-from broker.core.life import BOOKED, USABLE
+from broker.core.life import COUNTED, LIVING
 from broker.core.model import Worker, WorkerState
 from broker.core.registry import Registry
 from broker.core.settings import PoolSettings
+from broker.core.stock import (
+    STOPPED_SECONDS_MAX,
+    STOPPING_SECONDS_MAX,
+    UNUSED_SECONDS,
+    stock_lacks,
+    superfluous,
+)
 from broker.core.warm import LOOK_SECONDS, Warmth, idle_since_at
 
 HOUR_SECONDS = 3600.0
@@ -47,6 +54,7 @@ class Reason(StrEnum):
     TERMINATE_ALL = "terminate-all"
     RECLAIMED = "reclaimed"
     STOPPED = "stopped"
+    NOT_STOPPED = "not-stopped"
     SURPLUS = "surplus"
     WRONG_MARKET = "wrong-market"
     REPLACED = "replaced"
@@ -58,6 +66,7 @@ class Verdict:
     """What `judge` decided. `next_look_at` is None only for a worker that has no deadline of its own."""
 
     drain: Reason | None = None
+    stop: bool = False  # nobody needs it now: the pool keeps it stopped
     retire: bool = False  # too old for new clients, but somebody still holds it or it is protected
     next_look_at: float | None = None
 
@@ -80,13 +89,17 @@ def judge(
     must; one that has not is drained, so that nobody waits for it. Draining alone ends no machine: `may_end`
     has the last word.
     """
-    if leaving and worker.state in USABLE and not registry.busy(worker.id) and not worker.protected:
+    if leaving and worker.state in LIVING and not registry.busy(worker.id) and not worker.protected:
         return Verdict(drain=Reason.POOL_REMOVED)
     match worker.state:
         case WorkerState.BOOTING:
             return _judge_booting(registry, worker, pool, now)
         case WorkerState.READY | WorkerState.SUSPECT:
             return _judge_usable(registry, worker, pool, now, warmth or Warmth(), wanted=wanted)
+        case WorkerState.STOPPING:
+            return _drain_at(worker.since_at + STOPPING_SECONDS_MAX, Reason.UNRESPONSIVE, now)
+        case WorkerState.STOPPED:
+            return _judge_stopped(registry, worker, pool, now)
         case _:
             return Verdict()
 
@@ -159,7 +172,9 @@ def lease_room(pool: PoolSettings, max_workers: int | None, *, exclusive: bool) 
 
 def room_overall(registry: Registry, max_workers: int | None) -> int | None:
     """How many machines more the broker's `max_workers` allows in all pools together; None: no limit."""
-    return None if max_workers is None else max(0, max_workers - len(registry))
+    if max_workers is None:
+        return None
+    return max(0, max_workers - (len(registry) - len(registry.in_state(WorkerState.STOPPED))))
 
 
 def born_at(pool: PoolSettings, age_seconds: float, now: float) -> float:
@@ -203,14 +218,26 @@ def _judge_usable(
         return Verdict(drain=Reason.USED_UP)
     limits = [(retire_at, Reason.MAX_LIFETIME)]
     idle_at = None if wanted else idle_since_at(registry, worker, pool, warmth, now)
+    stops = stock_lacks(registry, worker, pool, now)
     if idle_at is not None:
-        limits.append((idle_at + pool.idle_timeout, Reason.IDLE))
+        unused_seconds = UNUSED_SECONDS if stops and not registry.uses(worker.id) else pool.idle_timeout
+        limits.append((idle_at + min(unused_seconds, pool.idle_timeout), Reason.IDLE))
     if worker.state is WorkerState.SUSPECT:
         limits.append((worker.since_at + SUSPECT_SECONDS_MAX, Reason.UNRESPONSIVE))
     deadline_at, reason = min(limits)
     if idle_at is None and deadline_at > now:  # whether it is still of use is looked at again and again
         return Verdict(next_look_at=min(deadline_at, now + LOOK_SECONDS))
+    if stops and reason is Reason.IDLE and now >= deadline_at:
+        return Verdict(stop=True)
     return _drain_at(deadline_at, reason, now)
+
+
+def _judge_stopped(registry: Registry, worker: Worker, pool: PoolSettings, now: float) -> Verdict:
+    if not worker.protected and superfluous(registry, worker, pool):
+        return Verdict(drain=Reason.IDLE)
+    if not worker.protected and now - worker.since_at >= STOPPED_SECONDS_MAX:
+        return Verdict(drain=Reason.MAX_LIFETIME)
+    return Verdict(next_look_at=now + LOOK_SECONDS)
 
 
 def _hard_at(worker: Worker, pool: PoolSettings) -> float:
@@ -328,7 +355,8 @@ def launch_room(
     price_usd_micros_per_hour: int = 0,
     max_workers: int | None = None,
 ) -> Room:
-    """How many machines the caps leave room for. Machines on order count as if they were there.
+    """How many machines the caps leave room for. Machines on order count as if they were there, stopped ones
+    only once they are started.
 
     `price_usd_micros_per_hour` is that of the dearest machine that might be ordered: each counts with it
     before the next is allowed. `max_workers` is the broker's, for all pools together.
@@ -336,7 +364,7 @@ def launch_room(
     refusal = guard.refusal(pool, now)
     if refusal is not None:
         return Room(0, refusal)
-    room = pool.max_workers - registry.count(name, *BOOKED)
+    room = pool.max_workers - registry.count(name, *COUNTED)
     if room <= 0:
         return Room(0, LimitReached(f"the pool's max_workers = {pool.max_workers} is reached"))
     overall = room_overall(registry, max_workers)

@@ -23,6 +23,7 @@ from broker.core.model import (
     UNKNOWN_CLIENT,
     Event,
     Instance,
+    InstanceState,
     Lease,
     LeaseEnded,
     LeaseGranted,
@@ -37,6 +38,10 @@ from broker.core.model import (
 from broker.core.money import Price
 
 FREE = Price()
+FOUND_STOPPED = {
+    InstanceState.STOPPING: Step.ADOPT_STOPPING,
+    InstanceState.STOPPED: Step.ADOPT_STOPPED,
+}
 S = WorkerState
 
 # Listings may be a minute old (ledger.STALE_SECONDS_MAX) and take a minute (reconcile.SCAN_SECONDS_MAX): one
@@ -195,10 +200,13 @@ class Registry:
         order_id: str | None = None,
         born_at: float | None = None,
         price: Price = FREE,
+        kept: bool = False,
+        started_at: float | None = None,
     ) -> Worker:
         """BOOTING: a machine of ours that the books do not know, found in a listing. It counts as just used.
 
-        `born_at` is when it shall count as born, for its age cap; now by default.
+        `born_at` is when it shall count as born, for its age cap; now by default. With `kept` it is one that
+        stops or has been stopped, and is kept so; `started_at`: it may have been started then, or before.
         """
         offering = Offering(
             instance.region,
@@ -212,14 +220,16 @@ class Registry:
         worker = Worker(
             instance.id,
             pool,
-            LIFE[None, Step.ADOPT],
+            LIFE[None, FOUND_STOPPED[instance.state] if kept else Step.ADOPT],
             offering,
             port,
             since_at=now,
             born_at=now if born_at is None else born_at,
             order_id=order_id,
+            started_at=started_at,
         )
-        worker = self._enter(_with_instance(worker, instance), now)
+        worker = _with_instance(worker, instance)
+        worker = self._enter(replace(worker, address=None) if kept else worker, now)
         return self._tagged(worker, instance, now)
 
     def launched(
@@ -239,7 +249,9 @@ class Registry:
         worker = self._workers[worker_id]
         if worker.instance_id != instance.id:
             raise IllegalStep(f"{worker_id} is not {instance.id}")
-        return self._tagged(self._seen(worker, instance, now), instance, now)
+        if worker.state is not S.STOPPED:  # what a listing shows of one may be how it was before
+            worker = self._seen(worker, instance, now)
+        return self._tagged(worker, instance, now)
 
     def recall(self, worker_id: str, *, uses: int, protected: bool, now: float) -> Worker:
         """What was known of the machine before a restart, before anything is decided about it."""
@@ -284,6 +296,34 @@ class Registry:
             worker = self._workers[worker_id] = replace(worker, standing_notice="")
             self.look_again(worker_id, now)
             self._tell(WorkerSeen(worker, now))
+
+    def stop(self, worker_id: str, reason: str, now: float) -> Worker:
+        """STOPPING: out of every client's reach, before Stop is sent. Raises IllegalStep while it is held."""
+        self._require(self._workers[worker_id], Step.STOP)
+        if self.busy(worker_id):
+            raise IllegalStep(f"{worker_id} is held: it is not stopped")
+        self._proved_at.pop(worker_id, None)
+        return self._step(worker_id, Step.STOP, now, reason)
+
+    def stopped(self, worker_id: str, now: float) -> Worker:
+        """STOPPED: the cloud says so, or a Start has come to nothing. It has no address any more."""
+        if self.busy(worker_id):
+            raise IllegalStep(f"{worker_id} is held: it is not kept stopped")
+        self._require(self._workers[worker_id], Step.HALT)
+        self._drop_address(self._workers[worker_id])
+        halted = replace(self._workers[worker_id], address=None, running=False, started_at=None)
+        self._workers[worker_id] = halted
+        return self._step(worker_id, Step.HALT, now, halted.reason)
+
+    def start(self, worker_id: str, now: float) -> Worker:
+        """BOOTING: Start follows, or somebody else has sent it. It counts as just used, and has not aged
+        while it was stopped."""
+        worker = self._workers[worker_id]
+        self._require(worker, Step.START)
+        born_at = worker.born_at + (now - worker.since_at)
+        self._workers[worker_id] = replace(worker, born_at=born_at, started_at=now)
+        self._used_at[worker_id] = now
+        return self._step(worker_id, Step.START, now)
 
     def drain(self, worker_id: str, reason: str, now: float) -> Worker:
         """DRAINING: never handed out again. Ends every lease on it, after the fence is up."""

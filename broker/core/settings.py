@@ -293,6 +293,11 @@ class PoolSettings(Section):
     warm_schedule: WarmSchedule = Field(
         {}, description="Numbers that count instead of `warm` at their times; the largest of several."
     )
+    warm_stopped: WarmNumber = Field(
+        0,
+        description='ec2: with market = "on-demand", so many further workers are kept stopped, and started '
+        "for who waits. Each costs its disk while it is stopped, and does not count against max_workers.",
+    )
     boot_failures_max: int = Field(
         3,
         ge=1,
@@ -342,7 +347,9 @@ class PoolSettings(Section):
         (), validate_default=True, description="ec2: what may be bought; on demand in this order."
     )
     market: Literal["spot", "on-demand", "spot-then-on-demand"] = Field(
-        "spot", description="ec2: how machines are bought; with the last, on-demand where spot has none."
+        "spot",
+        validate_default=True,
+        description="ec2: how machines are bought; with the last, on-demand where spot has none.",
     )
     on_demand_after: Seconds = Field(
         120.0, description="ec2: with spot-then-on-demand, how long spot must be refused before that."
@@ -446,6 +453,17 @@ class PoolSettings(Section):
     def _one_script(cls, path: str | None, info: ValidationInfo) -> str | None:
         return _one_script(path, info)
 
+    @field_validator("market")
+    @classmethod
+    def _spot_cannot_be_stopped(cls, market: str, info: ValidationInfo) -> str:
+        stopped, provider = info.data.get("warm_stopped"), info.data.get("provider")
+        if stopped and (market != "on-demand" or provider != "ec2"):
+            raise ValueError(
+                f'warm_stopped = {stopped} needs provider = "ec2" and market = "on-demand": nothing else '
+                "can be stopped and started again"
+            )
+        return market
+
     @field_validator("warm", "warm_schedule")
     @classmethod
     def _warm_ones_within_the_cap(cls, value: Any, info: ValidationInfo) -> Any:
@@ -503,7 +521,7 @@ class PoolSettings(Section):
     @property
     def keeps_warm(self) -> bool:
         """Whether workers are ever kept that nobody has asked for."""
-        return self.warm > 0 or any(self.warm_schedule.values())
+        return self.warm > 0 or any(self.warm_schedule.values()) or self.warm_stopped > 0
 
     @property
     def warm_targets(self) -> Schedule:

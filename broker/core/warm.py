@@ -19,6 +19,7 @@ from broker.core.settings import PoolSettings
 LOOK_SECONDS = 60.0  # a clock that was set, and a changed configuration, are noticed within this time
 PAUSE_SECONDS_MIN = 60.0  # after a failed launch, doubling: no client waits for it
 PAUSE_SECONDS_MAX = 900.0
+STOCK_PAUSE_SECONDS_MAX = 14_400.0  # after Stops that failed: each cost a machine its boot
 FAILURES_MAX = 10  # counted; more would pause no longer, and far more would exceed a float
 LEAD_SHARE_MAX = 0.25  # of its life: a worker that lives short is not replaced for half of it
 
@@ -31,6 +32,8 @@ class Warmth:
     not_before_at: float = float("-inf")  # launches pause until then
     failures: int = 0  # in a row
     wanted_until_at: dict[int, float] = field(default_factory=dict)  # place → when the target fell below it
+    stop_failures: int = 0  # in a row, of workers that were to be kept stopped
+    stock_not_before_at: float = float("-inf")  # none is launched to be stopped until then
 
     def seen(self, target: int, now: float) -> None:
         """The target at this moment."""
@@ -51,6 +54,19 @@ class Warmth:
     def succeeded(self) -> None:
         """A machine became ready."""
         self.failures = 0
+
+    def stop_failed(self, now: float) -> None:
+        """A worker that was to be kept stopped could not be: perhaps none can. Those of one moment count
+        once."""
+        if now < self.stock_not_before_at:
+            return
+        self.stop_failures = min(self.stop_failures + 1, FAILURES_MAX)
+        pause_seconds = doubled(PAUSE_SECONDS_MAX, self.stop_failures, STOCK_PAUSE_SECONDS_MAX)
+        self.stock_not_before_at = now + pause_seconds
+
+    def stop_answered(self) -> None:
+        """The cloud stops one."""
+        self.stop_failures = 0
 
 
 def warm_shortage(registry: Registry, name: str, pool: PoolSettings, target: int, now: float) -> int:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from broker.clouds import Cloud
 from broker.context import Context
 from broker.core import claim, tags
-from broker.core.life import BOOKED, USABLE
+from broker.core.life import BOOKED, LIVING
 from broker.core.model import Instance, InstanceState, WorkerState
 from broker.orders import YIELDED, Orders
 
@@ -73,7 +73,7 @@ class Charge:
     def _looks_after(self, cloud: Cloud) -> bool:
         """Whether there is a machine of this cloud in the books, or on order, that is not on its way out."""
         context = self._context
-        workers = context.registry.in_state(WorkerState.ORDERED, *USABLE)
+        workers = context.registry.in_state(WorkerState.ORDERED, *LIVING)
         return any(context.cloud_of(worker) is cloud for worker in workers)
 
     async def _raise_number(self, number: int) -> None:

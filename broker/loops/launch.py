@@ -28,7 +28,7 @@ from broker.core.errors import (
     Throttled,
 )
 from broker.core.life import BOOKED
-from broker.core.model import Bought, Market, Offering, Order
+from broker.core.model import Bought, Market, Offering, Order, Worker
 from broker.core.planning import SEATS_MAX, Need, Purchase, plan
 from broker.core.policy import Room, launch_room
 from broker.core.regional import first_good, sum_up
@@ -72,7 +72,8 @@ class Offer:
 
 
 class LaunchLoop:
-    """See the module. `wake` has this loop tick again."""
+    """See the module. `wake` has this loop tick again; `startable`: a pool's stopped workers in these clouds
+    that may be started."""
 
     name = "launch"
 
@@ -84,8 +85,10 @@ class LaunchLoop:
         *,
         new_order_id: Callable[[], str],
         wake: Callable[[], None],
+        startable: Callable[[str, Collection[Cloud]], list[Worker]] = lambda pool, clouds: [],
     ) -> None:
         self._context = context
+        self._startable = startable
         self._orders = orders
         self._ledger = ledger
         self._new_order_id = new_order_id
@@ -162,7 +165,29 @@ class LaunchLoop:
         self._orders.strand(name, sellers)
         if needs:
             self._send_again(name, sellers)
+            self._start_stopped(name, sellers, needs)
         return self._order_all(name, outlook, needs, shortage)
+
+    def _start_stopped(self, name: str, sellers: Sequence[Cloud], needs: Sequence[Need]) -> None:
+        """Machines that are kept stopped come before new ones, within the same caps."""
+        context, stopped = self._context, self._startable(name, sellers)
+        if not stopped:
+            return
+        offerings = [one for cloud in sellers for one in cloud.provider.offerings(name)]
+        wanted = plan(
+            needs,
+            self._supply.coming(name),
+            [*offerings, *(worker.offering for worker in stopped)],
+            self._room(name, offerings).machines,
+            seats=context.pool(name).seats or SEATS_MAX,
+            queue=self._supply.one_by_one(name),
+        )
+        for purchase in wanted.purchases:
+            fitting = [worker for worker in stopped if purchase.wish.fits(worker.offering)]
+            for worker in fitting[: purchase.machines]:
+                stopped.remove(worker)
+                context.guard(name).attempted(context.now())
+                context.registry.start(worker.id, context.now())
 
     def _order_all(self, name: str, outlook: Outlook, needs: Sequence[Need], shortage: int) -> float | None:
         """Order what can be had; or the moment until which it waits to know what that costs. A place under

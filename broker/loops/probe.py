@@ -118,7 +118,7 @@ class ProbeLoop:
     def _interval(self, worker: Worker) -> float:
         match worker.state:
             case WorkerState.BOOTING:
-                share = BOOTING_INTERVAL_SHARE * (self._context.now() - worker.born_at)
+                share = BOOTING_INTERVAL_SHARE * (self._context.now() - worker.boot_began_at)
                 return min(max(share, BOOTING_INTERVAL_MIN), BOOTING_INTERVAL_MAX)
             case WorkerState.SUSPECT:
                 silent_seconds = self._context.now() - worker.since_at

@@ -116,6 +116,8 @@ class ReapLoop:
             self._registry.look_again(worker.id, max(verdict.next_look_at, now + LOOK_SECONDS_MIN))
         if verdict.drain is not None:
             self._registry.drain(worker.id, verdict.drain, now)
+        elif verdict.stop:
+            self._registry.stop(worker.id, Reason.IDLE, now)
 
     def _to_terminate(self, now: float) -> list[Worker]:
         draining, terminating = self._ending(WorkerState.DRAINING), self._ending(WorkerState.TERMINATING)

@@ -22,9 +22,10 @@ from broker.context import Context
 from broker.core import tags
 from broker.core.backoff import doubled
 from broker.core.errors import BrokerError, CloudUnreachable, SettingsError, StoreError
-from broker.core.life import BOOKED, USABLE
+from broker.core.life import BOOKED, LIVING, USABLE
 from broker.core.model import UNKNOWN_CLIENT, Instance, InstanceState, Lease, Order, Worker, WorkerState
 from broker.core.policy import Reason, born_at
+from broker.core.stock import HALTED, has_started, is_past
 from broker.ledger import Ledger
 from broker.loops.charge import DEAD, Charge
 from broker.opening import open_provider
@@ -47,7 +48,6 @@ MISSING_SCANS_MAX = 3  # from so many listings in a row, and silent: gone
 
 
 SPOT_REASON = "Server.Spot"  # how EC2's reasons for taking a machine back begin (EC2 API, StateReason)
-HALTED = frozenset({InstanceState.STOPPING, InstanceState.STOPPED})
 Report = Callable[[str, dict[str, object]], None]
 T = TypeVar("T")
 
@@ -237,9 +237,30 @@ class ReconcileLoop:
             if instance.state is InstanceState.TERMINATED:
                 self._registry.gone(worker.id, instance.reason or "terminated", self._context.now())
                 return
-            worker = self._registry.observed(worker.id, instance, self._context.now())
-        if worker.state in USABLE and instance.state in DEAD | HALTED:
-            self._registry.drain(worker.id, _why_it_ends(worker, instance), self._context.now())
+            worker = self._observe(worker, instance)
+        self._follow(worker, instance)
+
+    def _observe(self, worker: Worker, instance: Instance) -> Worker:
+        now = self._context.now()
+        if is_past(worker, instance, now):
+            return worker
+        if has_started(worker, instance, now):
+            self._registry.start(worker.id, now)
+        return self._registry.observed(worker.id, instance, now)
+
+    def _follow(self, worker: Worker, instance: Instance) -> None:
+        """Where the cloud has taken the machine, the worker goes too."""
+        now, halted = self._context.now(), instance.state in HALTED
+        if is_past(worker, instance, now):
+            return
+        if (
+            instance.state is InstanceState.STOPPED
+            and _is_kept(worker)
+            and not self._registry.busy(worker.id)
+        ):
+            self._registry.stopped(worker.id, now)
+        elif (worker.state in USABLE and halted) or (worker.state in LIVING and instance.state in DEAD):
+            self._registry.drain(worker.id, _why_it_ends(worker, instance), now)
 
     def _matched(self, cloud: Cloud, instance: Instance) -> Worker | None:
         """The entry for a machine that the books do not know by its id: its order's, or a new one."""
@@ -262,7 +283,10 @@ class ReconcileLoop:
         now, name = self._context.now(), identity.pool or "default"
         self._context.home[instance.id] = cloud
         pool = self._context.pool(name)
-        age_seconds = _age_seconds(cloud, instance, now)
+        held, ends = instance.id in self._context.stored_leases, instance.id in self._context.ended
+        perhaps_stopped = instance.state in HALTED and pool.warm_stopped > 0 and not ends
+        kept = perhaps_stopped and not held
+        age_seconds = 0.0 if kept else _age_seconds(cloud, instance, now)
         idle = self._known_to_be_idle(instance)
         worker = self._registry.adopt(
             instance,
@@ -272,9 +296,13 @@ class ReconcileLoop:
             order_id=identity.order or None,
             born_at=now - age_seconds if idle else born_at(pool, age_seconds, now),
             price=self._context.price(name, instance),
+            kept=kept,
+            started_at=now if perhaps_stopped and held else None,  # it runs, and this listing is stale
         )
-        if instance.id in self._context.ended:  # this listing is stale, or Terminate was lost
+        if ends:  # this listing is stale, or Terminate was lost
             return self._end_again(worker)
+        if kept:  # it has no clients
+            return worker
         self._restore_leases(worker)
         self._count_forgotten_clients(worker, known=identity.order in self._context.known_orders)
         return self._orders.end_surplus(worker)
@@ -369,9 +397,9 @@ class ReconcileLoop:
     def _expect(self, cloud: Cloud) -> None:
         """Machines that were there before the start and that the listing does not show (yet).
 
-        Those launched a short while ago, or last seen running, are entered all the same, otherwise somebody
-        who waits would be given a second one; so are those that somebody holds, otherwise their PING would
-        be answered with an error.
+        Those launched a short while ago, or last seen running or kept stopped, are entered all the same,
+        otherwise somebody who waits would be given a second one; so are those that somebody holds, otherwise
+        their PING would be answered with an error.
         """
         for launched in list(self._context.expected.values()):
             order = launched.order
@@ -390,14 +418,16 @@ class ReconcileLoop:
         if self._registry.by_instance(instance_id) is not None:
             return
         order, offering, held = launched.order, launched.order.offerings[0], self._context.stored_leases
+        kept = self._context.pool(order.pool).warm_stopped > 0 and self._ledger.has_ended(instance_id)
+        kept = kept and instance_id not in held  # it was stopped, or nobody has seen that it is gone
         old = now - launched.placed_at > EXPECTED_SECONDS and not self._ledger.runs_on(instance_id)
         listed = instance_id in cloud.instance_ids  # and not taken in: so it has ended
-        if listed or (old and instance_id not in held):
+        if listed or (old and not kept and instance_id not in held):
             self._context.store.soon(self._context.store.machine_gone(instance_id))
             return
         unseen = Instance(
             instance_id,
-            InstanceState.PENDING,
+            InstanceState.STOPPED if kept else InstanceState.PENDING,
             next((lease.address for lease in held.get(instance_id, ())), None) or None,
             instance_type=offering.instance_type,
             region=offering.region,
@@ -412,6 +442,7 @@ class ReconcileLoop:
         self, cloud: Cloud, unseen: Instance, pool: str, order: Order | None, born_at: float | None = None
     ) -> None:
         self._context.home[unseen.id] = cloud
+        kept = unseen.state is InstanceState.STOPPED
         if unseen.address and self._registry.by_address(unseen.address) is not None:
             unseen = replace(unseen, address=None)  # the listing has shown whose it is now
         if order is not None and self._orders.get(order.id) is not None:  # others of its machines are awaited
@@ -420,11 +451,11 @@ class ReconcileLoop:
             port, price = self._context.pool(pool).worker_port, self._context.price(pool, unseen)
             now, order_id = self._context.now(), None if order is None else order.id
             worker = self._registry.adopt(
-                unseen, pool, port, now, order_id=order_id, born_at=born_at, price=price
+                unseen, pool, port, now, order_id=order_id, born_at=born_at, price=price, kept=kept
             )
         if unseen.id in self._context.ended:
             self._end_again(worker)
-        else:
+        elif not kept:
             self._restore_leases(worker)
             self._count_forgotten_clients(worker, known=True)
 
@@ -439,7 +470,7 @@ class ReconcileLoop:
 
     def _changing(self) -> list[Worker]:
         booting = [w for w in self._registry.in_state(WorkerState.BOOTING) if not (w.address and w.running)]
-        return booting + self._registry.in_state(WorkerState.TERMINATING)
+        return booting + self._registry.in_state(WorkerState.STOPPING, WorkerState.TERMINATING)
 
     async def _watch(self) -> None:
         workers = self._changing()
@@ -477,6 +508,12 @@ async def _each(looks: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
     """All at the same time. Most brokers have one cloud, and one needs no task of its own."""
     first, *others = looks
     return list(await asyncio.gather(first, *others)) if others else [await first]
+
+
+def _is_kept(worker: Worker) -> bool:
+    """Whether a worker whose machine is stopped is kept so: it was to stop, or a Start came to nothing."""
+    started = worker.state is WorkerState.BOOTING and worker.started_at is not None
+    return started or worker.state is WorkerState.STOPPING
 
 
 def _why_it_ends(worker: Worker, instance: Instance) -> Reason:

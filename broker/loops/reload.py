@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from broker.clouds import Cloud
 from broker.context import Context
 from broker.core.errors import BrokerError, CloudUnreachable, LimitReached, SettingsError, StoreError
-from broker.core.life import USABLE
+from broker.core.life import LIVING, USABLE
 from broker.core.model import Event, LeaseEnded, Worker, WorkerChanged, WorkerState
 from broker.core.policy import POOL_REMOVED
 from broker.core.settings import BrokerSettings, PoolSettings, Settings
@@ -239,7 +239,7 @@ class ReloadLoop:
     def _apply_to_workers(self, reloaded: Reloaded) -> None:
         """Deadlines are looked at by the new settings now, not when the old ones would have come."""
         now = self._context.now()
-        for worker in self._registry.in_state(*USABLE):
+        for worker in self._registry.in_state(*LIVING):
             if worker.pool in reloaded.changed:
                 self._registry.look_again(worker.id, now)
         for name in reloaded.changed:

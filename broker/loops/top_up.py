@@ -11,6 +11,7 @@ from broker.core import schedule
 from broker.core.model import Event, WorkerChanged, WorkerState
 from broker.core.policy import Reason
 from broker.core.settings import PoolSettings
+from broker.core.stock import stock_shortage
 from broker.core.warm import LOOK_SECONDS, PAUSE_SECONDS_MAX, warm_shortage
 from broker.orders import YIELDED
 
@@ -26,7 +27,7 @@ class TopUp:
         self.closed = False  # the broker is going down: who comes next tops up
 
     def shortage(self, name: str) -> int:
-        """How many ready workers are missing: 0 while the last failures make us wait."""
+        """How many workers are missing, ready or stopped: 0 while the last failures make us wait."""
         context = self._context
         pool, now = context.pool(name), context.now()
         if self.closed or not pool.keeps_warm:
@@ -34,7 +35,10 @@ class TopUp:
         warmth = context.warmth(name)
         if now < warmth.not_before_at:
             return 0
-        return warm_shortage(context.registry, name, pool, warmth.target, now)
+        ready = warm_shortage(context.registry, name, pool, warmth.target, now)
+        if now < warmth.stock_not_before_at:
+            return ready
+        return ready + stock_shortage(context.registry, name, pool, warmth.target, now)
 
     def ordered(self, order_id: str) -> None:
         """This order is for workers that nobody waits for."""

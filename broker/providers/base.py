@@ -16,6 +16,10 @@ not retry launches: whether a failed launch may have happened is the caller's mo
 | listing     | yes                             | PermanentRefusal. Returns a *complete* listing or raises  |
 | describe    | yes                             | PermanentRefusal. Leaves unknown ids out: no proof        |
 | terminate   | yes, unknown ids are fine       | PermanentRefusal                                          |
+| stop        | yes, but a late one stops what  | PermanentRefusal, InstanceNotFound                        |
+|             | was started meanwhile           |                                                           |
+| start       | yes                             | OfferingRefused, QuotaReached, PermanentRefusal,          |
+|             |                                 | InstanceNotFound                                          |
 | tag         | yes                             | PermanentRefusal, InstanceNotFound                        |
 | tag_all     | yes, unknown ids are fine       | PermanentRefusal                                          |
 | spot_prices | yes                             | PermanentRefusal                                          |
@@ -143,6 +147,13 @@ class Provider(Protocol):
 
     async def terminate(self, instance_ids: Iterable[str]) -> None:
         """Ask the cloud to end these machines. Returning means asked, not done."""
+
+    async def stop(self, instance_id: str) -> None:
+        """Ask the cloud to stop a machine, once: an attempt without an answer may still arrive minutes later.
+        Returning means asked, not done."""
+
+    async def start(self, instance_id: str) -> None:
+        """Ask the cloud to start a machine that is stopped. It comes up with another public address."""
 
     async def tag(self, instance_id: str, tags: Mapping[str, str]) -> None:
         """Write tags onto one machine."""

@@ -247,6 +247,12 @@ class Ec2Provider:
         if refusals:
             raise refusals[0]
 
+    async def stop(self, instance_id: str) -> None:
+        await self._api.call("StopInstances", InstanceIds=[instance_id])
+
+    async def start(self, instance_id: str) -> None:
+        await self._api.call("StartInstances", InstanceIds=[instance_id])
+
     async def tag(self, instance_id: str, tags: Mapping[str, str]) -> None:
         await self._api.call("CreateTags", Resources=[instance_id], Tags=tag_list(tags))
 

@@ -1,9 +1,9 @@
 """The way to EC2: the SDK's session and its clients, and one door for every call.
 
-Two clients. Launches get one attempt, because only the broker knows what a lost answer means; all other
-calls are repeatable and get two. Each has its own bound on calls in flight, so that launches that hang never
-keep a Terminate waiting; and each sort of call leaves at a pace of its own (ec2_pace). The SDK stays behind
-this door: out come EC2's answers or our errors.
+Two clients. What must not be repeated unasked, launches and Stop, gets one attempt, because only the broker
+knows what a lost answer means; all other calls are repeatable and get two. Each has its own bound on calls in
+flight, so that launches that hang never keep a Terminate waiting; and each sort of call leaves at a pace of
+its own (ec2_pace). The SDK stays behind this door: out come EC2's answers or our errors.
 """
 
 from __future__ import annotations
@@ -63,6 +63,8 @@ METHODS = {
     "DescribeSubnets": "describe_subnets",
     "DescribeVpcs": "describe_vpcs",
     "RunInstances": "run_instances",
+    "StartInstances": "start_instances",
+    "StopInstances": "stop_instances",
     "TerminateInstances": "terminate_instances",
 }  # every API the broker calls: the labels of the metric, and what the IAM policy must allow
 
@@ -92,6 +94,8 @@ class Ec2Client(Protocol):
     async def describe_subnets(self, **parameters: Any) -> Answer: ...
     async def describe_vpcs(self, **parameters: Any) -> Answer: ...
     async def run_instances(self, **parameters: Any) -> Answer: ...
+    async def start_instances(self, **parameters: Any) -> Answer: ...
+    async def stop_instances(self, **parameters: Any) -> Answer: ...
     async def terminate_instances(self, **parameters: Any) -> Answer: ...
 
 
@@ -215,7 +219,7 @@ class Ec2Api:
 
     async def call(self, api: str, **parameters: Any) -> Answer:
         """EC2's answer. Raises the CloudError that base.Provider names for the call."""
-        launches = api in LAUNCHES
+        launches = api in LAUNCHES or api == "StopInstances"
         client = self._launcher if launches else self._reader
         if client is None:
             raise CloudUnreachable("EC2 has not been reached since the start")

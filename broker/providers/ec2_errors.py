@@ -222,13 +222,13 @@ FOREIGN_IMAGE = "Not authorized for images"
 LAUNCHES = frozenset({"RunInstances", "CreateFleet"})
 # What a call cannot mean: an error that only makes sense for other calls is a refusal like any other.
 ONLY_FROM: dict[type[CloudError], frozenset[str]] = {
-    OfferingRefused: LAUNCHES,
-    QuotaReached: LAUNCHES,
+    OfferingRefused: LAUNCHES | {"StartInstances"},
+    QuotaReached: LAUNCHES | {"StartInstances"},
     OrderMismatch: LAUNCHES,
     OrderSpent: LAUNCHES,
     TemplateExists: frozenset({"CreateLaunchTemplate"}),
     TemplateMissing: frozenset({"CreateFleet"}),
-    InstanceNotFound: frozenset({"CreateTags", "TerminateInstances"}),
+    InstanceNotFound: frozenset({"CreateTags", "StartInstances", "StopInstances", "TerminateInstances"}),
 }
 
 SILENCES: tuple[tuple[type[Exception], str], ...] = (

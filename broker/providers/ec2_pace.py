@@ -21,6 +21,8 @@ WAIT_SECONDS_MAX = 30.0  # who would wait longer hears so at once, and may come 
 LIMITS = {
     "launches": Limit(tokens_max=5, tokens_per_second=2),
     "TerminateInstances": Limit(tokens_max=100, tokens_per_second=5),
+    "StartInstances": Limit(tokens_max=5, tokens_per_second=2),
+    "StopInstances": Limit(tokens_max=5, tokens_per_second=2),
     "CreateTags": Limit(tokens_max=100, tokens_per_second=10),
     "describes": Limit(tokens_max=100, tokens_per_second=20),
     "others": Limit(tokens_max=50, tokens_per_second=5),

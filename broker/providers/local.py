@@ -24,6 +24,7 @@ from broker.core.errors import (
     CloudError,
     CloudUnreachable,
     InstanceNotFound,
+    PermanentRefusal,
     SettingsError,
 )
 from broker.core.model import Bought, Instance, InstanceState, Market, Offering, Order
@@ -139,6 +140,12 @@ class LocalProvider:
 
     async def terminate(self, instance_ids: Iterable[str]) -> None:
         self._finish(await self._call("terminate", self._machines.terminate, tuple(instance_ids)))
+
+    async def stop(self, instance_id: str) -> None:
+        raise PermanentRefusal("a local worker cannot be stopped and started again")
+
+    async def start(self, instance_id: str) -> None:
+        raise PermanentRefusal("a local worker cannot be stopped and started again")
 
     async def tag(self, instance_id: str, tags: Mapping[str, str]) -> None:
         await self._call("tag", self._machines.tag, instance_id, tags)

@@ -16,7 +16,7 @@ Answer = dict[str, Any]
 Parameters = Mapping[str, Any]
 
 LAUNCHES = ("RunInstances", "CreateFleet")
-CHANGES = ("TerminateInstances", "CreateTags")
+CHANGES = ("TerminateInstances", "StopInstances", "StartInstances", "CreateTags")
 TAGS_MAX = 50
 TAG_KEY_CHARS_MAX, TAG_VALUE_CHARS_MAX = 128, 256
 

@@ -1,4 +1,4 @@
-"""TerminateInstances and CreateTags of the simulated EC2, and who asked for them.
+"""Terminate-, Stop-, StartInstances and CreateTags of the simulated EC2, and who asked for them.
 
 Whoever asks for a change of a machine that is not theirs is written down, whatever becomes of the call:
 that is the one thing a broker must never do.
@@ -15,7 +15,8 @@ from broker.providers import sim_shapes
 from broker.providers.sim_calls import CHANGES, Answer, Call, refuse_too_many, tags_of
 from broker.providers.sim_listing import not_found, refuse_malformed
 from broker.providers.sim_machine import Machine
-from broker.providers.sim_sky import Refused
+from broker.providers.sim_market import NO_CAPACITY, REFUSALS, Wish
+from broker.providers.sim_sky import Refused, Spells
 from broker.providers.sim_weather import Fault
 from broker.providers.sim_world import USER_INITIATED, World
 
@@ -33,7 +34,8 @@ class Violation:
 class Changer:
     """See the module. `adoptable_names`: Name tags by which a machine without a broker may be claimed."""
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: World, spells: Spells) -> None:
+        self._spells = spells
         self.violations: list[Violation] = []
         self.adoptable_names: tuple[str, ...] = ()
         self._world, self._sky = world, world.sky
@@ -64,6 +66,39 @@ class Changer:
                 "instance attribute and try again.",
             )
         return {"TerminatingInstances": answers}
+
+    def stop_instances(self, call: Call) -> Answer:
+        """All of them or none. Raises Refused."""
+        machines = self._known(list(dict.fromkeys(call.instance_ids)))
+        for one in machines:
+            if one.spot:
+                raise Refused("UnsupportedOperation", f"You can't stop the Spot Instance '{one.id}'")
+            if one.state is InstanceState.PENDING or not one.alive:
+                raise _wrong_state(one, "stopped")
+        before = [one.state for one in machines]
+        for one in machines:
+            self._world.stop(one, call.caller)
+        return {"StoppingInstances": _changes(machines, before)}
+
+    def start_instances(self, call: Call) -> Answer:
+        """All of them or none; what is started needs room like what is bought. Raises Refused."""
+        machines = self._known(list(dict.fromkeys(call.instance_ids)))
+        for one in machines:
+            if one.state is InstanceState.STOPPING or not one.alive:
+                raise _wrong_state(one, "started")
+        before = [one.state for one in machines]
+        for one in machines:
+            if one.state is InstanceState.STOPPED:
+                self._sell_again(one)
+                self._world.start(one)
+        return {"StartingInstances": _changes(machines, before)}
+
+    def _sell_again(self, machine: Machine) -> None:
+        """Raises Refused."""
+        if self._spells.stands(Fault.LAUNCH_OUTAGE):
+            self._sky.met(Fault.LAUNCH_OUTAGE, "no capacity")
+            raise Refused(NO_CAPACITY, REFUSALS[NO_CAPACITY].message, REFUSALS[NO_CAPACITY].status)
+        self._world.market.sell(Wish(machine.instance_type, machine.spot, machine.zone, 1, 1))
 
     def create_tags(self, call: Call) -> Answer:
         """Raises Refused."""
@@ -110,3 +145,19 @@ class Changer:
 
     def _is_hidden(self, machine: Machine) -> bool:
         return machine.hidden_from_writes and self._sky.at < machine.visible_at
+
+
+def _wrong_state(machine: Machine, to_be: str) -> Refused:
+    words = f"The instance '{machine.id}' is not in a state from which it can be {to_be}."
+    return Refused("IncorrectInstanceState", words)
+
+
+def _changes(machines: Sequence[Machine], before: Sequence[InstanceState]) -> list[dict[str, object]]:
+    return [
+        {
+            "InstanceId": one.id,
+            "PreviousState": sim_shapes.state(state),
+            "CurrentState": sim_shapes.state(one.state),
+        }
+        for one, state in zip(machines, before, strict=True)
+    ]

@@ -63,6 +63,12 @@ class SimClient:
     async def run_instances(self, **parameters: Any) -> Answer:
         return await self._call("RunInstances", parameters)
 
+    async def start_instances(self, **parameters: Any) -> Answer:
+        return await self._call("StartInstances", parameters)
+
+    async def stop_instances(self, **parameters: Any) -> Answer:
+        return await self._call("StopInstances", parameters)
+
     async def terminate_instances(self, **parameters: Any) -> Answer:
         return await self._call("TerminateInstances", parameters)
 

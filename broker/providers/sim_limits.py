@@ -15,6 +15,8 @@ Limit = tuple[float, float]  # (tokens when full, tokens a second)
 CALLS: dict[str, Limit] = {
     "RunInstances": (5, 2),
     "CreateFleet": (5, 2),  # not in that list: taken to be like RunInstances
+    "StartInstances": (5, 2),  # (AWS: EC2 developer guide, "Request token bucket sizes and refill rates")
+    "StopInstances": (5, 2),  # not in that list: taken to be like StartInstances
     "TerminateInstances": (100, 5),
     "CreateTags": (100, 10),
 }

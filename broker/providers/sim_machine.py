@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from broker.core.model import InstanceState
@@ -28,6 +28,16 @@ class Step:
 
     at: float
     state: InstanceState
+
+
+@dataclass(frozen=True, slots=True)
+class Appearance:
+    """What Describe showed of an earlier run of a machine, up to `until_at`."""
+
+    until_at: float
+    launched_unix: float
+    public_address: str
+    address_shown_at: float
 
 
 @dataclass(slots=True, eq=False)
@@ -48,12 +58,15 @@ class Machine:
     launched_at: float
     launched_unix: float
     details: Mapping[str, Any]  # what of the launch call Describe shows again
+    public: bool  # whether it gets a public address, each time it starts
     ends_when_shut_down: bool  # from within; otherwise that only stops it
 
     steps: list[Step] = field(default_factory=list)
     state: InstanceState = InstanceState.PENDING
     running_at: float | None = None
     stopped_running_at: float | None = None
+    runs_before: list[tuple[float, float]] = field(default_factory=list)  # (running, not running any more)
+    looks_before: list[Appearance] = field(default_factory=list)
     ended_at: float | None = None  # shutting-down began: nothing brings it back
     terminated_at: float | None = None
     ended_by: str = ""  # a caller's name, "aws", "itself", "operator"
@@ -86,6 +99,24 @@ class Machine:
         if state is InstanceState.TERMINATED:
             self.terminated_at = at
         self.changed(at)
+
+    def begin_anew(self, at: float, launched_unix: float) -> None:
+        """It was stopped, and is started: it may come up at another address."""
+        self.looks_before.append(replace(self.appearance(at), until_at=at))
+        if self.running_at is not None and self.stopped_running_at is not None:
+            self.runs_before.append((self.running_at, self.stopped_running_at))
+        self.running_at = self.stopped_running_at = None
+        self.launched_unix, self.public_address = launched_unix, ""
+        self.address_shown_at = self.port_opens_at = math.inf
+        self.deaf = []
+        self.enter(InstanceState.PENDING, at)
+
+    def appearance(self, at: float) -> Appearance:
+        """What Describe shows of it at that moment."""
+        before = (one for one in self.looks_before if at < one.until_at)
+        return next(
+            before, Appearance(math.inf, self.launched_unix, self.public_address, self.address_shown_at)
+        )
 
     def changed(self, at: float) -> None:
         self.changed_at, self.shape = at, None
@@ -123,14 +154,21 @@ class Machine:
             return False
         return not any(since <= at < until for since, until in self.deaf)
 
-    def running_seconds(self, now: float) -> float:
+    def runs_until(self, now: float) -> list[tuple[float, float]]:
+        """From when to when it has been running, each time."""
         if self.running_at is None:
-            return 0.0
-        return (now if self.stopped_running_at is None else self.stopped_running_at) - self.running_at
+            return self.runs_before
+        until_at = now if self.stopped_running_at is None else self.stopped_running_at
+        return [*self.runs_before, (self.running_at, until_at)]
+
+    def running_seconds(self, now: float) -> float:
+        return sum(until_at - since_at for since_at, until_at in self.runs_until(now))
 
     def billed_seconds(self, now: float) -> float:
-        """Per second in `running`, at least a minute; nothing for a machine that never ran."""
-        return 0.0 if self.running_at is None else max(BILLED_SECONDS_MIN, self.running_seconds(now))
+        """Per second in `running`, at least a minute each time; nothing for a machine that never ran."""
+        return sum(
+            max(BILLED_SECONDS_MIN, until_at - since_at) for since_at, until_at in self.runs_until(now)
+        )
 
     def charged_seconds(self, now: float) -> float:
         """Billed, unless EC2 itself took it back within its first hour."""

@@ -34,7 +34,7 @@ class Server:
 
     def __init__(self, world: World, spells: Spells) -> None:
         self.calls: Counter[str] = Counter()
-        self.lister, self.changer = Lister(world), Changer(world)
+        self.lister, self.changer = Lister(world), Changer(world, spells)
         self._world, self._sky, self._spells = world, world.sky, spells
         self._limits = Limits()
         launcher = Launcher(world, spells)
@@ -50,6 +50,8 @@ class Server:
             "DescribeSubnets": lambda call: describe_subnets(call, world.market.zones),
             "DescribeVpcs": describe_vpcs,
             "RunInstances": launcher.run_instances,
+            "StartInstances": self.changer.start_instances,
+            "StopInstances": self.changer.stop_instances,
             "TerminateInstances": self.changer.terminate_instances,
         }
 

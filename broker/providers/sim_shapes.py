@@ -13,7 +13,7 @@ from functools import lru_cache
 from typing import Any
 
 from broker.core.model import InstanceState
-from broker.providers.sim_machine import Machine
+from broker.providers.sim_machine import Appearance, Machine
 from broker.providers.sim_sky import Refused
 
 Shape = dict[str, Any]
@@ -65,12 +65,13 @@ def address_of(name: str) -> str:
 
 
 def _instance(machine: Machine, current: InstanceState, tags: Mapping[str, str], at: float) -> Shape:
+    look = machine.appearance(at)
     shape: Shape = {
         "InstanceId": machine.id,
         "ImageId": machine.image,
         "InstanceType": machine.instance_type,
         "State": state(current),
-        "LaunchTime": datetime.fromtimestamp(int(machine.launched_unix), UTC),  # EC2 gives whole seconds
+        "LaunchTime": datetime.fromtimestamp(int(look.launched_unix), UTC),  # EC2 gives whole seconds
         "Placement": {"AvailabilityZone": machine.zone, "GroupName": "", "Tenancy": "default"},
         "CpuOptions": _cpu_options(machine.vcpus),
         "ClientToken": machine.token,
@@ -89,7 +90,7 @@ def _instance(machine: Machine, current: InstanceState, tags: Mapping[str, str],
     elif machine.reason_code and current is not InstanceState.RUNNING:
         shape["StateReason"] = {"Code": machine.reason_code, "Message": machine.reason}
         shape["StateTransitionReason"] = machine.transition_reason
-    return shape | _addresses(machine, current, at)
+    return shape | _addresses(machine, look, current, at)
 
 
 def _cpu_options(vcpus: int) -> Shape:
@@ -97,7 +98,7 @@ def _cpu_options(vcpus: int) -> Shape:
     return {"CoreCount": vcpus // threads, "ThreadsPerCore": threads}
 
 
-def _addresses(machine: Machine, current: InstanceState, at: float) -> Shape:
+def _addresses(machine: Machine, look: Appearance, current: InstanceState, at: float) -> Shape:
     """A terminated machine has no address left; one that shuts down still shows those it had."""
     if current is InstanceState.TERMINATED:
         return {}
@@ -107,8 +108,8 @@ def _addresses(machine: Machine, current: InstanceState, at: float) -> Shape:
         "PrivateDnsName": f"ip-{private.replace('.', '-')}.ec2.internal",
     }
     stopped = current in (InstanceState.STOPPING, InstanceState.STOPPED)
-    if machine.public_address and machine.address_shown_at <= at and not stopped:
-        public = machine.public_address
+    if look.public_address and look.address_shown_at <= at and not stopped:
+        public = look.public_address
         found |= {"PublicIpAddress": public, "PublicDnsName": dns_name(public)}
     return found
 

@@ -47,6 +47,7 @@ class Fault(StrEnum):
     BOUGHT_ON_DEMAND = "spot became on-demand"
     BOOT_FAILED = "boot failed"
     STUCK_PENDING = "stuck pending"
+    STUCK_STOPPING = "stuck stopping"
     STUCK_SHUTTING_DOWN = "stuck shutting-down"
     TERMINATE_IGNORED = "terminate ignored"
     ADDRESS_LATE = "address late"
@@ -157,6 +158,7 @@ class Weather:
     address_reused: float = 0.0
     address_rest_seconds: float = 0.0  # between two owners, at least
     port_seconds: Range = (10.0, 40.0)  # from `running` until the worker port accepts
+    port_again_seconds: Range = (5.0, 20.0)  # the same for a machine that was stopped: its first boot is over
     port_late: float = 0.0
     port_late_seconds: Range = (60.0, 900.0)
     port_never: float = 0.0
@@ -169,6 +171,8 @@ class Weather:
     connection_lost: float = 0.0
     shutdowns_per_hour: float = 0.0  # of each running machine, from within
     stopping_seconds: Range = (5.0, 30.0)
+    stuck_stopping: float = 0.0
+    stuck_stopping_seconds: Range = (300.0, 3600.0)
     shutting_down_seconds: Range = (5.0, 40.0)
     stuck_shutting_down: float = 0.0
     stuck_shutting_down_seconds: Range = (900.0, 14_400.0)

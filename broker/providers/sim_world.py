@@ -90,25 +90,34 @@ class World:
             launched_at=at,
             launched_unix=self.sky.unix(at),
             details=bought.details,
+            public=bought.public,
             ends_when_shut_down=bought.ends_when_shut_down,
         )
         machine.enter(InstanceState.PENDING, at)
         self.machines[machine.id] = self.listed[machine.id] = self.alive[machine.id] = machine
         self.sky.tell("launched", f"{machine.id} {bought.instance_type} {bought.zone} token={bought.token}")
-        self._give_addresses(machine, bought.public)
+        self._give_addresses(machine)
         self._plan_visibility(machine)
         self._plan_boot(machine)
         return machine
 
-    def _give_addresses(self, machine: Machine, public: bool) -> None:
+    def start(self, machine: Machine) -> None:
+        """A machine that is stopped comes up again."""
+        machine.begin_anew(self.sky.at, self.sky.unix(self.sky.at))
+        self.sky.tell("started", machine.id)
+        self._give_addresses(machine)
+        self._plan_boot(machine)
+
+    def _give_addresses(self, machine: Machine) -> None:
         sky, weather = self.sky, self.sky.weather
         reuse = sky.fates.chance(weather.address_reused)
         rest_seconds = weather.address_rest_seconds
-        machine.private_address, _ = self.private.give(
-            machine, sky.at, reuse=reuse, rest_seconds=rest_seconds
-        )
+        if not machine.private_address:  # it is kept while the machine is stopped
+            machine.private_address, _ = self.private.give(
+                machine, sky.at, reuse=reuse, rest_seconds=rest_seconds
+            )
         shown_seconds = sky.fates.within(weather.address_seconds)
-        if not public:
+        if not machine.public:
             return
         if sky.fates.chance(weather.address_never):
             sky.agenda.plan(sky.at + shown_seconds, self._fault_if_alive, machine, Fault.ADDRESS_NEVER)
@@ -174,7 +183,8 @@ class World:
 
     def _plan_port(self, machine: Machine) -> None:
         sky, weather = self.sky, self.sky.weather
-        seconds = sky.fates.within(weather.port_seconds)
+        again = len(machine.looks_before) > 0
+        seconds = sky.fates.within(weather.port_again_seconds if again else weather.port_seconds)
         if sky.fates.chance(weather.port_never):
             sky.agenda.plan(sky.at + seconds, self._fault_if_alive, machine, Fault.PORT_NEVER)
             return
@@ -230,20 +240,25 @@ class World:
         shown_seconds = self.sky.fates.within(self.sky.weather.terminated_shown_seconds)
         self.sky.agenda.plan(self.sky.at + shown_seconds, self._forget, machine)
 
-    def stop(self, machine: Machine) -> None:
-        """Somebody stops it, as an operator may: it keeps existing and is not billed."""
+    def stop(self, machine: Machine, by: str) -> None:
+        """Somebody stops it: it keeps existing and is not billed."""
         if not machine.runs:
             return
         self._explain(machine, *USER_INITIATED)
         machine.enter(InstanceState.STOPPING, self.sky.at)
-        self.sky.tell("stopping", machine.id)
+        self.sky.tell("stopping", f"{machine.id} by {by}")
         self._release(machine)
-        seconds = self.sky.fates.within(self.sky.weather.stopping_seconds)
-        self.sky.agenda.plan(self.sky.at + seconds, self._stopped, machine)
+        sky, weather = self.sky, self.sky.weather
+        seconds = sky.fates.within(weather.stopping_seconds)
+        if sky.fates.chance(weather.stuck_stopping):
+            sky.agenda.plan(sky.at + seconds, self._fault_if_stopping, machine)
+            seconds += sky.fates.within(weather.stuck_stopping_seconds)
+        sky.agenda.plan(sky.at + seconds, self._stopped, machine)
 
     def _stopped(self, machine: Machine) -> None:
         if machine.state is InstanceState.STOPPING:
             machine.enter(InstanceState.STOPPED, self.sky.at)
+            self.sky.tell("stopped", machine.id)
 
     def _release(self, machine: Machine) -> None:
         self.public.take_back(machine.public_address, machine, self.sky.at)
@@ -261,7 +276,7 @@ class World:
         if machine.ends_when_shut_down or machine.spot:
             self.end(machine, "itself", code, f"{code}: Instance initiated shutdown")
         else:
-            self.stop(machine)
+            self.stop(machine, "itself")
 
     def _forget(self, machine: Machine) -> None:
         self.listed.pop(machine.id, None)
@@ -300,6 +315,10 @@ class World:
         if machine.state is InstanceState.PENDING:
             self.sky.met(Fault.STUCK_PENDING, machine.id)
 
+    def _fault_if_stopping(self, machine: Machine) -> None:
+        if machine.state is InstanceState.STOPPING:
+            self.sky.met(Fault.STUCK_STOPPING, machine.id)
+
     def _fault_if_shutting_down(self, machine: Machine) -> None:
         if machine.state is InstanceState.SHUTTING_DOWN:
             self.sky.met(Fault.STUCK_SHUTTING_DOWN, machine.id)
@@ -311,6 +330,8 @@ class World:
             machine.visible_at = machine.steady_at = min(machine.visible_at, at)
             if machine.state is InstanceState.PENDING:
                 self.sky.agenda.plan(at + weather.pending_seconds[1], self.run, machine)
+            elif machine.state is InstanceState.STOPPING:
+                self.sky.agenda.plan(at + weather.stopping_seconds[1], self._stopped, machine)
             elif machine.state is InstanceState.SHUTTING_DOWN:
                 self.sky.agenda.plan(at + weather.shutting_down_seconds[1], self.terminated, machine)
             if machine.public_address and machine.address_shown_at > at:

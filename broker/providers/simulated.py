@@ -20,6 +20,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from math import inf
 
+from broker.core.model import InstanceState
 from broker.providers.ec2_api import ClientFactory, Ec2Client, Manners
 from broker.providers.sim_change import Violation
 from broker.providers.sim_client import SimClient
@@ -276,7 +277,13 @@ class SimEC2:
 
     def stop_by_operator(self, instance_id: str) -> None:
         """Somebody stops it there."""
-        self._world.stop(self.machine(instance_id))
+        self._world.stop(self.machine(instance_id), "operator")
+
+    def start_by_operator(self, instance_id: str) -> None:
+        """Somebody starts a machine that is stopped."""
+        machine = self.machine(instance_id)
+        assert machine.state is InstanceState.STOPPED, f"{instance_id} is {machine.state}"
+        self._world.start(machine)
 
     def shut_down(self, instance_id: str) -> None:
         """The machine shuts itself down from within."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from broker.core import tags
 from broker.core.errors import SettingsError, StoreError
-from broker.core.model import WorkerState
+from broker.core.model import InstanceState, WorkerState
 from broker.core.tags import protects
 from broker.providers.ec2_api import LAUNCHING
 from broker.providers.ec2_wire import tag_list
@@ -208,6 +208,12 @@ class Accidents:
                 if running:
                     world.witness.saw("terminated outside")
                     world.sky.end_by_operator(running[0].id)
+            case "start outside":
+                stopped = [one for one in world.ours() if one.state is InstanceState.STOPPED]
+                if stopped:
+                    world.witness.saw("started outside")
+                    world.referee.started_outside(stopped[0])
+                    world.sky.start_by_operator(stopped[0].id)
             case "second broker":
                 self._start_second()
             case "unclassified":

@@ -16,7 +16,7 @@ from typing import Any
 from broker.core.errors import SettingsError
 from broker.core.settings import PoolSettings, Settings, parse
 from broker.providers.sim_weather import CLEAR, STORM, Weather, swarm
-from broker.simulation.drawing_markets import buying_in_every_way, queueing, wishing
+from broker.simulation.drawing_markets import buying_in_every_way, keeping_stopped, queueing, wishing
 from broker.simulation.history import (
     BROKER_ID,
     HOUR_SECONDS,
@@ -55,6 +55,7 @@ RELOAD_PROBABILITY = 0.2
 WARM_PROBABILITY = 0.2
 BUYING_PROBABILITY = 0.25
 WISHING_PROBABILITY = 0.2
+STOCK_PROBABILITY = 0.15
 WARM_BEFORE_SHIFT_HOURS = (1.0, 20.0)  # such a history begins so long before its zone's clocks are set
 # Where clocks are set, and when: north and south, to and fro, and by half an hour.
 SHIFTS = (
@@ -96,6 +97,8 @@ def draw(seed: int, hours: float) -> History:
     history = buying_in_every_way(buying, history) if buying.random() < BUYING_PROBABILITY else history
     wishes = random.Random(f"wish {seed}")  # noqa: S311
     history = wishing(wishes, history, TYPES) if wishes.random() < WISHING_PROBABILITY else history
+    stock = random.Random(f"stock {seed}")  # noqa: S311
+    history = keeping_stopped(stock, history) if stock.random() < STOCK_PROBABILITY else history
     crowd = random.Random(f"crowd {seed}")  # noqa: S311
     return queueing(crowd, history) if crowd.random() < RARE else history
 
@@ -132,7 +135,8 @@ def on_stage(settings: Settings, pool: str = "default") -> Settings:
 def without_warm(settings: Settings) -> Settings:
     """The same, and no worker is kept that nobody asked for."""
     pools = {
-        name: pool.model_copy(update={"warm": 0, "warm_schedule": {}}) for name, pool in settings.pool.items()
+        name: pool.model_copy(update={"warm": 0, "warm_schedule": {}, "warm_stopped": 0})
+        for name, pool in settings.pool.items()
     }
     return settings.model_copy(update={"pool": pools})
 

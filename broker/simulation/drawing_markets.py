@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from broker.core.settings import PoolSettings
-from broker.simulation.history import Crowd, Entry, History, Idlers, Scarcity, Visit
+from broker.simulation.history import Crowd, Entry, History, Idlers, Operator, Scarcity, SecondHost, Visit
 
 ZONES = ("us-east-1a", "us-east-1b", "us-east-1c")
 SCARCE_SECONDS = (1800.0, 14_400.0)  # long enough for cool-downs to double, and for on-demand to be bought
@@ -62,6 +62,24 @@ def wishing(rng: random.Random, history: History, kinds: tuple[str, ...]) -> His
         for entry in history.entries
     )
     return _under(replace(history, entries=entries), {"instance_types": types})
+
+
+def keeping_stopped(rng: random.Random, history: History) -> History:
+    """On demand, and some workers are kept stopped; now and then somebody starts one by hand.
+
+    Not with a second host: where there is no machine yet, two brokers may both launch the first one.
+    """
+    entries = [entry for entry in history.entries if not isinstance(entry, SecondHost)]
+    came_at = [entry.at for entry in entries if isinstance(entry, Visit)] or [0.0]
+    entries += [
+        Operator(rng.choice(came_at) + rng.uniform(0.0, 7200.0), "start outside")
+        for _ in range(rng.choice([0, 0, 1, 3]))
+    ]
+    weather = history.weather
+    if rng.random() < 0.5:
+        weather = replace(weather, stuck_stopping=0.1)
+    history = replace(history, weather=weather, entries=tuple(sorted(entries, key=lambda entry: entry.at)))
+    return _under(history, {"market": "on-demand", "warm_stopped": rng.choice([1, 1, 2, 3])})
 
 
 def _under(history: History, changes: dict[str, Any]) -> History:

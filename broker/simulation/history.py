@@ -105,6 +105,7 @@ class Operator:
         "LIST_ALL",
         "TERMINATE_ALL",
         "terminate outside",
+        "start outside",
         "second broker",
         "unclassified",
         "by hand",

@@ -8,10 +8,12 @@ promise, the facts.
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from math import inf
 
 from broker.core.ledger import Run
+from broker.core.model import InstanceState
 from broker.core.settings import PoolSettings
 from broker.providers.sim_machine import Machine
 from broker.simulation.rules import Rules
@@ -79,6 +81,7 @@ class Referee:
         self._orders: dict[str, int] = {}  # token → for how many machines
         self.given_more_for: set[str] = set()  # tokens for which the cloud gave one more than was asked
         self._placed_at: dict[str, float] = {}
+        self._started_outside: dict[str, int] = {}  # machine → its how-manieth start that was
         self._forgiven: frozenset[str] = frozenset()  # tokens that a damaged store has made the broker forget
         self._tagged: dict[str, None] = {}  # machines that a person protects
         self._protected: dict[str, float] = {}  # of these, when the broker knew it
@@ -220,17 +223,21 @@ class Referee:
 
     # --- money -----------------------------------------------------------------------------------------
 
-    def billed(self, at: float, at_unix: float, machine: Machine, run: Run) -> None:
+    def billed(self, at: float, at_unix: float, machine: Machine, runs: Sequence[Run]) -> None:
         """What the broker says a machine cost contains what the cloud bills and charges for it.
 
-        A bracket, because EC2 does not tell when a machine began to run.
+        A bracket, because EC2 does not tell when a machine began to run. A run that began and ended while
+        nobody looked, or could look, is one that the broker cannot know.
         """
-        for word, bracket, truth in (
-            ("billed", run.billed_seconds(at_unix), machine.billed_seconds(at)),
-            ("charged", run.charged_seconds(at_unix), machine.charged_seconds(at)),
+        unseen = len(runs) < len(machine.runs_until(at))
+        for word, brackets, truth in (
+            ("billed", [run.billed_seconds(at_unix) for run in runs], machine.billed_seconds(at)),
+            ("charged", [run.charged_seconds(at_unix) for run in runs], machine.charged_seconds(at)),
         ):
-            if not bracket.low - CLOCK_SLACK_SECONDS <= truth <= bracket.high + CLOCK_SLACK_SECONDS:
-                facts = f"{machine.id} is {word} {truth:.1f} s, the broker says {bracket}"
+            low, high = sum(one.low for one in brackets), sum(one.high for one in brackets)
+            slack_seconds = CLOCK_SLACK_SECONDS * len(runs)
+            if not low - slack_seconds <= truth <= (inf if unseen else high + slack_seconds):
+                facts = f"{machine.id} is {word} {truth:.1f} s, the broker says {low:.1f} to {high:.1f} s"
                 self.broken(at, "the broker's bill holds the cloud's", facts)
 
     # --- what happens to machines --------------------------------------------------------------------
@@ -273,6 +280,15 @@ class Referee:
     def uses_lost(self) -> None:
         """The disk has lost or not taken how often each worker was given to somebody."""
         self._uses_known = False
+
+    def stopped(self, at: float, machine: Machine) -> None:
+        """The broker's Stop was carried out on a machine that was running."""
+        for hold in self._by_machine[machine.id]:
+            if hold.live_at(at) and not self.excused(machine, at):
+                facts = (
+                    f"{machine.id} was stopped; {hold.client} used it {at - hold.last_used_at:.1f} s before"
+                )
+                self.broken(at, "no busy worker is killed", facts)
 
     def terminated(self, at: float, machine: Machine) -> None:
         """The broker's Terminate was carried out on a machine that was running."""
@@ -339,10 +355,16 @@ class Referee:
         self._forgiven = frozenset(self._orders)
         self._orders_at.clear()
 
+    def started_outside(self, machine: Machine) -> None:
+        """A person is about to start it: for that the broker does not answer."""
+        self._started_outside[machine.id] = len(machine.looks_before) + 1
+
     def counted(self, at: float, machines: list[Machine]) -> None:
-        """So many machines of ours exist after a launch. What the cloud gave beyond an order is not ours to
-        answer for, as long as it ends."""
-        ordered = [machine for machine in machines if not machine.token.startswith(STRAY)]
+        """So many machines of ours exist after a launch or a start. What the cloud gave beyond an order is
+        not ours to answer for, as long as it ends; what is stopped does not count."""
+        ordered = [one for one in machines if not one.token.startswith(STRAY)]
+        ordered = [one for one in ordered if one.state is not InstanceState.STOPPED]
+        ordered = [one for one in ordered if self._started_outside.get(one.id) != len(one.looks_before)]
         surplus = len({one.token for one in ordered} & self.given_more_for)
         placed_at = max((self._placed_at.get(machine.token, at) for machine in ordered), default=at)
         if len(ordered) - surplus > max(pool.max_workers for pool in self.rules.since(placed_at)):

@@ -79,5 +79,10 @@ SCENARIOS = tuple(
         (47, "a lease ends with its connection", "lease ended with its connection"),
         (48, "1,000 clients queue for ten workers, some die", "crowd in a queue", "gave up in a queue"),
         (49, "a client that wants one machine type only", "served with a type of its own"),
+        (50, "a worker is kept stopped, and started", "kept stopped", "started again"),
+        (51, "a Stop, or a Start, that fails", "stop failed", "start came to nothing"),
+        (52, "stopping for ever", "stuck stopping"),
+        (53, "a restart finds stopped machines", "found stopped"),
+        (54, "a person starts a stopped machine", "started outside"),
     )
 )

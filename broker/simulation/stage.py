@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 import tempfile
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from broker.core.claim import STALE_SECONDS
+from broker.core.ledger import Run, machine_of
 from broker.providers.sim_machine import Machine
 from broker.providers.simulated import BROKER
 from broker.simulation.accidents import Accidents
@@ -253,15 +254,20 @@ class Stage:
         world, daemon, seen = self._world, self._world.daemon(), self._world.witness.seen
         if daemon is None or seen["store torn"] or seen["write failed on a full disk"]:
             return  # what the disk has lost or did not take is history that is lost
-        runs = daemon.ledger.runs()
+        runs: dict[str, list[Run]] = defaultdict(list)
+        for run in daemon.ledger.runs().values():
+            runs[machine_of(run)].append(run)
         for machine in world.sky.truth():
-            run = runs.get(machine.id)
-            if run is None or machine.owner != BROKER:
+            known = runs[machine.id]
+            if not known or machine.owner != BROKER:
                 continue  # one that ended before any answer or listing told of it
-            world.referee.billed(world.now, world.true_unix() + 1.0, machine, run)
-            if run.price_assumed:
+            world.referee.billed(world.now, world.true_unix() + 1.0, machine, known)
+            if known[0].price_assumed:
                 world.witness.saw("price assumed")
-            if run.reclaimed and machine.charged_seconds(world.now) < machine.billed_seconds(world.now):
+            if len(known) > 1:
+                world.witness.saw("billed for several runs")
+            reclaimed = any(run.reclaimed for run in known)
+            if reclaimed and machine.charged_seconds(world.now) < machine.billed_seconds(world.now):
                 world.witness.saw("reclaimed within the first hour")
 
     def _note_set_clocks(self) -> None:
@@ -310,12 +316,10 @@ class Stage:
 
     def _idle_usd_micros(self, machine: Machine) -> float:
         """What it cost while it ran and nobody used it."""
-        if machine.running_at is None:
-            return 0.0
-        end_at = machine.stopped_running_at or self._world.now
-        idle_seconds, until_at = 0.0, machine.running_at
-        for since_at, last_at in sorted(self._world.referee.in_use(machine)):
-            idle_seconds += max(0.0, min(since_at, end_at) - until_at)
-            until_at = max(until_at, min(last_at, end_at))
-        idle_seconds += max(0.0, end_at - until_at)
+        idle_seconds = 0.0
+        for until_at, end_at in machine.runs_until(self._world.now):
+            for since_at, last_at in sorted(self._world.referee.in_use(machine)):
+                idle_seconds += max(0.0, min(since_at, end_at) - until_at)
+                until_at = max(until_at, min(last_at, end_at))
+            idle_seconds += max(0.0, end_at - until_at)
         return self._price(machine) * idle_seconds / HOUR_SECONDS

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-from broker.core.model import Event, LeaseEnded, WorkerChanged, WorkerState
+from broker.core.model import Event, LeaseEnded, Worker, WorkerChanged, WorkerState
 from broker.core.policy import Reason
 from broker.daemon import Daemon
 from broker.providers.sim_calls import LAUNCHES
@@ -33,6 +33,7 @@ PLAIN = {
     Fault.ADDRESS_NEVER: "running without an address",
     Fault.STUCK_PENDING: "stuck pending",
     Fault.STUCK_SHUTTING_DOWN: "stuck shutting-down",
+    Fault.STUCK_STOPPING: "stuck stopping",
     Fault.TERMINATE_IGNORED: "terminate ignored",
     Fault.STRANGER: "stranger",
     Fault.CREDENTIALS_EXPIRED: "credentials expired",
@@ -131,6 +132,7 @@ class Witness:
             self._failed = (event.at, worker.offering.instance_type)
         if worker.state is WorkerState.DRAINING and worker.reason == Reason.REPLACED:
             self.saw("went back to spot")
+        self._stock_changed(before, worker)
         if before is WorkerState.READY and worker.state is WorkerState.SUSPECT and self.asking:
             self.saw("port silent as somebody asks")
         daemon = self._daemon()
@@ -139,6 +141,21 @@ class Witness:
             if opened > self._opened:
                 self.saw("breaker opened")
             self._opened = opened
+
+    def _stock_changed(self, before: WorkerState | None, worker: Worker) -> None:
+        match before, worker.state:
+            case WorkerState.STOPPING, WorkerState.STOPPED:
+                self.saw("kept stopped")
+            case WorkerState.STOPPING, WorkerState.DRAINING if worker.reason == Reason.NOT_STOPPED:
+                self.saw("stop failed")
+            case None, WorkerState.STOPPED:
+                self.saw("found stopped")
+            case WorkerState.BOOTING, WorkerState.STOPPED:
+                self.saw("start came to nothing")
+            case WorkerState.BOOTING, WorkerState.READY if worker.started_at is not None:
+                self.saw("started again")
+            case _:
+                pass
 
     def killed(self, daemon: Daemon, alive: list[Machine]) -> None:
         """SIGKILL is about to hit this broker."""

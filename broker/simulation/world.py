@@ -20,6 +20,7 @@ from broker.core.model import (
 )
 from broker.core.planning import SEATS_MAX
 from broker.core.settings import PoolSettings
+from broker.core.stock import IN_STOCK
 from broker.core.tags import protects
 from broker.core.warm import expiring
 from broker.daemon import Daemon
@@ -209,11 +210,13 @@ class World:
             machine = self.sky.machine(details.partition(" ")[0])
             if machine.ended_by == BROKER:
                 self.referee.terminated(at, machine)
+        elif what == "stopping" and details.endswith(f" by {BROKER}"):
+            self.referee.stopped(at, self.sky.machine(details.partition(" ")[0]))
         elif what == f"fault: {Fault.FLEET_SURPLUS}":
             self.referee.given_more(details)
         elif what == f"fault: {Fault.RECLAIMED}":
             self._buying.reclaimed(at)
-        elif what == "launched":
+        elif what in ("launched", "started"):
             self.referee.counted(at, self.ours())
             self._buying.counted(at, self.ours(), self.referee.given_more_for)
             self.check_books()
@@ -312,6 +315,9 @@ class World:
         demand = self.asking.machines(min(r.seats or SEATS_MAX for r in rules), kind)
         moments_unix = [self.true_unix() + seconds for seconds in (-1.0, 0.0, 1.0)]  # HTTP dates are coarse
         target = max(schedule.target(r.warm_targets, unix) for r in rules for unix in moments_unix)
+        stock = [one for one in registry.in_state(*IN_STOCK, pool=pool) if not kind]
+        unheld += len(stock)
+        target += max(r.warm_stopped for r in rules)
         if not demand:
             self.witness.saw("spare launched")
         self.referee.ordered(self.now, unheld, demand, target)

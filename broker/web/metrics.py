@@ -21,8 +21,8 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 
 from broker.context import Context
-from broker.core.life import BOOKED
-from broker.core.model import Event, WorkerChanged, WorkerState
+from broker.core.life import BOOKED, LIVING
+from broker.core.model import Event, Worker, WorkerChanged, WorkerState
 from broker.core.money import USD_MICROS
 from broker.core.settings import Settings
 from broker.ledger import Ledger
@@ -102,6 +102,19 @@ class Metrics(Collector):
             buckets=LAUNCH_BUCKETS,
             registry=self.registry,
         )
+        self._starts = Counter(
+            "compute_broker_starts",
+            "Stopped workers that were started.",
+            ["pool"],
+            registry=self.registry,
+        )
+        self._start_seconds = Histogram(
+            "compute_broker_start_seconds",
+            "From the start of a stopped worker to one that answers.",
+            ["pool"],
+            buckets=LAUNCH_BUCKETS,
+            registry=self.registry,
+        )
         self._terminations = Counter(
             "compute_broker_terminations",
             "Workers drained, by reason.",
@@ -131,16 +144,25 @@ class Metrics(Collector):
                 self._launches.labels(worker.pool, "launched").inc()
             case WorkerState.ORDERED, WorkerState.GONE:
                 self._launches.labels(worker.pool, worker.reason).inc()
-            case WorkerState.BOOTING, WorkerState.READY if worker.id == worker.order_id:
-                self._launch_seconds.labels(worker.pool).observe(event.at - worker.born_at)
+            case WorkerState.BOOTING, WorkerState.READY:
+                self._came_up(worker, event.at - worker.boot_began_at)
+            case WorkerState.STOPPED, WorkerState.BOOTING:
+                self._starts.labels(worker.pool).inc()
             case _, WorkerState.DRAINING:
                 self._terminations.labels(worker.pool, worker.reason).inc()
             case _, WorkerState.GONE if worker.reason == YIELDED:
                 pass  # another broker looks after it
-            case WorkerState.BOOTING | WorkerState.READY | WorkerState.SUSPECT, WorkerState.GONE:
+            case state, WorkerState.GONE if state in LIVING:
                 self._terminations.labels(worker.pool, "lost").inc()
             case _:
                 pass
+
+    def _came_up(self, worker: Worker, took_seconds: float) -> None:
+        """One that was found after a restart may have been on its way for any time."""
+        if worker.started_at is not None:
+            self._start_seconds.labels(worker.pool).observe(took_seconds)
+        elif worker.id != worker.instance_id:
+            self._launch_seconds.labels(worker.pool).observe(took_seconds)
 
     def cloud_call(self, api: str, outcome: str) -> None:
         self._cloud_calls.labels(api, outcome).inc()

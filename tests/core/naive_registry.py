@@ -26,17 +26,27 @@ LIFE_ROWS = """
     from         on                                         to
     (nothing)    order is on disk                           ordered
     (nothing)    a machine with our tag has no entry        booting
+    (nothing)    a stopping machine with our tag has no entry  stopping
+    (nothing)    a stopped machine with our tag has no entry   stopped
     ordered      instance id known                          booting
     ordered      refused, or never launched                 gone
     booting      address known and readiness shown          ready
     booting      reap, release, boot failed                 draining
     booting      the cloud says terminated                  gone
+    booting      the cloud says stopped                     stopped
     ready        probe failed, or a notice                  suspect
+    ready        to be kept stopped                         stopping
     ready        reap, release, boot failed                 draining
     ready        the cloud says terminated                  gone
     suspect      address known and readiness shown          ready
     suspect      reap, release, boot failed                 draining
     suspect      the cloud says terminated                  gone
+    stopping     the cloud says stopped                     stopped
+    stopping     reap, release, boot failed                 draining
+    stopping     the cloud says terminated                  gone
+    stopped      Start follows, or the cloud says running   booting
+    stopped      reap, release, boot failed                 draining
+    stopped      the cloud says terminated                  gone
     draining     Terminate sent                             terminating
     draining     the cloud says terminated                  gone
     terminating  the cloud says terminated                  gone
@@ -79,6 +89,8 @@ class Entry:
     instance_id: str | None = None
     address: str | None = None
     running: bool = False
+    started_at: float | None = None
+    born_at: float = 0.0
     reason: str = ""
     notice: str = ""
     closed: str = ""
@@ -181,6 +193,8 @@ class NaiveRegistry:
         entry = self.entries[worker_id]
         if entry.instance_id != instance_id:
             raise IllegalStep
+        if entry.state == "stopped":
+            return
         address = address or entry.address
         if (address, running) == (entry.address, entry.running):
             return
@@ -223,6 +237,35 @@ class NaiveRegistry:
             entry.notice = reason
         if entry.state == "ready":
             self._step(entry, "probe failed, or a notice", reason, now)
+
+    def adopt_stopped(self, instance_id: str, pool: str, state: str, now: float) -> None:
+        if self.by_instance(instance_id):
+            raise IllegalStep
+        after = LIFE["(nothing)", f"a {state} machine with our tag has no entry"]
+        self._enter(Entry(instance_id, pool, after, now, now, now, instance_id), now)
+
+    def stop(self, worker_id: str, reason: str, now: float) -> None:
+        entry = self.entries[worker_id]
+        self._require(entry, "to be kept stopped")
+        if entry.holds:
+            raise IllegalStep
+        entry.proved_at = float("-inf")
+        self._step(entry, "to be kept stopped", reason, now)
+
+    def stopped(self, worker_id: str, now: float) -> None:
+        entry = self.entries[worker_id]
+        self._require(entry, "the cloud says stopped")
+        if entry.holds:
+            raise IllegalStep
+        entry.address, entry.running, entry.started_at = None, False, None
+        self._step(entry, "the cloud says stopped", entry.reason, now)
+
+    def start(self, worker_id: str, now: float) -> None:
+        entry = self.entries[worker_id]
+        self._require(entry, "Start follows, or the cloud says running")
+        entry.born_at += now - entry.since_at
+        entry.used_at = entry.started_at = now
+        self._step(entry, "Start follows, or the cloud says running", "", now)
 
     def take(self, worker_id: str, on: str, reason: str, now: float) -> None:
         """Any of the other steps."""
@@ -316,6 +359,7 @@ class NaiveRegistry:
         if entry.id in self.entries:
             raise IllegalStep
         self.entries[entry.id] = entry
+        entry.born_at = now
         self._claim(entry)
         self.told.append(("changed", entry.id, None, entry.state, "", now))
 

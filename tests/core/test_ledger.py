@@ -21,6 +21,7 @@ from broker.core.ledger import (
     day_began_unix,
     first_seen,
     missed,
+    runs_anew,
     seen,
     spent_usd_micros,
 )
@@ -32,6 +33,7 @@ LAUNCHED = 1_800_000_000.0  # 08:00 UTC
 MIDNIGHT = LAUNCHED + 16 * 3600
 PRICE = Price(3_600_000)  # a thousand micro-dollars a second
 PENDING, RUNNING, ENDED = InstanceState.PENDING, InstanceState.RUNNING, InstanceState.SHUTTING_DOWN
+STOPPED = InstanceState.STOPPED
 RECLAIM = "Server.SpotInstanceTermination: Spot instance termination"
 
 
@@ -89,9 +91,34 @@ def test_a_machine_that_was_stopped_before_it_was_terminated_is_not_billed_up_to
     assert run.billed_seconds(LAUNCHED + 9999.0).low == 60.0
 
 
-def test_a_machine_that_was_started_again_has_not_ended() -> None:
-    run = run_of((RUNNING, 10.0), (ENDED, 300.0), (RUNNING, 1000.0))
-    assert run.billed_seconds(LAUNCHED + 1100.0) == Bracket(60.0, 1100.0)
+def test_a_machine_that_runs_long_after_it_had_ended_was_started_again() -> None:
+    run = run_of((RUNNING, 10.0), (STOPPED, 300.0))
+    assert runs_anew(run, shown(RUNNING), look(1000.0))
+    assert runs_anew(run, shown(PENDING), look(361.0))
+    assert not runs_anew(run, shown(RUNNING), look(330.0)), "that may be how it was"
+    assert not runs_anew(run, shown(STOPPED), look(1000.0))
+    assert not runs_anew(run_of((RUNNING, 10.0)), shown(RUNNING), look(1000.0))
+
+
+def test_a_launch_after_its_end_shows_a_start_that_nobody_saw() -> None:
+    run = run_of((RUNNING, 10.0), (STOPPED, 300.0))
+    ended = replace(shown(ENDED), launched_unix=LAUNCHED + 400.0)
+    assert runs_anew(run, ended, look(900.0))
+    assert first_seen(ended, "default", PRICE, look(900.0)).billed_seconds(LAUNCHED + 950.0).high == 500.0
+
+
+def test_a_machine_that_may_have_been_stopped_is_not_surely_billed_up_to_its_named_end() -> None:
+    running = run_of((RUNNING, 10.0), (RUNNING, 300.0))
+    sure = seen(running, shown(ENDED, named=LAUNCHED + 900.0), look(930.0))
+    perhaps = seen(running, shown(ENDED, named=LAUNCHED + 900.0), look(930.0), may_stop=True)
+    assert sure.billed_seconds(LAUNCHED + 950.0).low == 890.0
+    assert perhaps.billed_seconds(LAUNCHED + 950.0).low == 300.0 - STALE_SECONDS_MAX - 10.0
+
+
+def test_the_end_of_a_stopped_machine_makes_its_bill_no_longer() -> None:
+    stopped = seen(run_of((RUNNING, 10.0)), shown(STOPPED, named=LAUNCHED + 300.0), look(305.0))
+    ended = seen(stopped, shown(ENDED, named=LAUNCHED + 9000.0), look(9005.0))
+    assert ended.billed_seconds(LAUNCHED + 9999.0).high == 301.0
 
 
 def test_a_stale_listing_does_not_wake_the_dead() -> None:

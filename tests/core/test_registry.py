@@ -60,6 +60,13 @@ class Books(Registry):
 def books_with(state: WorkerState | None, now: float = NOW) -> Books:
     """One worker in that state (none in the books for None and GONE), held by ann as long as that goes."""
     books = Books()
+    if state in (S.STOPPING, S.STOPPED):
+        books = books_with(S.READY, now)
+        books.end_lease(WORKER, lease(WORKER).key, "released", now)
+        books.stop(WORKER, "idle", now)
+        if state is S.STOPPED:
+            books.stopped(WORKER, now)
+        return books
     path: dict[WorkerState, Callable[[], object]] = {
         S.ORDERED: lambda: books.order(order(), PORT, now),
         S.BOOTING: lambda: books.launched(WORKER, instance(), now),
@@ -91,6 +98,15 @@ STEPS: dict[Step, Callable[[Registry, float], Worker]] = {
     Step.REFUSE: lambda books, now: books.refused(WORKER, "no-capacity", now),
     Step.SHOW_READY: lambda books, now: books.ready(WORKER, now),
     Step.DOUBT: lambda books, now: books.suspect(WORKER, "no answer", now),
+    Step.ADOPT_STOPPING: lambda books, now: books.adopt(
+        instance(state=InstanceState.STOPPING), "default", PORT, now, kept=True
+    ),
+    Step.ADOPT_STOPPED: lambda books, now: books.adopt(
+        instance(state=InstanceState.STOPPED), "default", PORT, now, kept=True
+    ),
+    Step.STOP: lambda books, now: books.stop(WORKER, "idle", now),
+    Step.HALT: lambda books, now: books.stopped(WORKER, now),
+    Step.START: lambda books, now: books.start(WORKER, now),
     Step.DRAIN: lambda books, now: books.drain(WORKER, "idle", now),
     Step.TERMINATE: lambda books, now: books.terminating(WORKER, now),
     Step.GO: lambda books, now: books.gone(WORKER, "terminated", now),
@@ -100,7 +116,12 @@ PAIRS = [(state, step) for state in STATES for step in Step]
 # What is shown or doubted a second time is no step, and no fault: probes and notices come as they like.
 QUIET = {(S.READY, Step.SHOW_READY)} | {(state, Step.DOUBT) for state in BOOKED - {S.READY}}
 # The order of a machine that is known is a fault only when it brings the same machine again.
-ENTERS_BESIDE = {(S.ORDERED, Step.ADOPT)}
+ENTERS_BESIDE = {
+    (S.ORDERED, Step.ADOPT): S.BOOTING,
+    (S.ORDERED, Step.ADOPT_STOPPING): S.STOPPING,
+    (S.ORDERED, Step.ADOPT_STOPPED): S.STOPPED,
+}
+HELD = {(S.READY, Step.STOP)}  # legal, but not while somebody holds the worker
 
 
 def test_the_table_in_the_code_is_the_table_of_the_design() -> None:
@@ -115,14 +136,16 @@ def test_each_step_is_in_the_table_or_raises_and_changes_nothing(
     books = books_with(state)
     before = books.what()
     known = None if state is S.GONE else state
-    after = LIFE.get((known, step))
-    if after is not None or (state, step) in ENTERS_BESIDE:
+    beside = None if known is None else ENTERS_BESIDE.get((known, step))
+    after = None if (state, step) in HELD else LIFE.get((known, step))
+    if after is not None or beside is not None:
         worker = STEPS[step](books, NOW + 1)
-        assert worker.state is (after or S.BOOTING)
+        assert worker.state is (after or beside)
         assert worker.since_at == NOW + 1
         assert (books.get(worker.id) is None) is (after is S.GONE)
-        change = books.events[-2] if after is S.DRAINING and state is not S.BOOTING else books.events[-1]
-        assert change == WorkerChanged(worker, None if (known, step) in ENTERS_BESIDE else known, NOW + 1)
+        held = state in (S.READY, S.SUSPECT)
+        change = books.events[-2] if after is S.DRAINING and held else books.events[-1]
+        assert change == WorkerChanged(worker, None if beside is not None else known, NOW + 1)
     elif (state, step) in QUIET:
         worker = STEPS[step](books, NOW)
         assert worker.state is state

@@ -177,6 +177,32 @@ class TwoRegistries(RuleBasedStateMachine):
             lambda: TAKEN[step](self.real, worker_id, reason, self.now),
         )
 
+    @rule(machine=st.sampled_from(MACHINES), pool=st.sampled_from(POOLS), stopped=st.booleans())
+    def adopt_a_stopped_one(self, machine: str, pool: str, stopped: bool) -> None:
+        state = InstanceState.STOPPED if stopped else InstanceState.STOPPING
+        shown = replace(described(machine, ADDRESSES[0], False), state=state)
+        self.both(
+            lambda: self.naive.adopt_stopped(machine, pool, str(state), self.now),
+            lambda: self.real.adopt(shown, pool, PORT, self.now, kept=True),
+        )
+
+    @rule(worker_id=known, reason=reasons)
+    def stop(self, worker_id: str, reason: str) -> None:
+        self.both(
+            lambda: self.naive.stop(worker_id, reason, self.now),
+            lambda: self.real.stop(worker_id, reason, self.now),
+        )
+
+    @rule(worker_id=known)
+    def halt(self, worker_id: str) -> None:
+        self.both(
+            lambda: self.naive.stopped(worker_id, self.now), lambda: self.real.stopped(worker_id, self.now)
+        )
+
+    @rule(worker_id=known)
+    def start(self, worker_id: str) -> None:
+        self.both(lambda: self.naive.start(worker_id, self.now), lambda: self.real.start(worker_id, self.now))
+
     def granted(self, lease: Lease) -> Any:
         return self.both(lambda: self.naive.grant(lease, self.now), lambda: self.real.grant(lease, self.now))
 
@@ -305,9 +331,11 @@ class TwoRegistries(RuleBasedStateMachine):
             assert (
                 worker.pool, str(worker.state), worker.instance_id, worker.address, worker.running,
                 worker.reason, worker.standing_notice, worker.since_at, worker.closed, worker.protected,
+                worker.started_at, worker.born_at,
             ) == (
                 entry.pool, entry.state, entry.instance_id, entry.address, entry.running,
                 entry.reason, entry.notice, entry.since_at, entry.closed, entry.protected,
+                entry.started_at, entry.born_at,
             )  # fmt: skip
             assert self.real.uses(worker_id) == entry.uses
             assert self.real.used_at(worker_id) == entry.used_at

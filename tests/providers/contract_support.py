@@ -75,6 +75,7 @@ class Power(Enum):
     LOSE_ANSWERS = "carry out a call and lose its answer"
     PAGE = "list in pages"
     REFUSE_CREDENTIALS = "refuse credentials"
+    STOP = "stop a machine and start it again"
     THROTTLE = "ask for fewer calls"
 
 
@@ -89,6 +90,7 @@ LACKS: Mapping[str, Mapping[Power, str]] = {
         Power.LOSE_ANSWERS: "a call stays within this process: its answer is lost with the broker only",
         Power.PAGE: "a listing is one look into one directory",
         Power.REFUSE_CREDENTIALS: "nobody asks who the broker is",
+        Power.STOP: "a process that has ended is gone, and another one is made in no time",
         Power.THROTTLE: "nobody counts calls",
     },
 }
@@ -227,6 +229,15 @@ class Stand(ABC):
     def lose_answers_to_terminates(self) -> None:
         raise AssertionError(f"{self.name} cannot {Power.LOSE_ANSWERS.value}")
 
+    def lose_answers_to_stops(self) -> None:
+        raise AssertionError(f"{self.name} cannot {Power.LOSE_ANSWERS.value}")
+
+    def refuse_starts(self) -> None:
+        raise AssertionError(f"{self.name} cannot {Power.STOP.value}")
+
+    def stops_sent(self) -> int:
+        raise AssertionError(f"{self.name} cannot {Power.STOP.value}")
+
     def fail_second_pages(self) -> None:
         raise AssertionError(f"{self.name} cannot {Power.PAGE.value}")
 
@@ -269,6 +280,9 @@ class Ec2Stand(Stand):
 
     def reach_quota(self) -> None:
         self._refuse("RunInstances", "MaxSpotInstanceCountExceeded")
+
+    def refuse_starts(self) -> None:
+        self._refuse("StartInstances", "InsufficientInstanceCapacity")
 
     def forbid_all(self) -> None:
         self._refuse(EVERY_API, "UnauthorizedOperation")
@@ -346,6 +360,12 @@ class SimulatedStand(Ec2Stand):
 
     def lose_answers_to_terminates(self) -> None:
         self.sim.befall("TerminateInstances", Fault.ANSWER_LOST, times=LASTING, ending=Ending.RESET)
+
+    def lose_answers_to_stops(self) -> None:
+        self.sim.befall("StopInstances", Fault.ANSWER_LOST, times=LASTING, ending=Ending.RESET)
+
+    def stops_sent(self) -> int:
+        return self.sim.calls["StopInstances"]
 
     def fail_second_pages(self) -> None:
         self.sim.befall("DescribeInstances", Fault.PAGE_FAILED, times=LASTING)
@@ -427,6 +447,12 @@ class MotoStand(Ec2Stand):
 
     def lose_answers_to_terminates(self) -> None:
         self._proxy.lose_answer("TerminateInstances", LASTING)
+
+    def lose_answers_to_stops(self) -> None:
+        self._proxy.lose_answer("StopInstances", LASTING)
+
+    def stops_sent(self) -> int:
+        return len(self._proxy.calls_of("StopInstances"))
 
     def fail_second_pages(self) -> None:
         self._proxy.fail_page(2, times=LASTING)

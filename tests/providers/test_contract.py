@@ -731,6 +731,100 @@ async def test_a_terminate_whose_answer_is_lost_says_so_and_may_be_sent_again(st
     await provider.terminate([launched.id])
 
 
+# --- stopping and starting ---------------------------------------------------------------------------------
+
+
+async def a_running_one(stand: Stand, provider: Provider) -> Instance:
+    launched = await launch_one(provider, an_order(provider))
+    return await until_shown(stand, provider, launched.id, lambda one: _runs(one) and bool(one.address))
+
+
+async def until_stopped(stand: Stand, provider: Provider, instance_id: str) -> Instance:
+    return await until_shown(stand, provider, instance_id, lambda one: one.state is InstanceState.STOPPED)
+
+
+def _runs(instance: Instance) -> bool:
+    return instance.state is InstanceState.RUNNING
+
+
+@holds_where(Power.STOP)
+async def test_a_stopped_machine_is_listed_without_its_address_and_starts_with_all_its_tags(
+    stand: Stand,
+) -> None:
+    provider = await stand.provider(market="on-demand")
+    running = await a_running_one(stand, provider)
+    await provider.stop(running.id)
+    stopped = await until_stopped(stand, provider, running.id)
+    assert (stopped.address, stopped.tags) == (None, running.tags)
+    await provider.start(running.id)
+    again = await until_shown(stand, provider, running.id, lambda one: _runs(one) and bool(one.address))
+    assert (again.tags, again.instance_type, again.zone) == (
+        running.tags,
+        running.instance_type,
+        running.zone,
+    )
+    assert stand.living() == {running.id}
+
+
+@holds_where(Power.STOP)
+async def test_stopping_what_is_stopped_and_starting_what_runs_changes_nothing(stand: Stand) -> None:
+    provider = await stand.provider(market="on-demand")
+    running = await a_running_one(stand, provider)
+    await provider.start(running.id)
+    assert (await listed(provider))[running.id] == running
+    await provider.stop(running.id)
+    stopped = await until_stopped(stand, provider, running.id)
+    await provider.stop(running.id)
+    assert (await listed(provider))[running.id] == stopped
+
+
+@holds_where(Power.STOP)
+async def test_a_stopped_machine_can_be_terminated(stand: Stand) -> None:
+    provider = await stand.provider(market="on-demand")
+    running = await a_running_one(stand, provider)
+    await provider.stop(running.id)
+    await until_stopped(stand, provider, running.id)
+    await provider.terminate([running.id])
+    await until_dead(stand, running.id)
+
+
+@holds_where(Power.STOP)
+async def test_a_machine_that_cannot_be_started_for_want_of_capacity_stays_stopped(stand: Stand) -> None:
+    provider = await stand.provider(market="on-demand")
+    running = await a_running_one(stand, provider)
+    await provider.stop(running.id)
+    stopped = await until_stopped(stand, provider, running.id)
+    stand.refuse_starts()
+    with pytest.raises(OfferingRefused) as raised:
+        await provider.start(running.id)
+    assert not raised.value.sent
+    assert (await listed(provider))[running.id] == stopped
+
+
+@holds_where(Power.STOP)
+async def test_stopping_or_starting_an_unknown_machine_says_that_it_is_not_known(stand: Stand) -> None:
+    provider = await stand.provider(market="on-demand")
+    for call in (provider.stop, provider.start):
+        with pytest.raises(InstanceNotFound) as raised:
+            await call(stand.unknown_id)
+        assert not raised.value.sent
+
+
+@holds_where(Power.STOP)
+async def test_a_stop_whose_answer_is_lost_says_so_and_was_sent_once(stand: Stand) -> None:
+    provider = await stand.provider(market="on-demand")
+    running = await a_running_one(stand, provider)
+    stand.lose_answers_to_stops()
+    before = len(stand.heard)
+    with pytest.raises(CloudUnreachable) as raised:
+        await provider.stop(running.id)
+    assert raised.value.sent
+    assert stand.stops_sent() == 1
+    assert stand.heard[before:] == [("StopInstances", "unreachable")]
+    stand.heal()
+    await until_stopped(stand, provider, running.id)
+
+
 # --- tagging -----------------------------------------------------------------------------------------------
 
 

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from broker.core import tags
 from broker.providers.ec2_api import METHODS
 from broker.providers.ec2_wire import Recipe, launch_parameters
@@ -30,9 +32,10 @@ def test_every_call_of_the_provider_is_allowed_and_no_other_ec2_call() -> None:
     assert allowed == {f"ec2:{api}" for api in METHODS}
 
 
-def test_a_machine_can_only_be_ended_when_it_carries_the_brokers_tag() -> None:
-    (ending,) = statements("ec2:TerminateInstances")
-    assert ending["Condition"] == {"StringEquals": {f"aws:ResourceTag/{tags.BROKER}": "lab"}}
+@pytest.mark.parametrize("api", ["StartInstances", "StopInstances", "TerminateInstances"])
+def test_a_machine_can_only_be_stopped_started_and_ended_when_it_carries_the_brokers_tag(api: str) -> None:
+    (changing,) = statements(f"ec2:{api}")
+    assert changing["Condition"] == {"StringEquals": {f"aws:ResourceTag/{tags.BROKER}": "lab"}}
 
 
 def test_whatever_a_launch_tags_may_only_be_launched_with_the_brokers_tag() -> None:

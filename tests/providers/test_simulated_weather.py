@@ -60,7 +60,10 @@ def test_clear_weather_is_a_perfect_cloud() -> None:
 
 
 def test_a_storm_brings_every_fault() -> None:
-    elsewhere = {str(one) for one in (Fault.FLEET_PARTIAL, Fault.FLEET_SURPLUS, Fault.BUCKET_EMPTY)}
+    elsewhere = {
+        str(one)
+        for one in (Fault.FLEET_PARTIAL, Fault.FLEET_SURPLUS, Fault.BUCKET_EMPTY, Fault.STUCK_STOPPING)
+    }
     missing = {str(fault) for fault in Fault}
     for seed in range(20):
         if missing > elsewhere:
@@ -85,8 +88,8 @@ def test_a_storm_turns_every_knob() -> None:
         for field in fields(Weather)
         if getattr(STORM, field.name) == getattr(CLEAR, field.name) and not field.name.endswith(PACE)
     }
-    markets = {"spot_price_step_max", "spot_share_max"}  # each history draws its own: drawing_markets.py
-    assert calm == {"spot_vcpus_max", "on_demand_vcpus_max"} | markets
+    drawn = {"spot_price_step_max", "spot_share_max", "stuck_stopping"}  # by each history: drawing_markets.py
+    assert calm == {"spot_vcpus_max", "on_demand_vcpus_max"} | drawn
 
 
 def test_a_swarm_leaves_out_half_of_the_faults_and_keeps_the_pace() -> None:
