@@ -98,10 +98,12 @@ def test_the_lease_examples_hold_a_lease_and_give_it_back(running: BrokerProcess
 
 def test_the_sample_settings_are_sound() -> None:
     blocks_of_settings = blocks("settings")
-    sample, regional, warm = (parse(tomllib.loads(one), {}).pool["default"] for one in blocks_of_settings)
+    pools = [parse(tomllib.loads(one), {}).pool["default"] for one in blocks_of_settings]
+    sample, regional, warm, stopped = pools
     assert sample.max_workers == 2
     assert [one.key_name for one in regional.by_region] == [None, "dserv-workers-eu"]
     assert list(warm.warm_schedule.values()) == [2, 1]
+    assert (stopped.warm_stopped, stopped.market) == (2, "on-demand")
 
 
 def test_every_aws_command_exists_with_every_option() -> None:

@@ -23,7 +23,7 @@ SMALL = Offering("moon", "small", Market.ON_DEMAND, cores=2, price_usd_micros_pe
 
 
 def stock(number: int = 1, **pool: Any) -> Settings:
-    wanted = {
+    wanted: dict[str, Any] = {
         "provider": "ec2",
         "market": "on-demand",
         "image": "ami-1",
@@ -415,3 +415,60 @@ def test_a_pool_without_a_stock_terminates_what_somebody_has_stopped(tmp_path: P
         await broker.until(lambda: broker.cloud.count("terminate") == 1, seconds_max=120.0)
 
     live(tmp_path, story)
+
+
+def test_a_restart_whose_first_listing_misses_a_stopped_machine_launches_no_other(tmp_path: Path) -> None:
+    """Simulated histories, seeds 1987 and 2107."""
+
+    async def main() -> None:
+        cloud = sky()
+        async with running_broker(stock(), tmp_path, cloud=cloud) as broker:
+            await until_stopped(broker)
+            (machine_id,) = stopped_machines(broker)
+            await asyncio.sleep(HOUR)
+        cloud.machines[machine_id].hidden = True
+        async with running_broker(stock(), tmp_path, cloud=cloud) as broker:
+            await asyncio.sleep(5.0)
+            assert broker.registry.by_instance(machine_id) is not None
+            cloud.machines[machine_id].hidden = False
+            await asyncio.sleep(HOUR)
+            assert (count(broker, WorkerState.STOPPED), cloud.count("launch")) == (1, 1)
+
+    run_virtual(main())
+
+
+def test_a_restart_does_not_take_a_stopping_machine_for_a_stopped_one(tmp_path: Path) -> None:
+    """Simulated history, seed 147: it still ran, and counted against no cap."""
+
+    async def main() -> None:
+        cloud = sky()
+        async with running_broker(stock(max_workers=1), tmp_path, cloud=cloud) as broker:
+            cloud.stops_at_once = False
+            await broker.until(lambda: cloud.count("stop") == 1)
+            await asyncio.sleep(5.0)
+        async with running_broker(stock(max_workers=1), tmp_path, cloud=cloud) as broker:
+            await broker.until(lambda: count(broker, WorkerState.STOPPING) == 1, seconds_max=10.0)
+            assert "max_workers = 1" in await broker.ask("GET_WORKER client=a wait=0")
+            assert cloud.count("launch") == 1
+
+    run_virtual(main())
+
+
+def test_a_start_that_nobody_saw_is_on_the_bill(tmp_path: Path) -> None:
+    """Simulated history, seed 107: started as the broker was killed, and ended before the next one looked."""
+
+    async def main() -> None:
+        cloud = sky()
+        async with running_broker(stock(max_workers=1), tmp_path, cloud=cloud) as broker:
+            await until_startable(broker)
+            (machine_id,) = stopped_machines(broker)
+            before = broker.daemon.ledger.billed_seconds()[machine_id]
+        await cloud.start(machine_id)
+        await asyncio.sleep(HOUR)
+        cloud.set_state(machine_id, InstanceState.TERMINATED)
+        async with running_broker(stock(max_workers=1), tmp_path, cloud=cloud) as broker:
+            await asyncio.sleep(5.0)
+            after = broker.daemon.ledger.billed_seconds()[machine_id]
+            assert after.high - before.high >= HOUR
+
+    run_virtual(main())

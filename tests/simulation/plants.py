@@ -16,14 +16,14 @@ from unittest.mock import patch
 from broker import acquiring, context, granting, orders, service, store, supply, waiting
 from broker.clock import Clock
 from broker.clouds import Cloud
-from broker.core import buying, claim, planning, policy, schedule, wish
+from broker.core import buying, claim, ledger, planning, policy, schedule, wish
 from broker.core.claim import Claim, Ruling
 from broker.core.model import Instance, Lease, Worker, WorkerState
 from broker.core.policy import LaunchGuard, Room
 from broker.core.protocol import OK, Release
 from broker.core.registry import Registry
 from broker.core.settings import PoolSettings
-from broker.loops import launch, probe, reap, reconcile, setbacks
+from broker.loops import launch, probe, reap, reconcile, setbacks, top_up
 from broker.providers import ec2_api
 from broker.testing import LoopClock
 
@@ -518,3 +518,56 @@ def one_who_comes_back_goes_to_the_end() -> Iterator[Any]:
         self._queues.setdefault(waiter.pool, {})[waiter] = None
 
     yield patch.object(waiting.Waiting, "join", join)
+
+
+# --- the stock ---------------------------------------------------------------------------------------------
+
+
+@planted
+def what_is_stopped_does_not_count() -> Iterator[Any]:
+    """The stock is launched again and again, because only what runs is there."""
+
+    def shortage(registry: Registry, name: str, pool: PoolSettings, warm_target: int, now: float) -> int:
+        return pool.warm_stopped
+
+    yield patch.object(top_up, "stock_shortage", shortage)
+
+
+@planted
+def stopped_under_its_client() -> Iterator[Any]:
+    """A worker is stopped when it is due, whoever holds it."""
+    judge = policy.judge
+
+    def hasty(
+        registry: Registry, worker: Worker, pool: PoolSettings, now: float, *rest: Any, **more: Any
+    ) -> Any:
+        if worker.state is WorkerState.READY and pool.warm_stopped:
+            for lease in registry.leases(worker.id):
+                registry.end_lease(worker.id, lease.key, "stopped", now)
+            return policy.Verdict(stop=True)
+        return judge(registry, worker, pool, now, *rest, **more)
+
+    yield patch.object(reap, "judge", hasty)
+
+
+@planted
+def starts_know_no_cap() -> Iterator[Any]:
+    """What is stopped is started for who waits, however many run."""
+
+    def start(self: launch.LaunchLoop, name: str, sellers: Any, needs: Any) -> None:
+        for worker in self._startable(name, sellers):
+            self._context.registry.start(worker.id, self._context.now())
+
+    yield patch.object(launch.LaunchLoop, "_start_stopped", start)
+
+
+@planted
+def one_bill_for_all_its_runs() -> Iterator[Any]:
+    """A machine that was started again is billed as if it had gone on running, or as if it had not."""
+    yield patch.object(ledger, "runs_anew", lambda run, instance, look: False)
+
+
+@planted
+def a_listing_from_before_the_start_is_believed() -> Iterator[Any]:
+    """A worker that was started ends, because a listing still shows it stopped."""
+    yield patch.object(reconcile, "is_past", lambda worker, instance, now: False)
