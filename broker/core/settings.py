@@ -369,8 +369,8 @@ class PoolSettings(Section):
     )
     zones: Names = Field(
         (),
-        description="ec2: availability zones in order of preference; without them EC2 chooses, or the "
-        "subnets decide. Every machine type is asked for in each zone.",
+        description="ec2: availability zones in order of preference; without them the subnets decide, or all "
+        "zones of the default VPC will do. Every machine type is asked for in each zone.",
     )
     instance_profile: str | None = Field(None, description="ec2: name or ARN of the instance profile.")
     user_data: str | None = Field(

@@ -30,8 +30,9 @@ from broker.core.settings import PoolSettings
 from broker.providers import ec2_check, ec2_prices
 from broker.providers.base import Change
 from broker.providers.ec2_api import Account, ClientFactory, Ec2Api, OnCall
-from broker.providers.ec2_fleet import MACHINES_MAX, OVERRIDES_MAX, Fleets, fleet_parameters
+from broker.providers.ec2_fleet import MACHINES_MAX, Fleets, fleet_parameters
 from broker.providers.ec2_wire import (
+    OVERRIDES_MAX,
     Recipe,
     Shape,
     batches,
@@ -122,11 +123,19 @@ class Ec2Provider:
     ) -> dict[str, Recipe]:
         groups = await ec2_check.group_ids(self._api, self._region, pools, problems)
         places = await ec2_check.places(self._api, self._region, pools, problems)
+        zones = await ec2_check.default_zones(self._api, pools)
         kinds = await ec2_check.kinds_of_types(self._api, self._region, pools, problems)
         self.cores |= {name: kind.cores for name, kind in kinds.items()}
         arm = frozenset(name for name, kind in kinds.items() if kind.arm)
         return {
-            name: Recipe(groups[name], scripts[name], places.get(name, ()), arm, asked=pool)
+            name: Recipe(
+                groups[name],
+                scripts[name],
+                places.get(name, ()),
+                zones.get(name, ()),
+                arm,
+                asked=pool,
+            )
             for name, pool in pools.items()
         }
 
@@ -155,7 +164,7 @@ class Ec2Provider:
 
     def offerings(self, pool: str) -> Sequence[Offering]:
         settings, recipe = self._pools[pool], self._recipes.get(pool, Recipe())
-        zones = [zone for zone, _ in recipe.places] or settings.zones or [""]
+        zones = [zone for zone, _ in recipe.places] or settings.zones or recipe.zones or ("",)
         kinds = dict.fromkeys(settings.instance_types)
         return tuple(
             self._offering(settings, kind, Market(market), zone)

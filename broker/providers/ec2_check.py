@@ -17,7 +17,7 @@ from typing import Any
 from broker.core.errors import PermanentRefusal
 from broker.core.settings import PoolSettings
 from broker.providers.ec2_api import Ec2Api
-from broker.providers.ec2_wire import USER_DATA_BYTES_MAX, batches, filters
+from broker.providers.ec2_wire import OVERRIDES_MAX, USER_DATA_BYTES_MAX, batches, filters
 
 TYPES_ASKED_MAX = 100  # in one filter; 200 are allowed (AWS: EC2 user guide, "Filtering considerations")
 ARM = "arm64"  # AWS: EC2 API reference, "ProcessorInfo", supportedArchitectures
@@ -77,6 +77,28 @@ async def places(api: Ec2Api, region: str, pools: Pools, problems: Problems) -> 
             found[name] = more.places
             problems[name] += [problem for problem in more.problems if problem not in problems[name]]
     return found
+
+
+async def default_zones(api: Ec2Api, pools: Pools) -> dict[str, tuple[str, ...]]:
+    """The zones of each pool that has a choice and names none: those of the default VPC's subnets.
+
+    EC2 would choose among the same ones. But its refusals name a zone only where the call did, and what one
+    zone refuses is to be had in another. Nothing where the credentials may not ask, or where types × zones
+    would be more than one call takes; nor for a pool of one machine type, which is a single offering.
+    """
+    asking = {
+        name: len(set(pool.instance_types))
+        for name, pool in pools.items()
+        if len(set(pool.instance_types)) > 1 and not pool.zones and not pool.own_subnets
+    }
+    if not asking:
+        return {}
+    try:
+        shapes = await api.every("DescribeSubnets", "Subnets", Filters=filters(default_for_az=["true"]))
+    except PermanentRefusal:
+        return {}
+    zones = tuple(sorted({str(shape["AvailabilityZone"]) for shape in shapes}))
+    return {name: zones for name, types in asking.items() if types * len(zones) <= OVERRIDES_MAX}
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,6 @@ from broker.providers.ec2_api import Ec2Api
 from broker.providers.ec2_errors import TemplateExists, TemplateMissing, refusal
 from broker.providers.ec2_wire import Recipe, Shape, network, shared_parameters, tag_list
 
-OVERRIDES_MAX = 100  # in one call; 300 are allowed for other fleets (AWS: EC2 user guide, "EC2 Fleet quotas")
 MACHINES_MAX = 250  # in one call: a wrong figure anywhere buys no more than that
 TEMPLATE_VERSION = "1"  # a template that never changes has no other
 

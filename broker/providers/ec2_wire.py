@@ -19,6 +19,8 @@ from broker.core.settings import PoolSettings
 
 Shape = Mapping[str, Any]
 
+# In one CreateFleet; 300 are allowed for other fleets (AWS: EC2 user guide, "EC2 Fleet quotas").
+OVERRIDES_MAX = 100
 USER_DATA_BYTES_MAX = 16 * 1024  # raw, before base64 (AWS: EC2 user guide, "Run commands at launch")
 ONE_TIME_SPOT = {
     "MarketType": "spot",
@@ -50,6 +52,7 @@ class Recipe:
     security_group_ids: tuple[str, ...] = ()
     user_data: str = ""
     places: tuple[tuple[str, str], ...] = ()  # (zone, its subnet), as preferred, of a pool with subnets
+    zones: tuple[str, ...] = ()  # of a pool that names neither
     arm: frozenset[str] = frozenset()  # those of the machine types that have Arm processors, as far as known
     asked: PoolSettings | None = None  # the settings about which the cloud was asked
 

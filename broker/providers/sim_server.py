@@ -162,6 +162,13 @@ def describe_vpcs(call: Call) -> Answer:
 
 
 def describe_subnets(call: Call, zones: Sequence[str]) -> Answer:
+    if _values(call, "default-for-az"):
+        defaults = [(f"subnet-{zlib.crc32(zone.encode()):017x}", zone) for zone in zones]
+        return {
+            "Subnets": [
+                {"SubnetId": one, "VpcId": VPC_ID, "AvailabilityZone": zone} for one, zone in defaults
+            ]
+        }
     return {
         "Subnets": [
             {"SubnetId": one, "VpcId": VPC_ID, "AvailabilityZone": zone_of_subnet(one, zones)}

@@ -7,6 +7,7 @@ promise, the facts.
 
 from __future__ import annotations
 
+from bisect import bisect
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +25,8 @@ GRANT_SECONDS = 60.0  # from a lease's grant to the client's reading of it: a si
 SENT_SECONDS_MAX = 31.0  # a Terminate that was decided may wait so long for our own pace before it leaves
 AGE_SLACK_SECONDS = 2.0  # the cloud names the whole second of a launch
 USES_KEPT = 16  # of a hold: the cloud tells what it did a moment later, and was it in use *then*?
+SHOWN_SECONDS = 3500.0  # EC2 lists a terminated machine for an hour
+LOOKS_ENOUGH = 5
 STRAY = "stray-"  # how the tokens of machines begin that no order of the broker's explains
 
 
@@ -81,6 +84,7 @@ class Referee:
         self._orders: dict[str, int] = {}  # token → for how many machines
         self.given_more_for: set[str] = set()  # tokens for which the cloud gave one more than was asked
         self._placed_at: dict[str, float] = {}
+        self._looked_at: list[float] = []
         self._started_outside: dict[str, int] = {}  # machine → its how-manieth start that was
         self._forgiven: frozenset[str] = frozenset()  # tokens that a damaged store has made the broker forget
         self._tagged: dict[str, None] = {}  # machines that a person protects
@@ -226,10 +230,10 @@ class Referee:
     def billed(self, at: float, at_unix: float, machine: Machine, runs: Sequence[Run]) -> None:
         """What the broker says a machine cost contains what the cloud bills and charges for it.
 
-        A bracket, because EC2 does not tell when a machine began to run. A run that began and ended while
-        nobody looked, or could look, is one that the broker cannot know.
+        A bracket, because EC2 does not tell when a machine began to run. A run that began, ended and was
+        forgotten while nobody looked, or could look, is one that the broker cannot know.
         """
-        unseen = len(runs) < len(machine.runs_until(at))
+        unseen = len(runs) < len(machine.runs_until(at)) and self._runs_seen(machine, at) <= len(runs)
         for word, brackets, truth in (
             ("billed", [run.billed_seconds(at_unix) for run in runs], machine.billed_seconds(at)),
             ("charged", [run.charged_seconds(at_unix) for run in runs], machine.charged_seconds(at)),
@@ -239,6 +243,19 @@ class Referee:
             if not low - slack_seconds <= truth <= (inf if unseen else high + slack_seconds):
                 facts = f"{machine.id} is {word} {truth:.1f} s, the broker says {low:.1f} to {high:.1f} s"
                 self.broken(at, "the broker's bill holds the cloud's", facts)
+
+    def looked(self, at: float) -> None:
+        """The last complete listing that the broker has had was asked for at this moment."""
+        if at > (self._looked_at[-1] if self._looked_at else 0.0):
+            self._looked_at.append(at)
+
+    def _runs_seen(self, machine: Machine, at: float) -> int:
+        """How many of its runs listings must have shown: one may miss it, or be outdated."""
+        runs = machine.runs_until(at)
+        shown_until = [since_at for since_at, _ in runs[1:]] + [runs[-1][1] + SHOWN_SECONDS]
+        spans = [(since_at, until_at) for (since_at, _), until_at in zip(runs, shown_until, strict=True)]
+        looks = [bisect(self._looked_at, end) - bisect(self._looked_at, begin) for begin, end in spans]
+        return sum(count >= LOOKS_ENOUGH for count in looks)
 
     # --- what happens to machines --------------------------------------------------------------------
 

@@ -212,6 +212,10 @@ class World:
                 self.referee.terminated(at, machine)
         elif what == "stopping" and details.endswith(f" by {BROKER}"):
             self.referee.stopped(at, self.sky.machine(details.partition(" ")[0]))
+        elif what == "DescribeInstances" and details == f"{BROKER}: done":
+            daemon = self.daemon()
+            clouds = () if daemon is None else daemon.context.clouds.all
+            self.referee.looked(max((cloud.scanned_at or 0.0 for cloud in clouds), default=0.0))
         elif what == f"fault: {Fault.FLEET_SURPLUS}":
             self.referee.given_more(details)
         elif what == f"fault: {Fault.RECLAIMED}":

@@ -187,7 +187,10 @@ async def test_machine_types_are_known_with_their_cores_and_unknown_ones_are_a_p
     proxy: FaultProxy,
 ) -> None:
     async with opened(instance_types=["c7i.16xlarge", "c6i.16xlarge"]) as provider:
-        assert [one.cores for one in provider.offerings("default")] == [64, 64]
+        assert {one.instance_type: one.cores for one in provider.offerings("default")} == {
+            "c7i.16xlarge": 64,
+            "c6i.16xlarge": 64,
+        }
     with pytest.raises(SettingsError, match=r'us-east-1 has no machine type "c99i\.large"'):
         async with opened(instance_types=["c7i.large", "c99i.large"]):
             pass

@@ -16,7 +16,8 @@ from broker.core.tags import BROKER, ORDER
 from broker.providers.ec2 import Ec2Provider
 from broker.providers.ec2_api import LAUNCHING
 from broker.providers.ec2_errors import client_error
-from broker.providers.ec2_fleet import MACHINES_MAX, OVERRIDES_MAX
+from broker.providers.ec2_fleet import MACHINES_MAX
+from broker.providers.ec2_wire import OVERRIDES_MAX
 from broker.providers.sim_weather import Fault
 from tests.providers.ec2_support import NOW_UNIX, ScriptedClient, forget_aws, opened, pool, shape
 from tests.providers.simulated_support import Lab, play

@@ -16,6 +16,7 @@ import pytest
 from broker.core.errors import BrokerError, CloudUnreachable, CredentialsRefused, SettingsError
 from broker.core.settings import PoolSettings
 from broker.providers.ec2 import Ec2Provider
+from broker.providers.ec2_errors import client_error
 from tests.providers.ec2_support import (
     NOW_UNIX,
     ONE_TYPE,
@@ -353,6 +354,47 @@ async def test_every_type_is_offered_in_every_zone_types_first() -> None:
         ("c6i.large", "us-east-1b"), ("c6i.large", "us-east-1a"),
     ]  # fmt: skip
     assert '"Placement":{"AvailabilityZone":"us-east-1a"}' in order.parameters
+
+
+async def test_a_pool_that_has_a_choice_and_names_no_zone_is_offered_those_of_the_default_vpc() -> None:
+    client = subnets("b", "a")
+    async with opened(client, {"default": pool(instance_types=["c7i.large", "c6i.large"])}) as provider:
+        offered = [(one.instance_type, one.zone) for one in provider.offerings("default")]
+        order = provider.prepare("default", "order-1", provider.offerings("default"), NOW_UNIX)
+    assert offered == [
+        ("c7i.large", "us-east-1a"), ("c7i.large", "us-east-1b"),
+        ("c6i.large", "us-east-1a"), ("c6i.large", "us-east-1b"),
+    ]  # fmt: skip
+    (config,) = json.loads(order.parameters)["fleet"]["LaunchTemplateConfigs"]
+    assert [one["AvailabilityZone"] for one in config["Overrides"]] == [zone for _, zone in offered]
+    assert "SubnetId" not in str(config["Overrides"])
+    assert client.sent("DescribeSubnets")[0]["Filters"] == [{"Name": "default-for-az", "Values": ["true"]}]
+
+
+async def test_a_pool_of_one_type_is_one_offering_and_ec2_chooses_the_zone() -> None:
+    client = subnets("a", "b")
+    async with opened(client, {"default": pool(instance_types=["c7i.large"])}) as provider:
+        assert [one.zone for one in provider.offerings("default")] == [""]
+    assert client.sent("DescribeSubnets") == []
+
+
+@pytest.mark.parametrize("zones", [(), tuple("abcdef")])
+async def test_zones_that_are_none_or_too_many_are_left_to_ec2(zones: tuple[str, ...]) -> None:
+    many = [f"c7i.{number}xlarge" for number in range(20)]
+    client = subnets(*zones)
+    client.scripts["DescribeInstanceTypes"] = {
+        "InstanceTypes": [{"InstanceType": kind, "VCpuInfo": {"DefaultVCpus": 2}} for kind in many]
+    }
+    async with opened(client, {"default": pool(instance_types=many)}) as provider:
+        assert {one.zone for one in provider.offerings("default")} == {""}
+        assert len(provider.offerings("default")) == len(many)
+
+
+async def test_who_may_not_look_at_subnets_leaves_the_zone_to_ec2() -> None:
+    client = subnets("a", "b")
+    client.scripts["DescribeSubnets"] = client_error("DescribeSubnets", "UnauthorizedOperation")
+    async with opened(client, {"default": pool(instance_types=["c7i.large", "c6i.large"])}) as provider:
+        assert {one.zone for one in provider.offerings("default")} == {""}
 
 
 async def test_a_launch_uses_the_subnet_of_its_offerings_zone() -> None:
