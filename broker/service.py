@@ -66,10 +66,11 @@ WARM_REPLIES_MAX = 10_000  # remembered replies; for a client beyond them the an
 
 @dataclass(slots=True)
 class Hold:
-    """A lease by name: all connections of a client share it. `told`: one of them has been told of it;
-    `asking`: so many GET_WORKERs are about to be."""
+    """A lease by name: all connections of a client share it. `told`: one of them has been told of it,
+    `told_alone`: as a worker of its own; `asking`: so many GET_WORKERs are about to be."""
 
     told: bool = False
+    told_alone: bool = False
     asking: int = 0
 
 
@@ -228,7 +229,7 @@ class Service:
         self._notices.heard(event)
         if isinstance(event, LeaseGranted) and not event.lease.acquired:
             told = event.lease.id in self._context.restored or event.lease.id in self._granting.pinged
-            self._holds.setdefault(event.lease.id, Hold(told))
+            self._holds.setdefault(event.lease.id, Hold(told, told_alone=told and event.lease.exclusive))
         if isinstance(event, LeaseEnded):
             self._holds.pop(event.lease.id, None)
         if isinstance(event, LeaseEnded) and (session := self._bound.pop(event.lease.id, None)) is not None:
@@ -257,6 +258,7 @@ class Service:
             finally:  # whatever went wrong, also when the client went away
                 hold.asking -= 1
                 hold.told |= worker is not None
+                hold.told_alone |= worker is not None and exclusive
                 self._let_go([lease])
             if worker is not None and worker.address is not None:
                 reply = protocol.line(worker.address)
@@ -289,13 +291,25 @@ class Service:
             waiting.leave(waiter)
 
     def _let_go(self, leases: Iterable[Lease]) -> None:
-        """What was granted and not handed out ends. What somebody of that name has been told of stays, and
-        what a GET_WORKER on another connection is about to be told of."""
+        """What was granted and not handed out ends. What somebody of that name has been told of stays, as it
+        was told, and so does what a GET_WORKER on another connection is about to be told of."""
         for lease in leases:
             hold = self._holds.get(lease.id)
-            told = hold is None or hold.told or lease.id in self._granting.pinged
-            if hold is not None and not (told or hold.asking or self._context.waiting.is_served(lease.id)):
+            if hold is None or hold.asking or self._context.waiting.is_served(lease.id):
+                continue
+            if not (hold.told or lease.id in self._granting.pinged):
                 self._registry.end_lease(lease.worker_id, lease.key, NOT_HANDED_OUT, self._now())
+            elif not hold.told_alone:
+                self._share(lease)
+
+    def _share(self, lease: Lease) -> None:
+        """The client has asked for a worker of its own, in vain: others may share the one that it has."""
+        current, worker = self._registry.lease(lease.id), self._registry.get(lease.worker_id)
+        if current is None or worker is None or not current.exclusive:
+            return
+        if not self._context.pool_of(worker).exclusive:
+            self._registry.share(lease.id, self._now())
+            self._granting.serve(worker.pool)
 
     def _remember(self, client: str, lease: Lease, pool: PoolSettings, reply: bytes) -> None:
         if len(self._warm) >= WARM_REPLIES_MAX and client not in self._warm:

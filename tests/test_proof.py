@@ -363,3 +363,34 @@ def test_an_acquire_that_waits_for_the_first_look_hears_that_its_pool_was_remove
             old.hold.pop("listing").set()
 
     run_virtual(main())
+
+
+def test_a_worker_of_ones_own_that_cannot_be_had_leaves_the_shared_one_shared(tmp_path: Path) -> None:
+    """The hold stayed exclusive until it ended, and nobody could share the worker meanwhile."""
+
+    async def story(broker: RunningBroker) -> None:
+        address = await broker.ask("GET_WORKER client=a")
+        (worker,) = list(broker.registry)
+        machine = broker.cloud.machines[str(worker.instance_id)]
+        await asyncio.sleep(5)
+        machine.answers = False
+        assert (await broker.ask("GET_WORKER client=a exclusive=yes wait=0")).startswith("ERROR")
+        machine.answers = True
+        assert await broker.ask("GET_WORKER client=b wait=60") == address
+        assert await broker.ask("PING " + address + " client=a") == "OK"
+
+    live(tmp_path, story, chosen=settings(max_workers=1))
+
+
+def test_a_worker_of_ones_own_stays_so_when_a_later_question_fails(tmp_path: Path) -> None:
+    async def story(broker: RunningBroker) -> None:
+        await broker.ask("GET_WORKER client=a exclusive=yes")
+        (worker,) = list(broker.registry)
+        machine = broker.cloud.machines[str(worker.instance_id)]
+        await asyncio.sleep(5)
+        machine.answers = False
+        assert (await broker.ask("GET_WORKER client=a exclusive=yes wait=0")).startswith("ERROR")
+        machine.answers = True
+        assert "ERROR" in await broker.ask("GET_WORKER client=b wait=30")
+
+    live(tmp_path, story, chosen=settings(max_workers=1))

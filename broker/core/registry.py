@@ -450,6 +450,16 @@ class Registry:
         self._tell(LeaseEnded(lease, worker, False, "held by name", now))
         return named
 
+    def share(self, lease_id: str, now: float) -> Lease:
+        """The hold is not exclusive any more: its client has asked for that in vain."""
+        lease = self._by_lease[lease_id]
+        holders, worker = self._leases[lease.worker_id], self._workers[lease.worker_id]
+        if lease.exclusive:
+            lease = holders[lease.key] = self._by_lease[lease_id] = replace(lease, exclusive=False)
+            self._reindex_holds(worker)
+            self._tell(LeaseGranted(lease, worker, False, now))  # or after a restart nobody would share it
+        return lease
+
     def renew(self, lease: Lease, now: float) -> None:
         """The client used its worker: O(1), the busiest line of the broker."""
         self._lease_ends_at[lease.id] = now + lease.ttl_seconds
