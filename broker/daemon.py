@@ -421,7 +421,7 @@ class Daemon:
         self.server.stop_listening()
         self.service.close()
         await self.server.close(ANSWER_SECONDS_MAX)
-        await self.launch.settle(SETTLE_SECONDS_MAX)
+        await asyncio.gather(self.launch.settle(SETTLE_SECONDS_MAX), self.stock.settle(SETTLE_SECONDS_MAX))
         self.ledger.save()
         if web_runner is not None:
             await web_runner.cleanup()

@@ -43,6 +43,7 @@ class Ledger:
         self._context = context
         self._broker_id = broker_id
         self._runs: dict[str, Run] = {}
+        self._former: dict[str, list[str]] = defaultdict(list)  # by instance: keys of its earlier runs
         self._clouds: dict[str, Cloud] = {}  # by instance; one that no configured cloud explains has none
         self._missing: dict[str, Missing] = {}
         self._dirty: set[str] = set()
@@ -57,6 +58,8 @@ class Ledger:
         only = clouds.all if len(clouds.all) == 1 else ()
         for run in self._context.store.runs():
             self._runs[run.instance_id] = run
+            if ledger.machine_of(run) != run.instance_id:
+                self._former[ledger.machine_of(run)].append(run.instance_id)
             launched = self._context.expected.get(run.instance_id)
             ordered = None if launched is None else self._context.cloud_of_order(launched.order)
             # Of several regions the first listing that shows it says which.
@@ -113,6 +116,12 @@ class Ledger:
         run = self._runs.get(instance_id)
         return run is not None and run.running_from_unix is not None and run.ended_by_unix is None
 
+    def ran_seconds(self, instance_id: str) -> float:
+        """How long the machine has run, at least, in all its runs."""
+        keys = (instance_id, *self._former.get(instance_id, ()))
+        runs = (self._runs[key] for key in keys if key in self._runs)
+        return sum(run.running_seconds(self._at_unix(run)).low for run in runs)
+
     def has_ended(self, instance_id: str) -> bool:
         """Whether the machine was seen not to run any more: it was stopped, or is gone."""
         run = self._runs.get(instance_id)
@@ -138,12 +147,15 @@ class Ledger:
 
     def _take_in(self, instance: Instance, look: Span) -> None:
         before = self._runs.get(instance.id)
+        after_unix = 0.0
         if before is not None and ledger.runs_anew(before, instance, look):
-            self._set_aside(before)
-            before = None
+            former = ledger.closed(before, instance.launched_unix or look.earliest_unix)
+            self._set_aside(former)
+            after_unix, before = former.ended_by_unix or 0.0, None
         pool = tags.read(instance.tags).pool or "default"
         if before is None:
-            after = ledger.first_seen(instance, pool, self._context.price(pool, instance), look)
+            price = self._context.price(pool, instance)
+            after = ledger.first_seen(instance, pool, price, look, after_unix)
         else:
             may_stop = self._context.pool(pool).warm_stopped > 0
             after = ledger.seen(before, instance, look, may_stop=may_stop)
@@ -160,6 +172,7 @@ class Ledger:
         began_unix = int(run.not_running_until_unix)
         former = replace(run, instance_id=f"{run.instance_id}{ledger.FORMER}{began_unix}")
         self._runs[former.instance_id] = former
+        self._former[run.instance_id].append(former.instance_id)
         self._clouds[former.instance_id] = self._clouds[run.instance_id]
         self._write_soon(former)
 
@@ -180,6 +193,7 @@ class Ledger:
         self._dropped[run.pool] += run.cost_usd_micros_max(run.ended_by_unix)
         del self._runs[run.instance_id]
         self._clouds.pop(run.instance_id, None)
+        self._former.pop(run.instance_id, None)
 
     def _write_soon(self, run: Run) -> None:
         self._dirty.discard(run.instance_id)
@@ -251,7 +265,8 @@ class Ledger:
         """On order, or not yet seen running."""
         for worker in self._context.registry.in_state(WorkerState.ORDERED, WorkerState.BOOTING):
             run = self._runs.get(worker.instance_id or "")
-            if worker.pool in pools and (run is None or run.running_from_unix is None):
+            runs = run is not None and run.running_from_unix is not None and run.ended_by_unix is None
+            if worker.pool in pools and not runs:
                 yield worker
 
     def _pools(self) -> set[str]:

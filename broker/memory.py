@@ -54,7 +54,7 @@ class Memory:
 
     def _worker_changed(self, event: WorkerChanged) -> None:
         worker, before = event.worker, event.before
-        if worker.state is WorkerState.BOOTING:
+        if before is None or worker.state is WorkerState.BOOTING:
             self._met_again(worker, event.at)
         if before is WorkerState.BOOTING:
             self._booted_or_not(worker, event.at)  # asks whether it had come up before

@@ -11,7 +11,7 @@ from broker.core import protocol
 from broker.core.errors import BrokerError, CloudError, Draining
 from broker.core.life import BOOKED, LIVING
 from broker.core.model import Instance, InstanceState, Worker, WorkerState
-from broker.core.policy import Reason
+from broker.core.policy import Reason, idle_seconds_max
 from broker.core.tags import protects, rfc3339
 from broker.core.warm import idle_since_at
 
@@ -76,7 +76,8 @@ class Operations:
         idle_at: float | None = now - idle_seconds
         if not self._registry.busy(worker.id):
             idle_at = idle_since_at(self._registry, worker, pool, self._context.warmth(worker.pool), now)
-        ends_in = float("inf") if idle_at is None else idle_at + pool.idle_timeout - now
+        idle_seconds_left = idle_seconds_max(self._registry, worker, pool, now) - now
+        ends_in = float("inf") if idle_at is None else idle_at + idle_seconds_left
         if not self._registry.busy(worker.id):
             ends_in = min(ends_in, worker.born_at + pool.max_lifetime - now)
         if pool.hard_lifetime is not None:
@@ -93,7 +94,7 @@ class Operations:
             "cores": worker.cores,
             "market": str(worker.offering.market),
             "price_assumed": worker.offering.price_assumed,
-            "age_seconds": round(now - worker.born_at),
+            "age_seconds": round(worker.age_seconds(now)),
             "reason": worker.reason,
             "protected": worker.protected,
             "uses": self._registry.uses(worker.id),

@@ -127,9 +127,10 @@ class Run:
         return round(self.price_usd_micros_per_hour * seconds / SECONDS_PER_HOUR)
 
 
-def first_seen(instance: Instance, pool: str, price: Price, look: Span) -> Run:
-    """A machine that nobody knew. It did not run before its launch (EC2's LaunchTime, whole seconds)."""
-    began_unix = instance.launched_unix or look.earliest_unix - STALE_SECONDS_MAX
+def first_seen(instance: Instance, pool: str, price: Price, look: Span, after_unix: float = 0.0) -> Run:
+    """A machine that nobody knew, or that has not run since. It did not run before its launch (EC2's
+    LaunchTime, whole seconds)."""
+    began_unix = instance.launched_unix or max(after_unix, look.earliest_unix - STALE_SECONDS_MAX)
     run = Run(instance.id, pool, instance.market, price.usd_micros_per_hour, price.assumed, float(began_unix))
     return seen(run, instance, look)
 
@@ -153,12 +154,18 @@ def seen(run: Run, instance: Instance, look: Span, *, may_stop: bool = False) ->
 
 def runs_anew(run: Run, instance: Instance, look: Span) -> bool:
     """Whether a look shows that a machine whose run had ended has been started since."""
-    if run.ended_by_unix is None:
-        return False
-    if instance.launched_unix >= run.ended_by_unix:  # EC2's LaunchTime is that of the last start
-        return True
+    ran_unix = [at for at in (run.ended_by_unix, run.running_from_unix) if at is not None]
+    if instance.launched_unix:  # EC2's LaunchTime is that of the last start
+        return any(instance.launched_unix > at for at in ran_unix)
     runs = instance.state in (InstanceState.PENDING, InstanceState.RUNNING)
-    return runs and look.earliest_unix - STALE_SECONDS_MAX > run.ended_by_unix
+    ended_unix = run.ended_by_unix
+    return runs and ended_unix is not None and look.earliest_unix - STALE_SECONDS_MAX > ended_unix
+
+
+def closed(run: Run, by_unix: float) -> Run:
+    """A run that was followed by another one: it had ended by then, seen or not."""
+    ended_by = by_unix if run.ended_by_unix is None else min(by_unix, run.ended_by_unix)
+    return replace(run, ended_by_unix=ended_by)
 
 
 def machine_of(run: Run) -> str:
@@ -178,6 +185,14 @@ def _seen_pending(run: Run, was_so_unix: float) -> Run:
 
 
 def _seen_running(run: Run, was_so_unix: float, seen_unix: float) -> Run:
+    if run.ended_by_unix is not None and was_so_unix > run.ended_by_unix:  # it had not ended, or runs again
+        return replace(
+            run,
+            running_from_unix=seen_unix,
+            running_until_unix=was_so_unix,
+            ended_by_unix=None,
+            reclaimed=None,
+        )
     latest = (seen_unix, run.running_from_unix, run.ended_by_unix)
     return replace(
         run,

@@ -145,6 +145,10 @@ class Worker:
     def cores(self) -> int | None:
         return self.offering.cores
 
+    def age_seconds(self, now: float) -> float:
+        """Since it was ordered or adopted, without the time for which it was stopped."""
+        return (self.since_at if self.state is WorkerState.STOPPED else now) - self.born_at
+
     @property
     def boot_began_at(self) -> float:
         """Since when it has been on its way up: its order, or its latest start."""

@@ -54,6 +54,7 @@ class Reason(StrEnum):
     TERMINATE_ALL = "terminate-all"
     RECLAIMED = "reclaimed"
     STOPPED = "stopped"
+    OUTDATED = "outdated"
     NOT_STOPPED = "not-stopped"
     SURPLUS = "surplus"
     WRONG_MARKET = "wrong-market"
@@ -220,8 +221,7 @@ def _judge_usable(
     idle_at = None if wanted else idle_since_at(registry, worker, pool, warmth, now)
     stops = stock_lacks(registry, worker, pool, now)
     if idle_at is not None:
-        unused_seconds = UNUSED_SECONDS if stops and not registry.uses(worker.id) else pool.idle_timeout
-        limits.append((idle_at + min(unused_seconds, pool.idle_timeout), Reason.IDLE))
+        limits.append((idle_at + idle_seconds_max(registry, worker, pool, now), Reason.IDLE))
     if worker.state is WorkerState.SUSPECT:
         limits.append((worker.since_at + SUSPECT_SECONDS_MAX, Reason.UNRESPONSIVE))
     deadline_at, reason = min(limits)
@@ -232,9 +232,17 @@ def _judge_usable(
     return _drain_at(deadline_at, reason, now)
 
 
+def idle_seconds_max(registry: Registry, worker: Worker, pool: PoolSettings, now: float) -> float:
+    """How long a worker that nobody needs stays: less, when it was launched to be stopped."""
+    unused = not registry.uses(worker.id) and stock_lacks(registry, worker, pool, now)
+    return min(UNUSED_SECONDS, pool.idle_timeout) if unused else pool.idle_timeout
+
+
 def _judge_stopped(registry: Registry, worker: Worker, pool: PoolSettings, now: float) -> Verdict:
     if not worker.protected and superfluous(registry, worker, pool):
         return Verdict(drain=Reason.IDLE)
+    if not worker.protected and (used_up(registry, worker, pool) or worker.closed):
+        return Verdict(drain=Reason.USED_UP)
     if not worker.protected and now - worker.since_at >= STOPPED_SECONDS_MAX:
         return Verdict(drain=Reason.MAX_LIFETIME)
     return Verdict(next_look_at=now + LOOK_SECONDS)

@@ -201,12 +201,11 @@ class Registry:
         born_at: float | None = None,
         price: Price = FREE,
         kept: bool = False,
-        started_at: float | None = None,
     ) -> Worker:
         """BOOTING: a machine of ours that the books do not know, found in a listing. It counts as just used.
 
         `born_at` is when it shall count as born, for its age cap; now by default. With `kept` it is one that
-        stops or has been stopped, and is kept so; `started_at`: it may have been started then, or before.
+        stops or has been stopped, and is kept so.
         """
         offering = Offering(
             instance.region,
@@ -226,7 +225,6 @@ class Registry:
             since_at=now,
             born_at=now if born_at is None else born_at,
             order_id=order_id,
-            started_at=started_at,
         )
         worker = _with_instance(worker, instance)
         worker = self._enter(replace(worker, address=None) if kept else worker, now)
@@ -682,7 +680,7 @@ def _with_instance(worker: Worker, instance: Instance) -> Worker:
         instance_id=instance.id,
         address=instance.address or worker.address,
         running=instance.state == "running",
-        launched_unix=instance.launched_unix or worker.launched_unix,
+        launched_unix=max(instance.launched_unix, worker.launched_unix),  # that of its last start
         offering=replace(
             worker.offering,
             zone=instance.zone or worker.offering.zone,

@@ -35,6 +35,7 @@ DURATION_SECONDS_MAX = 10 * 365 * 86_400  # no timeout means longer, and tags ca
 UNIT_SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, None: 1.0}
 LOOPBACK = re.compile(r"127(\.\d{1,3}){3}|localhost|::1")
 WARM_MAX = 1000  # nobody keeps more machines idle on purpose
+STOCK_LIFETIME_SECONDS_MIN = 3600.0  # three quarters of it for a boot and the wait before a Stop
 TAGS_MAX = 40  # EC2 allows 50 on a resource (EC2 user guide, Tag restrictions); ours are seven
 TAG_KEY_RESERVED = re.compile(r"compute-broker:.*|aws:.*|Name", re.IGNORECASE)
 IMAGES = ("image", "image_arm64")
@@ -452,6 +453,17 @@ class PoolSettings(Section):
     @classmethod
     def _one_script(cls, path: str | None, info: ValidationInfo) -> str | None:
         return _one_script(path, info)
+
+    @field_validator("warm_stopped")
+    @classmethod
+    def _old_enough_to_be_stopped(cls, number: int, info: ValidationInfo) -> int:
+        max_lifetime = info.data.get("max_lifetime")
+        if number and max_lifetime is not None and max_lifetime < STOCK_LIFETIME_SECONDS_MIN:
+            raise ValueError(
+                f"needs max_lifetime = {STOCK_LIFETIME_SECONDS_MIN / 60:.0f}m or longer: workers would be "
+                "too old before they are stopped"
+            )
+        return number
 
     @field_validator("market")
     @classmethod

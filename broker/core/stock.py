@@ -35,7 +35,7 @@ def stock_shortage(registry: Registry, name: str, pool: PoolSettings, warm_targe
     if not pool.warm_stopped:
         return 0
     wanted = max(0, pool.warm_stopped - registry.count(name, *IN_STOCK))
-    young = (one for one in registry.unheld(name) if not expiring(one, pool, now))
+    young = (one for one in registry.unheld(name) if not expiring(one, pool, now) and not one.protected)
     ready = sum(1 for _ in islice(young, warm_target + wanted))
     return max(0, wanted - max(0, ready - warm_target))
 
@@ -68,9 +68,13 @@ def has_started(worker: Worker, instance: Instance, now: float) -> bool:
 
 
 def is_past(worker: Worker, instance: Instance, now: float) -> bool:
-    """Whether that the machine is stopped may be how it was before its last start."""
-    started_at = worker.started_at
-    return started_at is not None and instance.state in HALTED and now - started_at < SETTLED_SECONDS
+    """Whether that the machine is stopped is, or may be, how it was before its last start: EC2's LaunchTime
+    is that of the last one (AWS: EC2 API reference, Instance)."""
+    if instance.state not in HALTED:
+        return False
+    if 0 < instance.launched_unix < worker.launched_unix:
+        return True
+    return worker.started_at is not None and now - worker.started_at < SETTLED_SECONDS
 
 
 IN_STOCK = (WorkerState.STOPPED, WorkerState.STOPPING)

@@ -19,7 +19,7 @@ from broker.core.settings import PoolSettings
 LOOK_SECONDS = 60.0  # a clock that was set, and a changed configuration, are noticed within this time
 PAUSE_SECONDS_MIN = 60.0  # after a failed launch, doubling: no client waits for it
 PAUSE_SECONDS_MAX = 900.0
-STOCK_PAUSE_SECONDS_MAX = 14_400.0  # after Stops that failed: each cost a machine its boot
+STOCK_PAUSE_SECONDS_MAX = 14_400.0  # after Stops and Starts that failed: each costs a machine
 FAILURES_MAX = 10  # counted; more would pause no longer, and far more would exceed a float
 LEAD_SHARE_MAX = 0.25  # of its life: a worker that lives short is not replaced for half of it
 
@@ -34,6 +34,8 @@ class Warmth:
     wanted_until_at: dict[int, float] = field(default_factory=dict)  # place → when the target fell below it
     stop_failures: int = 0  # in a row, of workers that were to be kept stopped
     stock_not_before_at: float = float("-inf")  # none is launched to be stopped until then
+    start_failures: int = 0  # in a row, of workers that were stopped
+    start_not_before_at: float = float("-inf")  # none is started until then
 
     def seen(self, target: int, now: float) -> None:
         """The target at this moment."""
@@ -58,15 +60,27 @@ class Warmth:
     def stop_failed(self, now: float) -> None:
         """A worker that was to be kept stopped could not be: perhaps none can. Those of one moment count
         once."""
-        if now < self.stock_not_before_at:
-            return
-        self.stop_failures = min(self.stop_failures + 1, FAILURES_MAX)
-        pause_seconds = doubled(PAUSE_SECONDS_MAX, self.stop_failures, STOCK_PAUSE_SECONDS_MAX)
-        self.stock_not_before_at = now + pause_seconds
+        if now >= self.stock_not_before_at:
+            self.stop_failures = min(self.stop_failures + 1, FAILURES_MAX)
+            self.stock_not_before_at = now + _stock_pause_seconds(self.stop_failures)
 
-    def stop_answered(self) -> None:
-        """The cloud stops one."""
+    def stopped(self) -> None:
+        """The cloud has stopped one."""
         self.stop_failures = 0
+
+    def start_failed(self, now: float) -> None:
+        """A worker that was started did not come up: perhaps none does. Those of one moment count once."""
+        if now >= self.start_not_before_at:
+            self.start_failures = min(self.start_failures + 1, FAILURES_MAX)
+            self.start_not_before_at = now + _stock_pause_seconds(self.start_failures)
+
+    def started(self) -> None:
+        """One that was started has come up."""
+        self.start_failures = 0
+
+
+def _stock_pause_seconds(times: int) -> float:
+    return doubled(PAUSE_SECONDS_MAX, times, STOCK_PAUSE_SECONDS_MAX)
 
 
 def warm_shortage(registry: Registry, name: str, pool: PoolSettings, target: int, now: float) -> int:

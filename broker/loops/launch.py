@@ -173,11 +173,12 @@ class LaunchLoop:
         context, stopped = self._context, self._startable(name, sellers)
         if not stopped:
             return
-        offerings = [one for cloud in sellers for one in cloud.provider.offerings(name)]
+        sold = [one for cloud in sellers for one in cloud.provider.offerings(name)]
+        offerings = [*sold, *(worker.offering for worker in stopped)]
         wanted = plan(
             needs,
             self._supply.coming(name),
-            [*offerings, *(worker.offering for worker in stopped)],
+            offerings,
             self._room(name, offerings).machines,
             seats=context.pool(name).seats or SEATS_MAX,
             queue=self._supply.one_by_one(name),

@@ -25,7 +25,7 @@ from broker.core.errors import BrokerError, CloudUnreachable, SettingsError, Sto
 from broker.core.life import BOOKED, LIVING, USABLE
 from broker.core.model import UNKNOWN_CLIENT, Instance, InstanceState, Lease, Order, Worker, WorkerState
 from broker.core.policy import Reason, born_at
-from broker.core.stock import HALTED, has_started, is_past
+from broker.core.stock import HALTED, SETTLED_SECONDS, has_started, is_past
 from broker.ledger import Ledger
 from broker.loops.charge import DEAD, Charge
 from broker.opening import open_provider
@@ -91,6 +91,7 @@ class ReconcileLoop:
         self._charge = Charge(context, orders, charged)
         self._began_at = self._scan_at = context.now()
         self._missing: dict[str, Missing] = {}
+        self._halted_at: dict[str, float] = {}  # workers → since when they are shown stopped
         self._watch_seconds = WATCH_SECONDS
         self._scanning = asyncio.Lock()
 
@@ -211,6 +212,7 @@ class ReconcileLoop:
                 foreign.append(instance)
         if foreign:
             await self._claim_all(cloud, foreign)
+        self._halted_at = {id_: at for id_, at in self._halted_at.items() if self._registry.get(id_)}
         self._note_missing(cloud, started_at)
         self._give_up_orders(cloud, started_at)
         self._expect(cloud)
@@ -244,23 +246,28 @@ class ReconcileLoop:
         now = self._context.now()
         if is_past(worker, instance, now):
             return worker
-        if has_started(worker, instance, now):
+        if has_started(worker, instance, now) and instance.id not in self._context.ended:
             self._registry.start(worker.id, now)
         return self._registry.observed(worker.id, instance, now)
 
     def _follow(self, worker: Worker, instance: Instance) -> None:
         """Where the cloud has taken the machine, the worker goes too."""
-        now, halted = self._context.now(), instance.state in HALTED
+        now, halted = self._context.now(), instance.state in HALTED and worker.state in USABLE
+        if not halted:
+            self._halted_at.pop(worker.id, None)
         if is_past(worker, instance, now):
             return
-        if (
-            instance.state is InstanceState.STOPPED
-            and _is_kept(worker)
-            and not self._registry.busy(worker.id)
-        ):
+        if instance.state is InstanceState.STOPPED and worker.state is WorkerState.STOPPING:
             self._registry.stopped(worker.id, now)
-        elif (worker.state in USABLE and halted) or (worker.state in LIVING and instance.state in DEAD):
+        elif (halted and self._surely_halted(worker)) or (worker.state in LIVING and instance.state in DEAD):
             self._registry.drain(worker.id, _why_it_ends(worker, instance), now)
+
+    def _surely_halted(self, worker: Worker) -> bool:
+        """Whether a worker that is shown stopped can be taken for it: a listing may be from before its start,
+        and then whoever holds it would lose it."""
+        now = self._context.now()
+        since_at = self._halted_at.setdefault(worker.id, now)
+        return not self._registry.busy(worker.id) or now - since_at >= SETTLED_SECONDS
 
     def _matched(self, cloud: Cloud, instance: Instance) -> Worker | None:
         """The entry for a machine that the books do not know by its id: its order's, or a new one."""
@@ -283,10 +290,15 @@ class ReconcileLoop:
         now, name = self._context.now(), identity.pool or "default"
         self._context.home[instance.id] = cloud
         pool = self._context.pool(name)
-        held, ends = instance.id in self._context.stored_leases, instance.id in self._context.ended
-        perhaps_stopped = instance.state in HALTED and pool.warm_stopped > 0 and not ends
-        kept = perhaps_stopped and not held
-        age_seconds = 0.0 if kept else _age_seconds(cloud, instance, now)
+        known, ends = identity.order in self._context.known_orders, instance.id in self._context.ended
+        kept = (
+            instance.state in HALTED
+            and pool.warm_stopped > 0
+            and not ends
+            and self._is_surely_unheld(instance)
+        )
+        ran_seconds = self._ledger.ran_seconds(instance.id)
+        age_seconds = ran_seconds if kept else max(ran_seconds, _age_seconds(cloud, instance, now))
         idle = self._known_to_be_idle(instance)
         worker = self._registry.adopt(
             instance,
@@ -297,15 +309,23 @@ class ReconcileLoop:
             born_at=now - age_seconds if idle else born_at(pool, age_seconds, now),
             price=self._context.price(name, instance),
             kept=kept,
-            started_at=now if perhaps_stopped and held else None,  # it runs, and this listing is stale
         )
         if ends:  # this listing is stale, or Terminate was lost
             return self._end_again(worker)
         if kept:  # it has no clients
             return worker
         self._restore_leases(worker)
-        self._count_forgotten_clients(worker, known=identity.order in self._context.known_orders)
+        self._count_forgotten_clients(worker, known=known)
         return self._orders.end_surplus(worker)
+
+    def _is_surely_unheld(self, instance: Instance) -> bool:
+        """Whether the store knows of its launch, and of no lease on it."""
+        known = tags.read(instance.tags).order in self._context.known_orders
+        return (
+            known
+            and not self._context.store.leases_missing
+            and instance.id not in self._context.stored_leases
+        )
 
     def _known_to_be_idle(self, instance: Instance) -> bool:
         """The store remembers its launch and no lease on it: it is surely unused, so its age counts."""
@@ -508,12 +528,6 @@ async def _each(looks: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
     """All at the same time. Most brokers have one cloud, and one needs no task of its own."""
     first, *others = looks
     return list(await asyncio.gather(first, *others)) if others else [await first]
-
-
-def _is_kept(worker: Worker) -> bool:
-    """Whether a worker whose machine is stopped is kept so: it was to stop, or a Start came to nothing."""
-    started = worker.state is WorkerState.BOOTING and worker.started_at is not None
-    return started or worker.state is WorkerState.STOPPING
 
 
 def _why_it_ends(worker: Worker, instance: Instance) -> Reason:

@@ -19,10 +19,11 @@ from dataclasses import dataclass
 from broker.clouds import Cloud
 from broker.context import Context
 from broker.core.errors import BrokerError, CloudUnreachable, LimitReached, SettingsError, StoreError
-from broker.core.life import LIVING, USABLE
+from broker.core.life import LIVING
 from broker.core.model import Event, LeaseEnded, Worker, WorkerChanged, WorkerState
-from broker.core.policy import POOL_REMOVED
+from broker.core.policy import POOL_REMOVED, Reason
 from broker.core.settings import BrokerSettings, PoolSettings, Settings
+from broker.core.stock import IN_STOCK
 from broker.ledger import Ledger
 from broker.loops.reap import Report
 from broker.opening import keep_cores, open_provider
@@ -45,6 +46,8 @@ BOOTS_BY = (
     "command",
     "instance_types",
 )
+
+MADE_BY = ("image", "image_arm64", "user_data", "user_data_file")  # what a machine has on its disk
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +128,7 @@ class ReloadLoop:
     def heard(self, event: Event) -> None:
         """A machine of a pool that has left may turn up late; a held one goes with its last lease."""
         match event:
-            case WorkerChanged(worker=worker, before=None) if worker.state is WorkerState.BOOTING:
+            case WorkerChanged(worker=worker, before=None) if worker.state in LIVING:
                 former = self._former.get((worker.pool, id(self._context.cloud_of(worker))))
                 if former is not None:
                     self._leave(worker, former)
@@ -246,6 +249,14 @@ class ReloadLoop:
             old, new = reloaded.before.pool[name], self._context.settings.pool[name]
             if any(getattr(old, key) != getattr(new, key) for key in BOOTS_BY):
                 self._context.guard(name).booted()  # a new image: what failed to boot was the old one
+            self._renew_stock(name, old, new)
+
+    def _renew_stock(self, name: str, old: PoolSettings, new: PoolSettings) -> None:
+        """What is stopped was made from another image, or by another script: it is replaced."""
+        for worker in self._registry.in_state(*IN_STOCK, pool=name):
+            before, after = old.at(worker.offering.region), new.at(worker.offering.region)
+            if not worker.protected and any(getattr(before, key) != getattr(after, key) for key in MADE_BY):
+                self._registry.drain(worker.id, Reason.OUTDATED, self._context.now())
 
     # --- pools that go, and come back ----------------------------------------------------------------
 
@@ -267,7 +278,7 @@ class ReloadLoop:
         """Nobody new gets the worker. The reaper ends it when nobody holds it."""
         now = self._context.now()
         self._context.leaving[worker.id] = pool
-        if worker.state in USABLE and not worker.standing_notice:
+        if worker.state in LIVING and not worker.standing_notice:
             self._registry.suspect(worker.id, POOL_REMOVED, now, standing=True)
         self._registry.look_again(worker.id, now)
 

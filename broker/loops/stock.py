@@ -1,9 +1,10 @@
 """Sends Stop for workers that a pool keeps stopped, and Start for those that somebody waits for.
 
 A Stop that arrives late would stop a machine that has been started and given to somebody meanwhile. So a Stop
-is sent once, and that the machine ends is on disk before it is: only when EC2 has answered is it taken back.
-Whoever lost the answer, this broker or the one after it, terminates the machine, which is out of every
-client's reach by then. A Start is safe to send again: the machine is in the books, and runs or does not.
+is sent once, and that the machine ends is on disk before it is: only when EC2 has answered is it taken back,
+and only when that is on disk too can the worker be started. Whoever lost the answer, this broker or the one
+after it, terminates the machine, which is out of every client's reach by then. A Start is safe to send again:
+the machine is in the books, and runs or does not.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from broker.context import Context
 from broker.core.backoff import doubled
 from broker.core.errors import BrokerError, CloudError, OfferingRefused, Throttled
 from broker.core.model import Event, Worker, WorkerChanged, WorkerState
-from broker.core.policy import Reason
+from broker.core.policy import Reason, used_up
 from broker.core.stock import IN_STOCK, startable
 from broker.loops.reap import Report
 
@@ -44,44 +45,75 @@ class StockLoop:
         self._calls: dict[str, asyncio.Task[None]] = {}
         self._failures: dict[int, int] = {}  # by cloud: Starts that were refused for good, in a row
         self._not_before: dict[int, float] = {}
+        self._closed = False  # the broker is going down
 
     def startable(self, pool: str, clouds: Collection[Cloud]) -> list[Worker]:
         """The pool's workers in those clouds that may be started now, the one stopped first comes first."""
         stopped, now = self._registry.in_state(WorkerState.STOPPED, pool=pool), self._context.now()
+        if not stopped or self._context.warmth(pool).start_not_before_at > now:
+            return []
         return [one for one in stopped if startable(one, now) and self._may_start(one, clouds)]
 
     def _may_start(self, worker: Worker, clouds: Collection[Cloud]) -> bool:
-        cloud, now = self._context.cloud_of(worker), self._context.now()
+        context, now = self._context, self._context.now()
+        cloud = context.cloud_of(worker)
         if cloud is None or cloud not in clouds or self._not_before.get(id(cloud), now) > now:
             return False
+        if worker.id in context.leaving or worker.instance_id in context.ended or worker.id in self._calls:
+            return False
+        if worker.closed or used_up(self._registry, worker, context.pool(worker.pool)):
+            return False
         free, _ = cloud.cooling.usable([worker.offering], now, pool=worker.pool)
-        return bool(free) and not worker.closed and worker.id not in self._context.leaving
+        return bool(free)
 
     def heard(self, event: Event) -> None:
         """Whoever decides that a worker stops or starts moves it in the books; the call is made here."""
-        if isinstance(event, WorkerChanged):
-            match event.before, event.worker.state:
-                case WorkerState.READY, WorkerState.STOPPING:
-                    self._due_at[event.worker.id] = event.at
-                case WorkerState.STOPPED, WorkerState.BOOTING if not event.worker.running:
-                    self._due_at[event.worker.id] = event.at
-                case _:
-                    self._due_at.pop(event.worker.id, None)
+        if not isinstance(event, WorkerChanged):
+            return
+        worker, warmth = event.worker, self._context.warmth(event.worker.pool)
+        self._due_at.pop(worker.id, None)
+        match event.before, worker.state:
+            case WorkerState.READY, WorkerState.STOPPING:
+                self._due_at[worker.id] = event.at
+            case WorkerState.STOPPED, WorkerState.BOOTING if not worker.running:
+                self._due_at[worker.id] = event.at
+            case WorkerState.STOPPING, WorkerState.STOPPED:
+                warmth.stopped()
+            case WorkerState.STOPPING, WorkerState.DRAINING if worker.reason == Reason.UNRESPONSIVE:
+                warmth.stop_failed(event.at)
+            case WorkerState.BOOTING, WorkerState.READY if worker.started_at is not None:
+                warmth.started()
+            case WorkerState.BOOTING, WorkerState.DRAINING if worker.started_at is not None:
+                if worker.reason in (Reason.BOOT_TIMEOUT, Reason.BOOT_FAILED):
+                    warmth.start_failed(event.at)
+            case _:
+                pass
+
+    async def settle(self, timeout_seconds: float) -> None:
+        """At shutdown: collect the answers that are under way; a Stop without one costs the machine."""
+        self._closed = True
+        if self._calls:
+            await asyncio.wait(self._calls.values(), timeout=timeout_seconds)
 
     async def tick(self) -> float | None:
         now = self._context.now()
-        for worker_id in [one for one, at in self._due_at.items() if at <= now and one not in self._calls]:
+        due = [one for one, at in self._due_at.items() if at <= now and one not in self._calls]
+        for worker_id in due if not self._closed else ():
             worker = self._registry.get(worker_id)
             cloud = None if worker is None else self._context.cloud_of(worker)
-            if worker is None or cloud is None or (worker.running and worker.state is WorkerState.BOOTING):
+            runs = worker is not None and worker.state is WorkerState.BOOTING and worker.running
+            if worker is None or cloud is None or runs:
                 del self._due_at[worker_id]
             elif not cloud.acts(now):
                 self._due_at[worker_id] = now + AGAIN_SECONDS
+            elif worker.state is WorkerState.STOPPING:
+                del self._due_at[worker_id]
+                self._begin(worker_id, self._stop(worker, cloud))
             else:
-                stops = worker.state is WorkerState.STOPPING
-                self._begin(worker_id, self._stop(worker, cloud) if stops else self._start(worker, cloud))
+                self._due_at[worker_id] = now + AGAIN_SECONDS
+                self._begin(worker_id, self._start(worker, cloud))
         moments = [at for one, at in self._due_at.items() if one not in self._calls]
-        return min(moments, default=None)
+        return None if self._closed else min(moments, default=None)
 
     def _begin(self, worker_id: str, call: Coroutine[Any, Any, None]) -> None:
         task = self._calls[worker_id] = asyncio.create_task(call)
@@ -101,25 +133,26 @@ class StockLoop:
         context.ended.add(instance_id)
         try:
             await context.store.end_decided(instance_id, context.clock.wall())
-            if not self._is(worker, WorkerState.STOPPING):
-                return  # its end was decided meanwhile
-            await cloud.provider.stop(instance_id)
-        except Throttled:
-            self._due_again(worker)
+            while self._is(worker, WorkerState.STOPPING):  # else somebody else has ended or stopped it
+                try:
+                    await cloud.provider.stop(instance_id)
+                    break
+                except Throttled:  # it was not sent
+                    await asyncio.sleep(AGAIN_SECONDS)
+            if self._is(worker, *IN_STOCK):
+                await context.store.end_revoked(instance_id)
         except BrokerError as error:
             self._not_stopped(worker, error)
         else:
-            self._due_at.pop(worker.id, None)
-            context.warmth(worker.pool).stop_answered()
             if self._is(worker, *IN_STOCK):
                 context.ended.discard(instance_id)
-                context.store.soon(context.store.end_revoked(instance_id))
                 self._changed()
+            elif instance_id in context.ended:  # its end was decided while the other way was written down
+                context.store.soon(context.store.end_decided(instance_id, context.clock.wall()))
 
     def _not_stopped(self, worker: Worker, error: BrokerError) -> None:
         """Whether or not it stops, it is terminated; and the next one is not launched to be stopped soon."""
         now = self._context.now()
-        self._due_at.pop(worker.id, None)
         self._context.warmth(worker.pool).stop_failed(now)
         self._report("stop failed", {"instance": worker.instance_id, "error": error.message})
         if self._is(worker, *IN_STOCK):
@@ -131,9 +164,7 @@ class StockLoop:
         try:
             await cloud.provider.start(worker.instance_id or "")
         except BrokerError as error:
-            if isinstance(error, Throttled) or (isinstance(error, CloudError) and error.sent):
-                self._due_again(worker)  # if it has not arrived, reconcile finds the machine stopped
-            else:
+            if not isinstance(error, Throttled) and not (isinstance(error, CloudError) and error.sent):
                 self._not_started(worker, cloud, error)
         else:
             self._due_at.pop(worker.id, None)
@@ -151,15 +182,10 @@ class StockLoop:
             self._not_before[id(cloud)] = now + doubled(PAUSE_SECONDS_MIN, times, PAUSE_SECONDS_MAX)
         self._report("start failed", {"instance": worker.instance_id, "error": error.message})
         current = self._registry.get(worker.id)
-        if current is not None and current.state is WorkerState.BOOTING and not current.running:
+        booting = current is not None and current.state is WorkerState.BOOTING and not current.running
+        if booting and not self._registry.busy(worker.id):
             self._registry.stopped(worker.id, now)
-
-    # --- both --------------------------------------------------------------------------------------
 
     def _is(self, worker: Worker, *states: WorkerState) -> bool:
         current = self._registry.get(worker.id)
         return current is not None and current.state in states
-
-    def _due_again(self, worker: Worker) -> None:
-        if worker.id in self._due_at:
-            self._due_at[worker.id] = self._context.now() + AGAIN_SECONDS

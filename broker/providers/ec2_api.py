@@ -199,7 +199,9 @@ class Ec2Api:
         self._exits = AsyncExitStack()
         self._launcher: Ec2Client | None = None
         self._reader: Ec2Client | None = None
-        self._launch_turns = asyncio.Semaphore(LAUNCHING.in_flight_max)
+        launch_turns = asyncio.Semaphore(LAUNCHING.in_flight_max)
+        self._turns = dict.fromkeys(LAUNCHES, launch_turns)
+        self._turns["StopInstances"] = asyncio.Semaphore(LAUNCHING.in_flight_max)
         self._other_turns = asyncio.Semaphore(OTHERWISE.in_flight_max)
         self._pace = Pace(clock_monotonic)
 
@@ -219,13 +221,13 @@ class Ec2Api:
 
     async def call(self, api: str, **parameters: Any) -> Answer:
         """EC2's answer. Raises the CloudError that base.Provider names for the call."""
-        launches = api in LAUNCHES or api == "StopInstances"
-        client = self._launcher if launches else self._reader
+        turns = self._turns.get(api, self._other_turns)
+        client = self._reader if turns is self._other_turns else self._launcher
         if client is None:
             raise CloudUnreachable("EC2 has not been reached since the start")
         method = getattr(client, METHODS[api])
         await self._keep_pace(api)
-        async with self._launch_turns if launches else self._other_turns:
+        async with turns:
             sent_at = self._clock_monotonic()
             try:
                 answer: Answer = await method(**parameters)

@@ -92,12 +92,29 @@ def test_a_machine_that_was_stopped_before_it_was_terminated_is_not_billed_up_to
 
 
 def test_a_machine_that_runs_long_after_it_had_ended_was_started_again() -> None:
+    """As far as that can be told where the cloud names no launch."""
+
+    def unnamed(state: InstanceState) -> Instance:
+        return replace(shown(state), launched_unix=0.0)
+
     run = run_of((RUNNING, 10.0), (STOPPED, 300.0))
-    assert runs_anew(run, shown(RUNNING), look(1000.0))
-    assert runs_anew(run, shown(PENDING), look(361.0))
-    assert not runs_anew(run, shown(RUNNING), look(330.0)), "that may be how it was"
-    assert not runs_anew(run, shown(STOPPED), look(1000.0))
-    assert not runs_anew(run_of((RUNNING, 10.0)), shown(RUNNING), look(1000.0))
+    assert runs_anew(run, unnamed(RUNNING), look(1000.0))
+    assert runs_anew(run, unnamed(PENDING), look(361.0))
+    assert not runs_anew(run, unnamed(RUNNING), look(330.0)), "that may be how it was"
+    assert not runs_anew(run, unnamed(STOPPED), look(1000.0))
+    assert not runs_anew(run_of((RUNNING, 10.0)), unnamed(RUNNING), look(1000.0))
+
+
+def test_a_machine_that_is_back_with_the_same_launch_was_not_started_again() -> None:
+    gone = missed(run_of((RUNNING, 10.0)), LAUNCHED + 300.0)
+    assert not runs_anew(gone, shown(RUNNING), look(1000.0))
+    back = seen(gone, shown(RUNNING), look(1000.0))
+    assert back.billed_seconds(LAUNCHED + 1100.0) == Bracket(60.0, 1100.0)
+
+
+def test_a_launch_after_it_had_run_shows_a_stop_that_nobody_saw() -> None:
+    again = replace(shown(RUNNING), launched_unix=LAUNCHED + 5000.0)
+    assert runs_anew(run_of((RUNNING, 10.0), (RUNNING, 300.0)), again, look(5010.0))
 
 
 def test_a_launch_after_its_end_shows_a_start_that_nobody_saw() -> None:

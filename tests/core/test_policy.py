@@ -563,5 +563,5 @@ def test_why_a_worker_is_drained_is_a_closed_list_of_short_words() -> None:
     assert {str(reason) for reason in Reason} == {
         "idle", "released", "max-lifetime", "boot-timeout", "boot-failed", "unresponsive", "terminate-all",
         "reclaimed", "stopped", "surplus", "ended-before", "wrong-market", "replaced", "pool-removed",
-        "hard-lifetime", "used-up", "not-stopped",
+        "hard-lifetime", "used-up", "not-stopped", "outdated",
     }  # fmt: skip
