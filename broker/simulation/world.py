@@ -315,6 +315,8 @@ class World:
         rules = self.referee.rules.since(self.now)
         ready = [w for w in registry.unheld(pool) if not any(expiring(w, r, self.now) for r in rules)]
         ready = [w for w in ready if kind in ("", w.offering.instance_type)]
+        keeps_stock = max(r.warm_stopped for r in rules) > 0
+        ready = [w for w in ready if not (keeps_stock and w.protected)]  # it fills no place there
         unheld += sum(not any(_nearly_used_up(registry.uses(w.id), r) for r in rules) for w in ready)
         demand = self.asking.machines(min(r.seats or SEATS_MAX for r in rules), kind)
         moments_unix = [self.true_unix() + seconds for seconds in (-1.0, 0.0, 1.0)]  # HTTP dates are coarse

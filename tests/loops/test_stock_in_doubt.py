@@ -14,6 +14,7 @@ import pytest
 from broker.core.errors import Throttled
 from broker.core.model import Instance, InstanceState, WorkerState
 from broker.core.stock import SETTLED_SECONDS
+from broker.database import GAP_FILE
 from broker.testing import FakeCloud, RunningBroker, run_virtual, running_broker
 from tests.loops.test_stock import (
     BIG,
@@ -163,7 +164,7 @@ def test_a_machine_whose_clients_nobody_knows_is_not_taken_for_a_stopped_one(
         if lost == "leases":
             with sqlite3.connect(tmp_path / "a" / "broker.db") as database:
                 database.execute("DELETE FROM leases")
-            (tmp_path / "a" / "1").write_bytes(b"1")
+            (tmp_path / "a" / GAP_FILE).write_bytes(b"1")
         past.show()
         directory = tmp_path / ("b" if lost == "the store" else "a")
         async with running_broker(ONE_MACHINE, directory, cloud=cloud) as broker:
