@@ -98,6 +98,7 @@ class Operations:
             "reason": worker.reason,
             "protected": worker.protected,
             "uses": self._registry.uses(worker.id),
+            "breaker": str(self._context.guard(worker.pool).breaker(now).state),
         }
 
     async def _listed(self) -> list[Instance]:

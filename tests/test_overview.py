@@ -86,3 +86,17 @@ def test_what_would_refuse_a_client_is_shown_before_one_asks(tmp_path: Path) -> 
         assert "3 machines in a row" in (await pools(broker))["default"]["obstacle"]
 
     live(tmp_path, story, chosen=settings({"none": {"max_workers": 0}}))
+
+
+def test_a_row_of_status_says_whether_its_pools_breaker_is_open(tmp_path: Path) -> None:
+    async def story(broker: RunningBroker) -> None:
+        await broker.ask("GET_WORKER client=a")
+        context = broker.daemon.context
+        (row,) = json.loads(await broker.ask("STATUS"))
+        assert row["breaker"] == "closed"
+        for _ in range(context.pool("default").boot_failures_max):
+            context.guard("default").boot_failed(context.pool("default"), context.now())
+        (row,) = json.loads(await broker.ask("STATUS"))
+        assert row["breaker"] == "open"
+
+    live(tmp_path, story)
