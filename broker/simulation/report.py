@@ -10,6 +10,7 @@ from typing import Any
 
 from broker.simulation.awaits import points, struck
 from broker.simulation.campaign import Finding, Totals
+from broker.simulation.drawing import FAIR
 from broker.simulation.scenarios import SCENARIOS
 from broker.testing import EPOCH_UNIX
 
@@ -163,9 +164,14 @@ def comparison_view(found: dict[str, Any]) -> str:
 
 def _weekday(found: dict[str, Any]) -> str:
     hours = found["hours"] / found["seeds"]
+    boot, start = (
+        f"{FAIR.pending_seconds[0] + port[0]:g} to {FAIR.pending_seconds[1] + port[1]:g} s"
+        for port in (FAIR.port_seconds, FAIR.port_again_seconds)
+    )
     return (
         f"Each history begins on {found['warm']['begins']} and lasts {hours:g} hours; "
-        "clients come at any hour of it."
+        "clients come at any hour of it.\n"
+        f"Assumed: a machine is ready {boot} after its launch, one that was stopped {start} after its start."
     )
 
 
