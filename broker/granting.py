@@ -370,7 +370,7 @@ class Granting:
         """Wait until the lease is on disk.
 
         A full disk does not keep a client from a shared worker. An exclusive one is not given away on a lease
-        that a restart would forget: raises StoreError, and the lease ends.
+        that a restart would forget: raises StoreError.
         """
         task, worker = self._writing.get(lease.id), self._registry.get(lease.worker_id)
         if task is None or worker is None:
@@ -382,6 +382,4 @@ class Granting:
             await asyncio.shield(task)
         except StoreError:
             if lease.exclusive:
-                if self._registry.lease(lease.id) is not None and lease.id not in self.pinged:
-                    self._registry.end_lease(lease.worker_id, lease.key, "not written", self._now())
                 raise

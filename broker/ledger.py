@@ -93,7 +93,7 @@ class Ledger:
                 continue
             if run.ended_by_unix is None and run.instance_id not in shown:
                 self._miss(run, asked_at, look)
-            elif run.ended_by_unix is not None and look.earliest_unix - run.ended_by_unix > KEPT_SECONDS:
+            elif self._is_over(run, look) and not self._is_there(ledger.machine_of(run), shown):
                 self._drop(run)
         if not cloud.recovered:
             for pool, total in before.items():
@@ -147,6 +147,8 @@ class Ledger:
 
     def _take_in(self, instance: Instance, look: Span) -> None:
         before = self._runs.get(instance.id)
+        if self._is_of_a_former_run(instance):
+            return
         after_unix = 0.0
         if before is not None and ledger.runs_anew(before, instance, look):
             former = ledger.closed(before, instance.launched_unix or look.earliest_unix)
@@ -167,12 +169,27 @@ class Ledger:
         else:
             self._dirty.add(instance.id)
 
+    @staticmethod
+    def _is_over(run: Run, look: Span) -> bool:
+        return run.ended_by_unix is not None and look.earliest_unix - run.ended_by_unix > KEPT_SECONDS
+
+    def _is_there(self, instance_id: str, shown: set[str]) -> bool:
+        """Whether the machine still exists: it may be stopped for a week, and start again."""
+        return instance_id in shown or self._context.registry.by_instance(instance_id) is not None
+
+    def _is_of_a_former_run(self, instance: Instance) -> bool:
+        """Whether what a stale listing shows is how the machine was before its last start."""
+        former = [self._runs[key] for key in self._former.get(instance.id, ()) if key in self._runs]
+        ended_unix = max((run.ended_by_unix or 0.0 for run in former), default=0.0)
+        return 0 < instance.launched_unix <= ended_unix
+
     def _set_aside(self, run: Run) -> None:
         """Its machine was stopped, and runs again: that is another run."""
         began_unix = int(run.not_running_until_unix)
         former = replace(run, instance_id=f"{run.instance_id}{ledger.FORMER}{began_unix}")
         self._runs[former.instance_id] = former
-        self._former[run.instance_id].append(former.instance_id)
+        if former.instance_id not in self._former[run.instance_id]:
+            self._former[run.instance_id].append(former.instance_id)
         self._clouds[former.instance_id] = self._clouds[run.instance_id]
         self._write_soon(former)
 

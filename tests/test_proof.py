@@ -5,6 +5,7 @@ its client goes away. Nothing stays held by nobody, and nobody stays in a queue.
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -378,6 +379,27 @@ def test_a_worker_of_ones_own_that_cannot_be_had_leaves_the_shared_one_shared(tm
         machine.answers = True
         assert await broker.ask("GET_WORKER client=b wait=60") == address
         assert await broker.ask("PING " + address + " client=a") == "OK"
+
+    live(tmp_path, story, chosen=settings(max_workers=1))
+
+
+def test_a_worker_of_ones_own_that_the_disk_refuses_leaves_the_shared_one_shared(tmp_path: Path) -> None:
+    """The hold had ended altogether: the client worked on without one."""
+
+    async def story(broker: RunningBroker) -> None:
+        address = await broker.ask("GET_WORKER client=a")
+        store: Any = broker.daemon.context.store
+        commit = store._commit
+
+        def full(*_: Any) -> None:
+            raise sqlite3.OperationalError("database or disk is full")
+
+        store._commit = full
+        assert (await broker.ask("GET_WORKER client=a exclusive=yes wait=0")).startswith("ERROR")
+        store._commit = commit
+        (worker,) = list(broker.registry)
+        assert [one.exclusive for one in broker.registry.leases(worker.id)] == [False]
+        assert await broker.ask("GET_WORKER client=b wait=60") == address
 
     live(tmp_path, story, chosen=settings(max_workers=1))
 

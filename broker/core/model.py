@@ -136,6 +136,8 @@ class Worker:
     running: bool = False  # the cloud has said `running`: from here on it is billed
     launched_unix: float = 0.0
     started_at: float | None = None  # when it was last started after it had been stopped
+    launched_before_unix: float = 0.0  # what `launched_unix` was then
+    outdated: bool = False  # made by settings that count no more: it is not kept stopped
     reason: str = ""  # why it entered its state
     standing_notice: str = ""  # a notice that probes cannot lift: it will not become READY again
     protected: bool = False  # a person's tag keeps the broker from ending it

@@ -25,6 +25,7 @@ from broker.core.stock import (
     UNUSED_SECONDS,
     stock_lacks,
     superfluous,
+    too_old,
 )
 from broker.core.warm import LOOK_SECONDS, Warmth, idle_since_at
 
@@ -243,7 +244,7 @@ def _judge_stopped(registry: Registry, worker: Worker, pool: PoolSettings, now: 
         return Verdict(drain=Reason.IDLE)
     if not worker.protected and (used_up(registry, worker, pool) or worker.closed):
         return Verdict(drain=Reason.USED_UP)
-    if not worker.protected and now - worker.since_at >= STOPPED_SECONDS_MAX:
+    if not worker.protected and (too_old(worker, pool) or now - worker.since_at >= STOPPED_SECONDS_MAX):
         return Verdict(drain=Reason.MAX_LIFETIME)
     return Verdict(next_look_at=now + LOOK_SECONDS)
 

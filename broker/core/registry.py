@@ -256,6 +256,10 @@ class Registry:
         self._uses[worker_id] = max(uses, self.uses(worker_id))
         return self._protect(self._workers[worker_id], protected or self._workers[worker_id].protected, now)
 
+    def outdate(self, worker_id: str) -> None:
+        """It was made by settings that count no more. Whoever holds it keeps it, and it is handed out."""
+        self._workers[worker_id] = replace(self._workers[worker_id], outdated=True)
+
     def close(self, worker_id: str, reason: str, now: float) -> Worker:
         """No new clients; whoever holds it keeps it, also by asking again. There is no way back."""
         worker = self._workers[worker_id]
@@ -319,7 +323,9 @@ class Registry:
         worker = self._workers[worker_id]
         self._require(worker, Step.START)
         born_at = worker.born_at + (now - worker.since_at)
-        self._workers[worker_id] = replace(worker, born_at=born_at, started_at=now)
+        self._workers[worker_id] = replace(
+            worker, born_at=born_at, started_at=now, launched_before_unix=worker.launched_unix
+        )
         self._used_at[worker_id] = now
         return self._step(worker_id, Step.START, now)
 

@@ -35,14 +35,20 @@ def stock_shortage(registry: Registry, name: str, pool: PoolSettings, warm_targe
     if not pool.warm_stopped:
         return 0
     wanted = max(0, pool.warm_stopped - registry.count(name, *IN_STOCK))
-    young = (one for one in registry.unheld(name) if not expiring(one, pool, now) and not one.protected)
+    young = (one for one in registry.unheld(name) if not expiring(one, pool, now) and _will_stop(one))
     ready = sum(1 for _ in islice(young, warm_target + wanted))
     return max(0, wanted - max(0, ready - warm_target))
+
+
+def _will_stop(worker: Worker) -> bool:
+    return not worker.protected and not worker.outdated
 
 
 def stock_lacks(registry: Registry, worker: Worker, pool: PoolSettings, now: float) -> bool:
     """Whether a ready worker that nobody needs is to be stopped instead of terminated."""
     if worker.state is not WorkerState.READY or worker.standing_notice or expiring(worker, pool, now):
+        return False
+    if not _will_stop(worker):
         return False
     return registry.count(worker.pool, *IN_STOCK) < pool.warm_stopped
 
@@ -53,11 +59,16 @@ def superfluous(registry: Registry, worker: Worker, pool: PoolSettings) -> bool:
     return len(stopped) > pool.warm_stopped and worker in stopped[pool.warm_stopped :]
 
 
-def startable(worker: Worker, now: float) -> bool:
+def too_old(worker: Worker, pool: PoolSettings) -> bool:
+    """Whether a stopped worker has not enough of its life left to be started. Stopped, it does not age."""
+    return expiring(worker, pool, worker.since_at)
+
+
+def startable(worker: Worker, pool: PoolSettings, now: float) -> bool:
     """Whether a worker may be started. A moment after it was stopped a listing may still show it running, at
     an address that is not its own any more."""
     settled = now - worker.since_at >= SETTLED_SECONDS
-    return worker.state is WorkerState.STOPPED and settled
+    return worker.state is WorkerState.STOPPED and settled and not too_old(worker, pool)
 
 
 def has_started(worker: Worker, instance: Instance, now: float) -> bool:
@@ -74,6 +85,8 @@ def is_past(worker: Worker, instance: Instance, now: float) -> bool:
         return False
     if 0 < instance.launched_unix < worker.launched_unix:
         return True
+    if 0 < instance.launched_unix <= worker.launched_before_unix:
+        return True  # or the start has not arrived: boot_deadline bounds that
     return worker.started_at is not None and now - worker.started_at < SETTLED_SECONDS
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from broker.clouds import Cloud
@@ -23,14 +23,14 @@ from broker.core import tags
 from broker.core.backoff import doubled
 from broker.core.errors import BrokerError, CloudUnreachable, SettingsError, StoreError
 from broker.core.life import BOOKED, LIVING, USABLE
-from broker.core.model import UNKNOWN_CLIENT, Instance, InstanceState, Lease, Order, Worker, WorkerState
+from broker.core.model import Instance, InstanceState, Worker, WorkerState
 from broker.core.policy import Reason, born_at
 from broker.core.stock import HALTED, SETTLED_SECONDS, has_started, is_past
 from broker.ledger import Ledger
 from broker.loops.charge import DEAD, Charge
+from broker.loops.recovery import Recovery
 from broker.opening import open_provider
 from broker.orders import NEVER_LAUNCHED, VANISHED, Orders
-from broker.store import LaunchedOrder
 
 SCAN_SECONDS_MAX = 60.0  # a listing that takes longer counts as failed
 RETRY_SECONDS = 5.0  # after a failed scan, doubling while it goes on failing
@@ -42,7 +42,6 @@ ORDER_GRACE_SECONDS = (
     300.0  # an order that no listing (MISSING_SCANS_MAX) has shown so long after its last call: none came
 )
 LISTING_GRACE_SECONDS = 120.0  # a machine this young need not be in a listing
-EXPECTED_SECONDS = 600.0  # what was there before the start may stay out of listings for so long
 MISSING_SECONDS_MAX = 180.0  # missing for so long, and
 MISSING_SCANS_MAX = 3  # from so many listings in a row, and silent: gone
 
@@ -89,7 +88,8 @@ class ReconcileLoop:
         self._changed = changed
         self._beat = beat
         self._charge = Charge(context, orders, charged)
-        self._began_at = self._scan_at = context.now()
+        self._scan_at = context.now()
+        self._recovery = Recovery(context, orders, ledger)
         self._missing: dict[str, Missing] = {}
         self._halted_at: dict[str, float] = {}  # workers → since when they are shown stopped
         self._watch_seconds = WATCH_SECONDS
@@ -215,8 +215,8 @@ class ReconcileLoop:
         self._halted_at = {id_: at for id_, at in self._halted_at.items() if self._registry.get(id_)}
         self._note_missing(cloud, started_at)
         self._give_up_orders(cloud, started_at)
-        self._expect(cloud)
-        self._drop_stored_leases(started_at)
+        self._recovery.expect(cloud)
+        self._recovery.drop_stored_leases(started_at)
 
     async def _claim_all(self, cloud: Cloud, foreign: list[Instance]) -> None:
         try:
@@ -261,6 +261,8 @@ class ReconcileLoop:
             self._registry.stopped(worker.id, now)
         elif (halted and self._surely_halted(worker)) or (worker.state in LIVING and instance.state in DEAD):
             self._registry.drain(worker.id, _why_it_ends(worker, instance), now)
+        elif halted:
+            self._registry.suspect(worker.id, "the cloud shows it stopped", now)
 
     def _surely_halted(self, worker: Worker) -> bool:
         """Whether a worker that is shown stopped can be taken for it: a listing may be from before its start,
@@ -274,18 +276,18 @@ class ReconcileLoop:
         identity = tags.read(instance.tags)
         entry = self._orders.get(identity.order)
         if instance.state is InstanceState.TERMINATED:
-            self._drop_leases_of(instance.id)
+            self._recovery.drop_leases_of(instance.id)
             if entry is not None:
                 self._orders.spent(entry.order, instance.id)
             return None
         if entry is not None:
             worker = self._orders.launched(entry.order, instance)
             if instance.id in self._context.ended and worker.state in USABLE:
-                return self._end_again(worker)
+                return self._recovery.end_again(worker)
             if worker.state in USABLE:  # a lease can be on disk although the launch is not: it was full
-                self._restore_leases(worker)
+                self._recovery.restore_leases(worker)
                 if entry.order.id in self._context.reopened:
-                    self._count_forgotten_clients(worker, known=True)
+                    self._recovery.count_forgotten_clients(worker, known=True)
             return worker
         now, name = self._context.now(), identity.pool or "default"
         self._context.home[instance.id] = cloud
@@ -295,11 +297,11 @@ class ReconcileLoop:
             instance.state in HALTED
             and pool.warm_stopped > 0
             and not ends
-            and self._is_surely_unheld(instance)
+            and self._recovery.is_surely_unheld(instance)
         )
         ran_seconds = self._ledger.ran_seconds(instance.id)
         age_seconds = ran_seconds if kept else max(ran_seconds, _age_seconds(cloud, instance, now))
-        idle = self._known_to_be_idle(instance)
+        idle = self._recovery.known_to_be_idle(instance)
         worker = self._registry.adopt(
             instance,
             name,
@@ -311,58 +313,12 @@ class ReconcileLoop:
             kept=kept,
         )
         if ends:  # this listing is stale, or Terminate was lost
-            return self._end_again(worker)
+            return self._recovery.end_again(worker)
         if kept:  # it has no clients
             return worker
-        self._restore_leases(worker)
-        self._count_forgotten_clients(worker, known=known)
+        self._recovery.restore_leases(worker)
+        self._recovery.count_forgotten_clients(worker, known=known)
         return self._orders.end_surplus(worker)
-
-    def _is_surely_unheld(self, instance: Instance) -> bool:
-        """Whether the store knows of its launch, and of no lease on it."""
-        known = tags.read(instance.tags).order in self._context.known_orders
-        return (
-            known
-            and not self._context.store.leases_missing
-            and instance.id not in self._context.stored_leases
-        )
-
-    def _known_to_be_idle(self, instance: Instance) -> bool:
-        """The store remembers its launch and no lease on it: it is surely unused, so its age counts."""
-        expected, leased = self._context.expected, self._context.stored_leases
-        if self._context.store.leases_missing:
-            return False
-        return instance.id in expected and instance.id not in leased and instance.launched_unix > 0
-
-    def _end_again(self, worker: Worker) -> Worker:
-        """Its end was decided before the start: nothing brings it back, not even a lease left on disk."""
-        self._drop_leases_of(worker.instance_id or "")
-        return self._registry.drain(worker.id, Reason.ENDED_BEFORE, self._context.now())
-
-    def _drop_leases_of(self, instance_id: str) -> None:
-        """What an earlier run has left on disk: its machine ends, or has ended."""
-        for stored in self._context.stored_leases.pop(instance_id, ()):
-            self._context.store.soon(self._context.store.lease_ended(stored.lease.id))
-
-    def _restore_leases(self, worker: Worker) -> None:
-        """A restart forgets nobody, and the time the broker was away is not held against its clients."""
-        for stored in self._context.stored_leases.pop(worker.instance_id or "", ()):
-            lease = replace(stored.lease, worker_id=worker.id)
-            self._context.restored.add(lease.id)
-            self._registry.grant(lease, self._context.now(), counts=False)
-
-    def _count_forgotten_clients(self, worker: Worker, *, known: bool) -> None:
-        """A machine may have clients of which the store does not tell: it knows nothing of the machine (it
-        was lost, or the machine was somebody else's), or the disk did not take every lease. Then nobody is
-        given it alone, and no RELEASE ends it, until its clients have had time to PING."""
-        if known and not self._context.store.leases_missing:
-            return
-        pool = self._context.pool_of(worker)
-        alone = pool.exclusive or any(lease.exclusive for lease in self._registry.leases(worker.id))
-        if not (alone and self._registry.busy(worker.id)):
-            lease_id = f"unknown-{worker.id}"
-            lease = Lease(lease_id, worker.id, UNKNOWN_CLIENT, pool.idle_timeout, pool.exclusive)
-            self._registry.grant(lease, self._context.now())
 
     async def _claim(self, cloud: Cloud, instance: Instance) -> None:
         """A machine that `adopt_name_tag` asks for: tag it, and the next listing shows it as ours."""
@@ -413,78 +369,6 @@ class ReconcileLoop:
             entry.absences += 1
             if entry.absences >= MISSING_SCANS_MAX and entry.sent_at + ORDER_GRACE_SECONDS <= started_at:
                 self._orders.close(entry.order, NEVER_LAUNCHED)
-
-    def _expect(self, cloud: Cloud) -> None:
-        """Machines that were there before the start and that the listing does not show (yet).
-
-        Those launched a short while ago, or last seen running or kept stopped, are entered all the same,
-        otherwise somebody who waits would be given a second one; so are those that somebody holds, otherwise
-        their PING would be answered with an error.
-        """
-        for launched in list(self._context.expected.values()):
-            order = launched.order
-            if self._context.cloud_of_order(order) is cloud:
-                del self._context.expected[launched.instance_id]
-                self._expect_launched(cloud, launched)
-        for leases in list(self._context.stored_leases.values()):
-            held = leases[0]
-            unseen = held.instance_id not in cloud.instance_ids
-            if self._context.cloud_of_held(held) is cloud and unseen and held.address:
-                pending = Instance(held.instance_id, InstanceState.PENDING, held.address)
-                self._enter_unseen(cloud, pending, held.pool, None)
-
-    def _expect_launched(self, cloud: Cloud, launched: LaunchedOrder) -> None:
-        instance_id, now = launched.instance_id, self._context.now()
-        if self._registry.by_instance(instance_id) is not None:
-            return
-        order, offering, held = launched.order, launched.order.offerings[0], self._context.stored_leases
-        kept = self._context.pool(order.pool).warm_stopped > 0 and self._ledger.has_ended(instance_id)
-        kept = kept and instance_id not in held  # it was stopped, or nobody has seen that it is gone
-        old = now - launched.placed_at > EXPECTED_SECONDS and not self._ledger.runs_on(instance_id)
-        listed = instance_id in cloud.instance_ids  # and not taken in: so it has ended
-        if listed or (old and not kept and instance_id not in held):
-            self._context.store.soon(self._context.store.machine_gone(instance_id))
-            return
-        unseen = Instance(
-            instance_id,
-            InstanceState.STOPPED if kept else InstanceState.PENDING,
-            next((lease.address for lease in held.get(instance_id, ())), None) or None,
-            instance_type=offering.instance_type,
-            region=offering.region,
-            zone=offering.zone,
-            market=offering.market,
-            cores=offering.cores,
-        )
-        ages = self._context.pool(order.pool).hard_lifetime is not None
-        self._enter_unseen(cloud, unseen, order.pool, order, launched.placed_at if ages else None)
-
-    def _enter_unseen(
-        self, cloud: Cloud, unseen: Instance, pool: str, order: Order | None, born_at: float | None = None
-    ) -> None:
-        self._context.home[unseen.id] = cloud
-        kept = unseen.state is InstanceState.STOPPED
-        if unseen.address and self._registry.by_address(unseen.address) is not None:
-            unseen = replace(unseen, address=None)  # the listing has shown whose it is now
-        if order is not None and self._orders.get(order.id) is not None:  # others of its machines are awaited
-            worker = self._orders.launched(order, unseen)
-        else:
-            port, price = self._context.pool(pool).worker_port, self._context.price(pool, unseen)
-            now, order_id = self._context.now(), None if order is None else order.id
-            worker = self._registry.adopt(
-                unseen, pool, port, now, order_id=order_id, born_at=born_at, price=price, kept=kept
-            )
-        if unseen.id in self._context.ended:
-            self._end_again(worker)
-        elif not kept:
-            self._restore_leases(worker)
-            self._count_forgotten_clients(worker, known=True)
-
-    def _drop_stored_leases(self, started_at: float) -> None:
-        """A lease whose machine no listing has shown for a good while has ended with it."""
-        if started_at - self._began_at < EXPECTED_SECONDS or not self._context.clouds.recovered():
-            return
-        for instance_id in list(self._context.stored_leases):
-            self._drop_leases_of(instance_id)
 
     # --- between scans -----------------------------------------------------------------------------
 

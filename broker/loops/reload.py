@@ -252,10 +252,13 @@ class ReloadLoop:
             self._renew_stock(name, old, new)
 
     def _renew_stock(self, name: str, old: PoolSettings, new: PoolSettings) -> None:
-        """What is stopped was made from another image, or by another script: it is replaced."""
-        for worker in self._registry.in_state(*IN_STOCK, pool=name):
+        """What was made from another image, or by another script, is not kept stopped any more."""
+        for worker in self._registry.in_state(WorkerState.ORDERED, *LIVING, pool=name):
             before, after = old.at(worker.offering.region), new.at(worker.offering.region)
-            if not worker.protected and any(getattr(before, key) != getattr(after, key) for key in MADE_BY):
+            if all(getattr(before, key) == getattr(after, key) for key in MADE_BY):
+                continue
+            self._registry.outdate(worker.id)
+            if worker.state in IN_STOCK and not worker.protected:
                 self._registry.drain(worker.id, Reason.OUTDATED, self._context.now())
 
     # --- pools that go, and come back ----------------------------------------------------------------

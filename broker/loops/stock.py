@@ -45,6 +45,7 @@ class StockLoop:
         self._calls: dict[str, asyncio.Task[None]] = {}
         self._failures: dict[int, int] = {}  # by cloud: Starts that were refused for good, in a row
         self._not_before: dict[int, float] = {}
+        self._perhaps_started: set[str] = set()  # workers whose Start was sent and not answered
         self._closed = False  # the broker is going down
 
     def startable(self, pool: str, clouds: Collection[Cloud]) -> list[Worker]:
@@ -52,7 +53,8 @@ class StockLoop:
         stopped, now = self._registry.in_state(WorkerState.STOPPED, pool=pool), self._context.now()
         if not stopped or self._context.warmth(pool).start_not_before_at > now:
             return []
-        return [one for one in stopped if startable(one, now) and self._may_start(one, clouds)]
+        settings = self._context.pool(pool)
+        return [one for one in stopped if startable(one, settings, now) and self._may_start(one, clouds)]
 
     def _may_start(self, worker: Worker, clouds: Collection[Cloud]) -> bool:
         context, now = self._context, self._context.now()
@@ -72,6 +74,7 @@ class StockLoop:
             return
         worker, warmth = event.worker, self._context.warmth(event.worker.pool)
         self._due_at.pop(worker.id, None)
+        self._perhaps_started.discard(worker.id)
         match event.before, worker.state:
             case WorkerState.READY, WorkerState.STOPPING:
                 self._due_at[worker.id] = event.at
@@ -133,12 +136,7 @@ class StockLoop:
         context.ended.add(instance_id)
         try:
             await context.store.end_decided(instance_id, context.clock.wall())
-            while self._is(worker, WorkerState.STOPPING):  # else somebody else has ended or stopped it
-                try:
-                    await cloud.provider.stop(instance_id)
-                    break
-                except Throttled:  # it was not sent
-                    await asyncio.sleep(AGAIN_SECONDS)
+            await self._send_stop(worker, cloud)
             if self._is(worker, *IN_STOCK):
                 await context.store.end_revoked(instance_id)
         except BrokerError as error:
@@ -149,6 +147,17 @@ class StockLoop:
                 self._changed()
             elif instance_id in context.ended:  # its end was decided while the other way was written down
                 context.store.soon(context.store.end_decided(instance_id, context.clock.wall()))
+
+    async def _send_stop(self, worker: Worker, cloud: Cloud) -> None:
+        """Returns when EC2 has answered, or when there is nothing to stop any more."""
+        while self._is(worker, WorkerState.STOPPING) and not self._closed:
+            if cloud.acts(self._context.now()):  # else another broker may have given it to somebody
+                try:
+                    await cloud.provider.stop(worker.instance_id or "")
+                    return
+                except Throttled:  # it was not sent
+                    pass
+            await asyncio.sleep(AGAIN_SECONDS)
 
     def _not_stopped(self, worker: Worker, error: BrokerError) -> None:
         """Whether or not it stops, it is terminated; and the next one is not launched to be stopped soon."""
@@ -164,7 +173,9 @@ class StockLoop:
         try:
             await cloud.provider.start(worker.instance_id or "")
         except BrokerError as error:
-            if not isinstance(error, Throttled) and not (isinstance(error, CloudError) and error.sent):
+            if isinstance(error, CloudError) and error.sent:
+                self._perhaps_started.add(worker.id)
+            elif not isinstance(error, Throttled):
                 self._not_started(worker, cloud, error)
         else:
             self._due_at.pop(worker.id, None)
@@ -172,8 +183,13 @@ class StockLoop:
             self._changed()
 
     def _not_started(self, worker: Worker, cloud: Cloud, error: BrokerError) -> None:
-        """It is stopped as before, and whoever waits for it gets another one."""
-        now = self._context.now()
+        """It is stopped as before, and whoever waits for it gets another one. What is refused after a Start
+        that was perhaps carried out may be on its way up."""
+        now, current = self._context.now(), self._registry.get(worker.id)
+        if current is None or current.state is not WorkerState.BOOTING or current.running:
+            return
+        if worker.id in self._perhaps_started and not isinstance(error, OfferingRefused):
+            return
         self._due_at.pop(worker.id, None)
         if isinstance(error, OfferingRefused):
             cloud.cooling.refused(worker.offering, error, now, pool=worker.pool)
@@ -181,9 +197,7 @@ class StockLoop:
             times = self._failures[id(cloud)] = self._failures.get(id(cloud), 0) + 1
             self._not_before[id(cloud)] = now + doubled(PAUSE_SECONDS_MIN, times, PAUSE_SECONDS_MAX)
         self._report("start failed", {"instance": worker.instance_id, "error": error.message})
-        current = self._registry.get(worker.id)
-        booting = current is not None and current.state is WorkerState.BOOTING and not current.running
-        if booting and not self._registry.busy(worker.id):
+        if not self._registry.busy(worker.id):
             self._registry.stopped(worker.id, now)
 
     def _is(self, worker: Worker, *states: WorkerState) -> bool:

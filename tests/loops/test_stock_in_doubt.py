@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from broker.core.errors import Throttled
+from broker.core.errors import PermanentRefusal, Throttled
 from broker.core.model import Instance, InstanceState, WorkerState
 from broker.core.stock import SETTLED_SECONDS
 from broker.database import GAP_FILE
@@ -435,3 +435,148 @@ def test_a_stopped_worker_is_not_made_young_by_a_restart(tmp_path: Path) -> None
             assert row["age_seconds"] >= 2 * HOUR
 
     run_virtual(main())
+
+
+def test_what_a_machine_has_cost_does_not_grow_while_it_is_stopped_for_days(tmp_path: Path) -> None:
+    """After two days its run was dropped and found again, at every scan."""
+
+    async def main() -> None:
+        cloud = sky()
+        async with running_broker(ONE_MACHINE, tmp_path, cloud=cloud) as broker:
+            await until_stopped(broker)
+            ledger = broker.daemon.ledger
+            (machine_id,) = stopped_machines(broker)
+            cost, billed, ran = (
+                ledger.cost_usd_micros("default"),
+                ledger.billed_seconds()[machine_id],
+                ledger.ran_seconds(machine_id),
+            )
+            await asyncio.sleep(4 * 24 * HOUR)
+            assert ledger.cost_usd_micros("default") == cost
+            assert ledger.billed_seconds()[machine_id] == billed
+        async with running_broker(ONE_MACHINE, tmp_path, cloud=cloud) as broker:
+            await asyncio.sleep(60.0)
+            assert broker.daemon.ledger.ran_seconds(machine_id) == ran
+            assert broker.daemon.ledger.cost_usd_micros_today("default") == 0
+
+    run_virtual(main())
+
+
+def test_a_listing_from_before_a_start_makes_no_further_run_of_it(tmp_path: Path) -> None:
+    async def story(broker: RunningBroker) -> None:
+        await until_startable(broker)
+        (machine_id,) = stopped_machines(broker)
+        past = Past(broker.cloud)
+        await broker.ask("GET_WORKER client=a wait=60")
+        await asyncio.sleep(60.0)
+        past.show()
+        await asyncio.sleep(31.0)
+        past.end()
+        await asyncio.sleep(60.0)
+        runs = [one for one in broker.daemon.ledger.runs() if one.startswith(machine_id)]
+        assert len(runs) == 2
+
+    play(tmp_path, story, ONE_MACHINE)
+
+
+def test_no_stop_is_sent_while_the_cloud_has_not_been_listed_for_long(tmp_path: Path) -> None:
+    """Another broker may have taken over meanwhile, and given the machine to somebody."""
+
+    async def story(broker: RunningBroker) -> None:
+        broker.cloud.fail["stop"].extend([Throttled("slowly")] * 1000)
+        await broker.until(lambda: broker.cloud.count("stop") == 1)
+        broker.cloud.fail["listing"].extend([Throttled("slowly")] * 1000)
+        (cloud,) = broker.daemon.context.clouds.all
+        await broker.until(lambda: not cloud.acts(broker.clock.monotonic()))
+        sent = broker.cloud.count("stop")
+        await asyncio.sleep(120.0)
+        assert broker.cloud.count("stop") == sent
+
+    play(tmp_path, story)
+
+
+def test_a_held_worker_that_is_shown_stopped_is_given_to_nobody_else(tmp_path: Path) -> None:
+    async def story(broker: RunningBroker) -> None:
+        address = await broker.ask("GET_WORKER client=a wait=60")
+        (machine_id,) = broker.cloud.running()
+        broker.cloud.set_state(machine_id, InstanceState.STOPPED)
+        await asyncio.sleep(40.0)
+        assert await broker.ask("GET_WORKER client=b wait=60") != address
+        assert await broker.ask(f"PING {address} client=a") == "OK"
+
+    chosen = stock(0, sharing="shared", readiness="running")
+    play(tmp_path, story, chosen)
+
+
+def test_a_start_that_takes_three_minutes_costs_no_machine(tmp_path: Path) -> None:
+    async def story(broker: RunningBroker) -> None:
+        await until_startable(broker)
+        (machine_id,) = stopped_machines(broker)
+        broker.cloud.fail["start"].extend([Throttled("slowly")] * 36)
+        assert "ERROR" not in await broker.ask("GET_WORKER client=a wait=600")
+        assert broker.cloud.running() == [machine_id]
+        assert broker.cloud.count("terminate") == 0
+
+    play(tmp_path, story, ONE_MACHINE)
+
+
+def test_an_unlisted_machine_is_not_taken_for_a_stopped_one_when_leases_are_missing(tmp_path: Path) -> None:
+    async def main() -> None:
+        cloud = sky()
+        async with running_broker(ONE_MACHINE, tmp_path, cloud=cloud) as broker:
+            await until_stopped(broker)
+            (machine_id,) = stopped_machines(broker)
+        await cloud.start(machine_id)  # as the broker did, whose lease and run a full disk refused
+        cloud.machines[machine_id].hidden = True
+        (tmp_path / GAP_FILE).write_bytes(b"1")
+        async with running_broker(ONE_MACHINE, tmp_path, cloud=cloud) as broker:
+            await asyncio.sleep(5.0)
+            cloud.machines[machine_id].hidden = False
+            await asyncio.sleep(60.0)
+            address = cloud.machines[machine_id].instance.address
+            assert await broker.ask(f"PING {address} client=a") == "OK"
+            assert await broker.ask("GET_WORKER client=b wait=120") != address
+
+    run_virtual(main())
+
+
+def test_what_was_made_from_another_image_does_not_come_into_the_stock_later(tmp_path: Path) -> None:
+    async def story(broker: RunningBroker) -> None:
+        await broker.until(lambda: count(broker, WorkerState.READY) == 1)
+        (machine_id,) = broker.cloud.running()
+        await broker.reload(stock(image="ami-2"))
+        await until_stopped(broker)
+        assert machine_id not in stopped_machines(broker)
+
+    play(tmp_path, story)
+
+
+def test_one_that_is_too_old_by_new_settings_is_replaced_and_not_started(tmp_path: Path) -> None:
+    async def story(broker: RunningBroker) -> None:
+        address = await broker.ask("GET_WORKER client=a wait=60")
+        for _ in range(60):
+            await asyncio.sleep(240.0)
+            await broker.ask(f"PING {address} client=a")
+        await until_startable(broker)
+        await broker.reload(stock(max_workers=1, max_lifetime="2h", hard_lifetime="2h"))
+        await broker.until(lambda: broker.cloud.count("terminate") == 1, seconds_max=120.0)
+        assert broker.cloud.count("start") == 0
+
+    play(tmp_path, story, stock(max_workers=1, idle_timeout="5m"))
+
+
+def test_a_start_of_a_worker_that_was_ended_meanwhile_pauses_no_other_starts(tmp_path: Path) -> None:
+    async def story(broker: RunningBroker) -> None:
+        await until_startable(broker, 2)
+        broker.cloud.hold["start"] = gate = asyncio.Event()
+        ask = asyncio.create_task(broker.ask("GET_WORKER client=a wait=60"))
+        await broker.until(lambda: broker.cloud.count("start") == 1)
+        (worker,) = broker.registry.in_state(WorkerState.BOOTING)
+        broker.cloud.fail["start"].append(PermanentRefusal("it is shutting down"))
+        broker.registry.drain(worker.id, "terminate-all", broker.clock.monotonic())
+        gate.set()
+        del broker.cloud.hold["start"]
+        assert "ERROR" not in await ask
+        assert broker.cloud.count("start") == 2
+
+    play(tmp_path, story, stock(2, max_workers=1))

@@ -222,7 +222,10 @@ def forgotten_when_terminate_is_answered() -> Iterator[Any]:
     original = reconcile.ReconcileLoop._matched
 
     def only_at_the_start(self: reconcile.ReconcileLoop, cloud: Cloud, instance: Instance) -> Worker | None:
-        if self._context.now() - self._began_at > 60 and self._orders.get(_order_of(instance)) is None:
+        if (
+            self._context.now() - self._recovery._began_at > 60
+            and self._orders.get(_order_of(instance)) is None
+        ):
             return None
         return original(self, cloud, instance)
 
