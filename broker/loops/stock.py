@@ -20,6 +20,7 @@ from broker.core.errors import BrokerError, CloudError, OfferingRefused, Throttl
 from broker.core.model import Event, Worker, WorkerChanged, WorkerState
 from broker.core.policy import Reason, used_up
 from broker.core.stock import IN_STOCK, startable
+from broker.core.warm import Warmth
 from broker.loops.reap import Report
 
 AGAIN_SECONDS = 5.0  # after a call that was not sent, or a Start whose answer was lost
@@ -72,7 +73,7 @@ class StockLoop:
         """Whoever decides that a worker stops or starts moves it in the books; the call is made here."""
         if not isinstance(event, WorkerChanged):
             return
-        worker, warmth = event.worker, self._context.warmth(event.worker.pool)
+        worker = event.worker
         self._due_at.pop(worker.id, None)
         self._perhaps_started.discard(worker.id)
         match event.before, worker.state:
@@ -81,16 +82,19 @@ class StockLoop:
             case WorkerState.STOPPED, WorkerState.BOOTING if not worker.running:
                 self._due_at[worker.id] = event.at
             case WorkerState.STOPPING, WorkerState.STOPPED:
-                warmth.stopped()
+                self._warmth(worker).stopped()
             case WorkerState.STOPPING, WorkerState.DRAINING if worker.reason == Reason.UNRESPONSIVE:
-                warmth.stop_failed(event.at)
+                self._warmth(worker).stop_failed(event.at)
             case WorkerState.BOOTING, WorkerState.READY if worker.started_at is not None:
-                warmth.started()
+                self._warmth(worker).started()
             case WorkerState.BOOTING, WorkerState.DRAINING if worker.started_at is not None:
                 if worker.reason in (Reason.BOOT_TIMEOUT, Reason.BOOT_FAILED):
-                    warmth.start_failed(event.at)
+                    self._warmth(worker).start_failed(event.at)
             case _:
                 pass
+
+    def _warmth(self, worker: Worker) -> Warmth:
+        return self._context.warmth(worker.pool)
 
     async def settle(self, timeout_seconds: float) -> None:
         """At shutdown: collect the answers that are under way; a Stop without one costs the machine."""
@@ -162,7 +166,7 @@ class StockLoop:
     def _not_stopped(self, worker: Worker, error: BrokerError) -> None:
         """Whether or not it stops, it is terminated; and the next one is not launched to be stopped soon."""
         now = self._context.now()
-        self._context.warmth(worker.pool).stop_failed(now)
+        self._warmth(worker).stop_failed(now)
         self._report("stop failed", {"instance": worker.instance_id, "error": error.message})
         if self._is(worker, *IN_STOCK):
             self._registry.drain(worker.id, Reason.NOT_STOPPED, now)

@@ -89,6 +89,7 @@ class Ec2Provider:
         self._region = region or ""
         self._recipes: dict[str, Recipe] = {}
         self._former: dict[str, PoolSettings] = {}  # pools of before, whose machines may still run
+        self._offered: dict[str, tuple[Offering, ...]] = {}  # as long as nothing changes
         self.cores: dict[str, int] = {}
         self.place = ("ec2", region, profile)
         self.name = " ".join(filter(None, ("ec2", region or UNKNOWN_REGION, profile and f"({profile})")))
@@ -125,7 +126,7 @@ class Ec2Provider:
         places = await ec2_check.places(self._api, self._region, pools, problems)
         zones = await ec2_check.default_zones(self._api, pools)
         kinds = await ec2_check.kinds_of_types(self._api, self._region, pools, problems)
-        self.cores |= {name: kind.cores for name, kind in kinds.items()}
+        self.cores, self._offered = self.cores | {name: kind.cores for name, kind in kinds.items()}, {}
         arm = frozenset(name for name, kind in kinds.items() if kind.arm)
         return {
             name: Recipe(
@@ -142,17 +143,17 @@ class Ec2Provider:
     def _swap(self, pools: Mapping[str, PoolSettings], recipes: Mapping[str, Recipe]) -> None:
         gone = {name: pool for name, pool in self._pools.items() if name not in pools}
         self._former = {n: pool for n, pool in (self._former | gone).items() if n not in pools}
-        self._pools, self._recipes = dict(pools), dict(recipes)
+        self._pools, self._recipes, self._offered = dict(pools), dict(recipes), {}
 
     def recall_cores(self, cores: Mapping[str, int]) -> None:
-        self.cores = {**cores, **self.cores}
+        self.cores, self._offered = {**cores, **self.cores}, {}
 
     async def _reach_account(self) -> None:
         """Without a region and credentials nothing can be asked, not even what is running."""
         if self._check_account:
             key = f"pool.{next(iter(self._pools | self._former))}"  # one stands for all that share the place
             found: list[str] = []
-            self._region = await self._check_account(key, self._clock_wall(), found)
+            self._region, self._offered = await self._check_account(key, self._clock_wall(), found), {}
             if found:
                 problems = ec2_check.Problems(list)
                 await ec2_check.user_data(self._pools, problems)
@@ -163,6 +164,11 @@ class Ec2Provider:
         await self._api.close()
 
     def offerings(self, pool: str) -> Sequence[Offering]:
+        if pool not in self._offered:
+            self._offered[pool] = self._offerings(pool)
+        return self._offered[pool]
+
+    def _offerings(self, pool: str) -> tuple[Offering, ...]:
         settings, recipe = self._pools[pool], self._recipes.get(pool, Recipe())
         zones = [zone for zone, _ in recipe.places] or settings.zones or recipe.zones or ("",)
         kinds = dict.fromkeys(settings.instance_types)
