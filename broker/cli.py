@@ -407,8 +407,8 @@ def _booting(asker: Client) -> str:
         return ""
     if not booting:
         return ""
-    age_seconds = max(worker["age_seconds"] for worker in booting)
-    return f" ({len(booting)} booting, the oldest for {age_seconds} s)"
+    longest_seconds = max(worker.get("state_seconds", worker["age_seconds"]) for worker in booting)
+    return f" ({len(booting)} booting, the oldest for {longest_seconds} s)"
 
 
 def _watch(asker: Client, console: Console) -> NoReturn:

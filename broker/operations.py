@@ -95,6 +95,7 @@ class Operations:
             "market": str(worker.offering.market),
             "price_assumed": worker.offering.price_assumed,
             "age_seconds": round(worker.age_seconds(now)),
+            "state_seconds": round(now - worker.since_at),
             "reason": worker.reason,
             "protected": worker.protected,
             "uses": self._registry.uses(worker.id),

@@ -40,9 +40,12 @@ def _obstacle(row: Row) -> str:
 
 
 def _workers(row: Row) -> str:
-    states = [f"{count} {state}" for state, count in row["workers"].items()]
-    protected = [f"({row['protected']} protected)"] if row["protected"] else []
-    return f"{', '.join(states) or 'none'} of {row['max_workers']} {' '.join(protected)}".rstrip()
+    """Those that are stopped count against no cap."""
+    counts = dict(row["workers"])
+    stopped = [f"{counts.pop('stopped')} stopped"] if counts.get("stopped") else []
+    states = ", ".join(f"{count} {state}" for state, count in counts.items()) or "none"
+    text = "; ".join([f"{states} of {row['max_workers']}", *stopped])
+    return f"{text} ({row['protected']} protected)" if row["protected"] else text
 
 
 def _spent(budget: Row) -> str:

@@ -284,9 +284,11 @@ def test_a_pool_in_trouble_shows_its_breaker_its_budget_and_why_clients_wait() -
         "obstacle": "full", "budget": {"spent_usd": 1.5, "limit_usd": 20.0},
     }  # fmt: skip
     closing = {**row, "breaker": {**row["breaker"], "state": "closed", "failures": 2}}  # type: ignore[dict-item]
+    resting = {**row, "workers": {"stopped": 2}, "protected": 0}
     console = Console(width=200, record=True, file=io.StringIO())
-    console.print(pool_table([row, closing]))
-    first, second = console.export_text().splitlines()[1:3]
+    console.print(pool_table([row, closing, resting]))
+    first, second, third = console.export_text().splitlines()[1:4]
+    assert "none of 3; 2 stopped" in third, "they count against no cap"
     assert "1 booting, 2 ready of 3 (1 protected)" in first
     assert "$1.50 of $20.00" in first
     assert "open, 90 s left" in first

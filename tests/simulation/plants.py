@@ -568,9 +568,3 @@ def starts_know_no_cap() -> Iterator[Any]:
 def one_bill_for_all_its_runs() -> Iterator[Any]:
     """A machine that was started again is billed as if it had gone on running, or as if it had not."""
     yield patch.object(ledger, "runs_anew", lambda run, instance, look: False)
-
-
-@planted
-def a_listing_from_before_the_start_is_believed() -> Iterator[Any]:
-    """A worker that was started ends, because a listing still shows it stopped."""
-    yield patch.object(reconcile, "is_past", lambda worker, instance, now: False)
