@@ -322,13 +322,19 @@ def check(config: ConfigOption = None) -> None:
     pools = (f"{name} -> {_where(p)}" for name, p in configuration.settings.pool.items())
     print(f"{configuration.source}: ok ({', '.join(pools)})")
     for name, pool in configuration.settings.pool.items():
-        if idle := _of_another_provider(pool):
-            errors.print(
-                f'note: pool.{name}: {", ".join(idle)}: only of use with provider = "ec2", and this one is '
-                f'"{pool.provider}"',
-                highlight=False,
-                soft_wrap=True,
-            )
+        for remark in _remarks(pool):
+            errors.print(f"note: pool.{name}: {remark}", highlight=False, soft_wrap=True)
+
+
+def _remarks(pool: PoolSettings) -> Iterator[str]:
+    """What is sound and perhaps not meant."""
+    if idle := _of_another_provider(pool):
+        yield f'{", ".join(idle)}: only of use with provider = "ec2", and this one is "{pool.provider}"'
+    if pool.warm_stopped and (pool.user_data or pool.user_data_file):
+        yield (
+            "warm_stopped: user data runs at a machine's first boot only; does the image start the worker at "
+            "every boot?"
+        )
 
 
 def _of_another_provider(pool: PoolSettings) -> list[str]:

@@ -589,6 +589,15 @@ def test_settings_of_ec2_in_a_pool_that_does_not_buy_there_are_remarked_upon(tmp
     assert 'pool.default: image, instance_types: only of use with provider = "ec2"' in err
 
 
+def test_a_stock_whose_worker_is_perhaps_started_by_user_data_is_remarked_upon(tmp_path: Path) -> None:
+    file = tmp_path / "broker.toml"
+    stock = 'provider = "ec2"\nimage = "ami-1"\ninstance_types = ["c7i.large"]\nmarket = "on-demand"\n'
+    file.write_text(f'[pool.default]\n{stock}warm_stopped = 1\nuser_data = "#!/bin/sh"\n')
+    code, _, err = Run("config", "check", "--config", str(file)).said
+    assert code == DONE
+    assert "does the image start the worker at every boot?" in err
+
+
 def test_output_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(
