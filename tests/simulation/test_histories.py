@@ -27,6 +27,8 @@ FOUND_SOON = (
     "no-token-reuse",
     "order-written-after-the-call",
     "spares-ignore-machines-on-their-way",
+    "starts-know-no-cap",
+    "stopped-under-its-client",
     "strangers-are-claimed",
     "the-protect-tag-is-ignored",
     "waits-never-end",
