@@ -28,7 +28,7 @@ from broker.simulation.stage import play
 from broker.simulation.strikes import first_rounds, play_with_kill
 
 PLACES_MIN = 95  # that are struck: as many as there are, less those of UNREACHED
-DRAWN = (6, 24, 29, 21)  # seeds of days on which more goes wrong than in a life that is written down
+DRAWN = (6, 1, 55, 118)  # seeds of days on which more goes wrong than in a life that is written down
 DRAWN_HOURS = 6.0
 
 REAL = "it is reached with real sockets, threads and credentials only (tests/acceptance kills there)"
@@ -67,6 +67,7 @@ UNREACHED = {
         "_watch_cloud": AT_ONCE,
     },
     "loops/runner.py": {"run": RARE, "_pause": RARE},
+    "loops/stock.py": {"settle": RARE},
     "providers/ec2.py": {
         "open": REAL,
         "_reach_account": REAL,
