@@ -151,15 +151,15 @@ class Ledger:
             return
         after_unix = 0.0
         if before is not None and ledger.runs_anew(before, instance, look):
-            former = ledger.closed(before, instance.launched_unix or look.earliest_unix)
+            former = ledger.missed(before, instance.launched_unix or look.earliest_unix)
             self._set_aside(former)
             after_unix, before = former.ended_by_unix or 0.0, None
-        pool = tags.read(instance.tags).pool or "default"
         if before is None:
+            pool = tags.read(instance.tags).pool or "default"
             price = self._context.price(pool, instance)
             after = ledger.first_seen(instance, pool, price, look, after_unix)
         else:
-            may_stop = self._context.pool(pool).warm_stopped > 0
+            may_stop = self._context.pool(before.pool).warm_stopped > 0
             after = ledger.seen(before, instance, look, may_stop=may_stop)
         if after == before:
             return

@@ -5,7 +5,6 @@ its client goes away. Nothing stays held by nobody, and nobody stays in a queue.
 from __future__ import annotations
 
 import asyncio
-import sqlite3
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from broker.core.errors import LimitReached
 from broker.core.model import Lease, Worker
 from broker.testing import FakeCloud, LoopClock, RunningBroker, run_virtual, running_broker
 from tests.support.acquiring import acquire
-from tests.support.brokers import live, settings
+from tests.support.brokers import full_disk, live, settings
 
 DAY_SECONDS = 86_400.0
 
@@ -388,15 +387,8 @@ def test_a_worker_of_ones_own_that_the_disk_refuses_leaves_the_shared_one_shared
 
     async def story(broker: RunningBroker) -> None:
         address = await broker.ask("GET_WORKER client=a")
-        store: Any = broker.daemon.context.store
-        commit = store._commit
-
-        def full(*_: Any) -> None:
-            raise sqlite3.OperationalError("database or disk is full")
-
-        store._commit = full
-        assert (await broker.ask("GET_WORKER client=a exclusive=yes wait=0")).startswith("ERROR")
-        store._commit = commit
+        with full_disk(broker):
+            assert (await broker.ask("GET_WORKER client=a exclusive=yes wait=0")).startswith("ERROR")
         (worker,) = list(broker.registry)
         assert [one.exclusive for one in broker.registry.leases(worker.id)] == [False]
         assert await broker.ask("GET_WORKER client=b wait=60") == address

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import sqlite3
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from broker.testing import (
     run_virtual,
     running_broker,
 )
-from tests.support.brokers import live, settings
+from tests.support.brokers import live, no_room, settings
 from tests.support.buying import launch_one
 
 
@@ -633,10 +632,7 @@ class FullDisk:
     """Every write of a store fails while this is in place."""
 
     def __init__(self, broker: RunningBroker, patch: pytest.MonkeyPatch) -> None:
-        def fail(*_: object) -> None:
-            raise sqlite3.OperationalError("database or disk is full")
-
-        patch.setattr(broker.daemon.context.store, "_commit", fail)
+        patch.setattr(broker.daemon.context.store, "_commit", no_room)
 
 
 def test_on_a_full_disk_nothing_is_launched_and_shared_workers_are_still_handed_out(

@@ -162,19 +162,14 @@ def runs_anew(run: Run, instance: Instance, look: Span) -> bool:
     return runs and ended_unix is not None and look.earliest_unix - STALE_SECONDS_MAX > ended_unix
 
 
-def closed(run: Run, by_unix: float) -> Run:
-    """A run that was followed by another one: it had ended by then, seen or not."""
-    ended_by = by_unix if run.ended_by_unix is None else min(by_unix, run.ended_by_unix)
-    return replace(run, ended_by_unix=ended_by)
-
-
 def machine_of(run: Run) -> str:
     """The id of the machine that ran."""
     return run.instance_id.partition(FORMER)[0]
 
 
 def missed(run: Run, by_unix: float) -> Run:
-    """The cloud does not know the machine any more: it has ended, and nobody will ever say why."""
+    """It had ended by then, seen or not: the cloud does not know the machine any more, or it was started
+    again."""
     return replace(run, ended_by_unix=min(by_unix, inf if run.ended_by_unix is None else run.ended_by_unix))
 
 

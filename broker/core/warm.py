@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 
-from broker.core.backoff import doubled
+from broker.core.backoff import Backoff, doubled
 from broker.core.model import UNKNOWN_CLIENT, Worker, WorkerState
 from broker.core.registry import Registry
 from broker.core.settings import PoolSettings
@@ -24,6 +24,11 @@ FAILURES_MAX = 10  # counted; more would pause no longer, and far more would exc
 LEAD_SHARE_MAX = 0.25  # of its life: a worker that lives short is not replaced for half of it
 
 
+def stock_backoff() -> Backoff:
+    """After a Stop or a Start that failed: perhaps none works, and each costs a machine."""
+    return Backoff(PAUSE_SECONDS_MAX, STOCK_PAUSE_SECONDS_MAX)
+
+
 @dataclass(slots=True)
 class Warmth:
     """One pool's warm target, as it was last looked at, and what must be remembered around it."""
@@ -32,10 +37,8 @@ class Warmth:
     not_before_at: float = float("-inf")  # launches pause until then
     failures: int = 0  # in a row
     wanted_until_at: dict[int, float] = field(default_factory=dict)  # place → when the target fell below it
-    stop_failures: int = 0  # in a row, of workers that were to be kept stopped
-    stock_not_before_at: float = float("-inf")  # none is launched to be stopped until then
-    start_failures: int = 0  # in a row, of workers that were stopped
-    start_not_before_at: float = float("-inf")  # none is started until then
+    stops: Backoff = field(default_factory=stock_backoff)  # of workers that were to be kept stopped
+    starts: Backoff = field(default_factory=stock_backoff)  # of workers that were stopped
 
     def seen(self, target: int, now: float) -> None:
         """The target at this moment."""
@@ -56,31 +59,6 @@ class Warmth:
     def succeeded(self) -> None:
         """A machine became ready."""
         self.failures = 0
-
-    def stop_failed(self, now: float) -> None:
-        """A worker that was to be kept stopped could not be: perhaps none can. Those of one moment count
-        once."""
-        if now >= self.stock_not_before_at:
-            self.stop_failures = min(self.stop_failures + 1, FAILURES_MAX)
-            self.stock_not_before_at = now + _stock_pause_seconds(self.stop_failures)
-
-    def stopped(self) -> None:
-        """The cloud has stopped one."""
-        self.stop_failures = 0
-
-    def start_failed(self, now: float) -> None:
-        """A worker that was started did not come up: perhaps none does. Those of one moment count once."""
-        if now >= self.start_not_before_at:
-            self.start_failures = min(self.start_failures + 1, FAILURES_MAX)
-            self.start_not_before_at = now + _stock_pause_seconds(self.start_failures)
-
-    def started(self) -> None:
-        """One that was started has come up."""
-        self.start_failures = 0
-
-
-def _stock_pause_seconds(times: int) -> float:
-    return doubled(PAUSE_SECONDS_MAX, times, STOCK_PAUSE_SECONDS_MAX)
 
 
 def warm_shortage(registry: Registry, name: str, pool: PoolSettings, target: int, now: float) -> int:

@@ -34,18 +34,16 @@ class Recovery:
     def is_surely_unheld(self, instance: Instance) -> bool:
         """Whether the store knows of its launch, and of no lease on it."""
         known = tags.read(instance.tags).order in self._context.known_orders
-        return (
-            known
-            and not self._context.store.leases_missing
-            and instance.id not in self._context.stored_leases
-        )
+        return known and self._has_no_lease(instance.id)
 
     def known_to_be_idle(self, instance: Instance) -> bool:
         """The store remembers its launch and no lease on it: it is surely unused, so its age counts."""
-        expected, leased = self._context.expected, self._context.stored_leases
-        if self._context.store.leases_missing:
-            return False
-        return instance.id in expected and instance.id not in leased and instance.launched_unix > 0
+        launched = instance.id in self._context.expected and instance.launched_unix > 0
+        return launched and self._has_no_lease(instance.id)
+
+    def _has_no_lease(self, instance_id: str) -> bool:
+        """Whether the store has every lease, and none on this machine."""
+        return not self._context.store.leases_missing and instance_id not in self._context.stored_leases
 
     def end_again(self, worker: Worker) -> Worker:
         """Its end was decided before the start: nothing brings it back, not even a lease left on disk."""
@@ -101,8 +99,8 @@ class Recovery:
         if self._registry.by_instance(instance_id) is not None:
             return
         order, offering, held = launched.order, launched.order.offerings[0], self._context.stored_leases
-        kept = self._context.pool(order.pool).warm_stopped > 0 and self._ledger.has_ended(instance_id)
-        kept = kept and instance_id not in held and not self._context.store.leases_missing
+        stopped = self._context.pool(order.pool).warm_stopped > 0 and self._ledger.has_ended(instance_id)
+        kept = stopped and self._has_no_lease(instance_id)
         old = now - launched.placed_at > EXPECTED_SECONDS and not self._ledger.runs_on(instance_id)
         listed = instance_id in cloud.instance_ids  # and not taken in: so it has ended
         if listed or (old and not kept and instance_id not in held):

@@ -52,7 +52,7 @@ class StockLoop:
     def startable(self, pool: str, clouds: Collection[Cloud]) -> list[Worker]:
         """The pool's workers in those clouds that may be started now, the one stopped first comes first."""
         stopped, now = self._registry.in_state(WorkerState.STOPPED, pool=pool), self._context.now()
-        if not stopped or self._context.warmth(pool).start_not_before_at > now:
+        if not stopped or self._context.warmth(pool).starts.pauses(now):
             return []
         settings = self._context.pool(pool)
         return [one for one in stopped if startable(one, settings, now) and self._may_start(one, clouds)]
@@ -82,14 +82,14 @@ class StockLoop:
             case WorkerState.STOPPED, WorkerState.BOOTING if not worker.running:
                 self._due_at[worker.id] = event.at
             case WorkerState.STOPPING, WorkerState.STOPPED:
-                self._warmth(worker).stopped()
+                self._warmth(worker).stops.succeeded()
             case WorkerState.STOPPING, WorkerState.DRAINING if worker.reason == Reason.UNRESPONSIVE:
-                self._warmth(worker).stop_failed(event.at)
+                self._warmth(worker).stops.failed(event.at)
             case WorkerState.BOOTING, WorkerState.READY if worker.started_at is not None:
-                self._warmth(worker).started()
+                self._warmth(worker).starts.succeeded()
             case WorkerState.BOOTING, WorkerState.DRAINING if worker.started_at is not None:
                 if worker.reason in (Reason.BOOT_TIMEOUT, Reason.BOOT_FAILED):
-                    self._warmth(worker).start_failed(event.at)
+                    self._warmth(worker).starts.failed(event.at)
             case _:
                 pass
 
@@ -166,7 +166,7 @@ class StockLoop:
     def _not_stopped(self, worker: Worker, error: BrokerError) -> None:
         """Whether or not it stops, it is terminated; and the next one is not launched to be stopped soon."""
         now = self._context.now()
-        self._warmth(worker).stop_failed(now)
+        self._warmth(worker).stops.failed(now)
         self._report("stop failed", {"instance": worker.instance_id, "error": error.message})
         if self._is(worker, *IN_STOCK):
             self._registry.drain(worker.id, Reason.NOT_STOPPED, now)

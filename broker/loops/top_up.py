@@ -36,7 +36,7 @@ class TopUp:
         if now < warmth.not_before_at:
             return 0
         ready = warm_shortage(context.registry, name, pool, warmth.target, now)
-        if now < warmth.stock_not_before_at:
+        if warmth.stops.pauses(now):
             return ready
         return ready + stock_shortage(context.registry, name, pool, warmth.target, now)
 

@@ -6,7 +6,7 @@ that is the one thing a broker must never do.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from broker.core import tags
@@ -15,8 +15,8 @@ from broker.providers import sim_shapes
 from broker.providers.sim_calls import CHANGES, Answer, Call, refuse_too_many, tags_of
 from broker.providers.sim_listing import not_found, refuse_malformed
 from broker.providers.sim_machine import Machine
-from broker.providers.sim_market import NO_CAPACITY, REFUSALS, Wish
-from broker.providers.sim_sky import Refused, Spells
+from broker.providers.sim_market import Wish
+from broker.providers.sim_sky import Refused
 from broker.providers.sim_weather import Fault
 from broker.providers.sim_world import USER_INITIATED, World
 
@@ -32,10 +32,11 @@ class Violation:
 
 
 class Changer:
-    """See the module. `adoptable_names`: Name tags by which a machine without a broker may be claimed."""
+    """See the module. `sell` refuses what is not to be had, a start too; `adoptable_names`: Name tags by
+    which a machine without a broker may be claimed."""
 
-    def __init__(self, world: World, spells: Spells) -> None:
-        self._spells = spells
+    def __init__(self, world: World, sell: Callable[[Wish], object]) -> None:
+        self._sell = sell
         self.violations: list[Violation] = []
         self.adoptable_names: tuple[str, ...] = ()
         self._world, self._sky = world, world.sky
@@ -89,16 +90,9 @@ class Changer:
         before = [one.state for one in machines]
         for one in machines:
             if one.state is InstanceState.STOPPED:
-                self._sell_again(one)
+                self._sell(Wish(one.instance_type, one.spot, one.zone, 1, 1))
                 self._world.start(one)
         return {"StartingInstances": _changes(machines, before)}
-
-    def _sell_again(self, machine: Machine) -> None:
-        """Raises Refused."""
-        if self._spells.stands(Fault.LAUNCH_OUTAGE):
-            self._sky.met(Fault.LAUNCH_OUTAGE, "no capacity")
-            raise Refused(NO_CAPACITY, REFUSALS[NO_CAPACITY].message, REFUSALS[NO_CAPACITY].status)
-        self._world.market.sell(Wish(machine.instance_type, machine.spot, machine.zone, 1, 1))
 
     def create_tags(self, call: Call) -> Answer:
         """Raises Refused."""

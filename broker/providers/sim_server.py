@@ -34,10 +34,10 @@ class Server:
 
     def __init__(self, world: World, spells: Spells) -> None:
         self.calls: Counter[str] = Counter()
-        self.lister, self.changer = Lister(world), Changer(world, spells)
         self._world, self._sky, self._spells = world, world.sky, spells
         self._limits = Limits()
         launcher = Launcher(world, spells)
+        self.lister, self.changer = Lister(world), Changer(world, launcher.sell)
         fleets = Fleets(world.sky, launcher)
         self._handlers: dict[str, Callable[[Call], Answer]] = {
             "CreateFleet": fleets.create_fleet,

@@ -300,22 +300,21 @@ class Referee:
 
     def stopped(self, at: float, machine: Machine) -> None:
         """The broker's Stop was carried out on a machine that was running."""
-        for hold in self._by_machine[machine.id]:
-            if hold.live_at(at) and not self.excused(machine, at):
-                facts = (
-                    f"{machine.id} was stopped; {hold.client} used it {at - hold.last_used_at:.1f} s before"
-                )
-                self.broken(at, "no busy worker is killed", facts)
+        if not self.excused(machine, at):
+            self._killed(at, machine, "stopped")
 
     def terminated(self, at: float, machine: Machine) -> None:
         """The broker's Terminate was carried out on a machine that was running."""
         stopped_before = machine.stopped_running_at is not None and machine.stopped_running_at < at
         if machine.running_at is None or stopped_before or self.excused(machine, at):
             return  # one that had stopped by itself served nobody any more
+        self._killed(at, machine, "terminated")
+
+    def _killed(self, at: float, machine: Machine, how: str) -> None:
         for hold in self._by_machine[machine.id]:
             if hold.live_at(at):
                 ago_seconds = at - hold.last_used_at
-                facts = f"{machine.id} was terminated; {hold.client} used it {ago_seconds:.1f} s before"
+                facts = f"{machine.id} was {how}; {hold.client} used it {ago_seconds:.1f} s before"
                 self.broken(at, "no busy worker is killed", facts)
 
     def known(self, at: float, machines: Iterable[Machine], explains: Callable[[Machine], bool]) -> None:

@@ -28,6 +28,7 @@ from tests.loops.test_stock import (
     until_startable,
     until_stopped,
 )
+from tests.support.brokers import full_disk
 from tests.support.regions import Regions
 from tests.support.regions import pool as regional
 
@@ -124,17 +125,10 @@ def test_that_the_end_is_taken_back_is_on_disk_before_the_worker_can_be_started(
         async with running_broker(ONE_MACHINE, tmp_path, cloud=cloud) as broker:
             cloud.hold["stop"] = gate = asyncio.Event()
             await broker.until(lambda: cloud.count("stop") == 1)
-            store: Any = broker.daemon.context.store
-            commit = store._commit
-
-            def full(*_: Any) -> None:
-                raise sqlite3.OperationalError("database or disk is full")
-
-            store._commit = full
-            gate.set()
-            del cloud.hold["stop"]
-            await broker.until(lambda: cloud.count("terminate") == 1, seconds_max=120.0)
-            store._commit = commit
+            with full_disk(broker):
+                gate.set()
+                del cloud.hold["stop"]
+                await broker.until(lambda: cloud.count("terminate") == 1, seconds_max=120.0)
             await asyncio.sleep(SETTLED_SECONDS)
             ip = await broker.ask("GET_WORKER client=a wait=60")
             (machine_id,) = cloud.running()

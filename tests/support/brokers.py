@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+import sqlite3
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from broker.core.settings import Settings, parse
 from broker.testing import FakeCloud, RunningBroker, run_virtual, running_broker
@@ -30,3 +33,15 @@ def live(
             await story(broker)
 
     run_virtual(main())
+
+
+def no_room(*_: object) -> None:
+    """In place of a store's `_commit`."""
+    raise sqlite3.OperationalError("database or disk is full")
+
+
+@contextmanager
+def full_disk(broker: RunningBroker) -> Iterator[None]:
+    """Every write of its store fails meanwhile."""
+    with patch.object(broker.daemon.context.store, "_commit", no_room):
+        yield
